@@ -1,0 +1,242 @@
+"""Errors for concrete bad values, raised before anything is compiled.
+
+A hyperparameter may be a Python number, a NumPy scalar, a concrete JAX scalar or a tracer. Only
+the first three can be judged here; a tracer flows through, because its value is data.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MAX_STEPS = 2**31 - 1
+
+
+class ArgumentTypeError(TypeError, ValueError):
+    """A value of the wrong type: a `TypeError` to Python, a `ValueError` to law 1."""
+
+
+def is_traced(value: Any) -> bool:
+    """Whether `value` is a tracer, whose number is not known yet."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
+    """The tail of an error message about an unknown name: the closest known one, and all of them.
+
+    Args:
+      name: the name that was not found.
+      known: the names that exist.
+
+    Returns:
+      A sentence such as ``did you mean 'b1'? Known names: b1, b2``.
+    """
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known names: {', '.join(names) or 'none'}"
+
+
+def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes an unknown keyword argument raise a `TypeError` that names the nearest known one.
+
+    Args:
+      function: a function or an `__init__` without `**kwargs`.
+
+    Returns:
+      The function, its signature unchanged.
+    """
+    parameters = [p for p in inspect.signature(function).parameters if p != "self"]
+    known = frozenset(parameters)
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(
+                    f"{function.__qualname__.removesuffix('.__init__')}() has no argument "
+                    f"{name!r}: {nearest(name, parameters)}"
+                )
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    fix: str = "",
+) -> None:
+    """Checks a numeric hyperparameter as far as its value is known.
+
+    Args:
+      name: the argument's name.
+      value: a number, a 0-d array or a tracer.
+      at_least: smallest legal value.
+      above: legal values are larger than this.
+      at_most: largest legal value.
+      below: legal values are smaller than this.
+      fix: one sentence on what to do instead.
+
+    Raises:
+      ValueError: the value is not a finite scalar number inside the bounds.
+    """
+    tail = f" {fix}" if fix else ""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(
+        value, (int, float, np.number, np.ndarray, jax.Array)
+    ):
+        raise ArgumentTypeError(
+            f"{name} must be a number, got {value!r} of type {type(value).__name__}.{tail}"
+        )
+    if np.shape(value) != ():
+        raise ValueError(
+            f"{name} must be a scalar, got shape {np.shape(value)}. Use jax.vmap over the "
+            f"factory to sweep it.{tail}"
+        )
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and not jax.numpy.issubdtype(dtype, np.number):
+        raise ArgumentTypeError(f"{name} must be a number, got dtype {dtype}.{tail}")
+    if dtype is not None and jax.numpy.issubdtype(dtype, np.complexfloating):
+        raise ArgumentTypeError(f"{name} must be a real number, got dtype {dtype}.{tail}")
+    if is_traced(value):
+        return
+    number = value if isinstance(value, int) else float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}.{tail}")
+    bounds = []
+    good = True
+    if at_least is not None:
+        bounds.append(f">= {at_least:g}")
+        good &= number >= at_least
+    if above is not None:
+        bounds.append(f"> {above:g}")
+        good &= number > above
+    if at_most is not None:
+        bounds.append(f"<= {at_most:g}")
+        good &= number <= at_most
+    if below is not None:
+        bounds.append(f"< {below:g}")
+        good &= number < below
+    if not good:
+        raise ValueError(f"{name} must be {' and '.join(bounds)}, got {number!r}.{tail}")
+
+
+def check_steps(name: str, value: Any, *, at_least: int = 0, fix: str = "") -> None:
+    """Checks a number of steps that may be traced: an integer in [at_least, 2**31).
+
+    Args:
+      name: the argument's name.
+      value: a number, a 0-d array or a tracer. A float is legal when it is a whole number.
+      at_least: smallest legal value.
+      fix: one sentence on what to do instead.
+
+    Raises:
+      ValueError: the value is not a whole number inside the bounds.
+    """
+    check_number(name, value, at_least=at_least, fix=fix)
+    if is_traced(value):
+        return
+    if float(value) != math.floor(float(value)):
+        raise ValueError(f"{name} must be a whole number of steps, got {value!r}. {fix}".rstrip())
+    if float(value) > MAX_STEPS:
+        raise ValueError(
+            f"{name} must be below 2**31, because steps are int32, got {value!r}. {fix}".rstrip()
+        )
+
+
+def check_count(name: str, value: Any, *, at_least: int = 1, fix: str = "") -> int:
+    """Checks a static count (trials, steps of a run, dimensions) and returns it as an `int`.
+
+    Args:
+      name: the argument's name.
+      value: a Python or NumPy integer; never a tracer, because it decides a shape.
+      at_least: smallest legal value.
+      fix: one sentence on what to do instead.
+
+    Returns:
+      The count.
+
+    Raises:
+      ValueError: the value is not an integer in [at_least, 2**31).
+    """
+    tail = f" {fix}" if fix else ""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise ArgumentTypeError(
+            f"{name} must be an integer, got {value!r} of type {type(value).__name__}.{tail}"
+        )
+    if not at_least <= value <= MAX_STEPS:
+        raise ValueError(f"{name} must be >= {at_least} and < 2**31, got {value!r}.{tail}")
+    return int(value)
+
+
+def check_eps(name: str, eps: Any, dtype: Any) -> None:
+    """Checks that a concrete `eps` is positive, in the dtype in which it will be used as well.
+
+    Args:
+      name: the argument's name.
+      eps: a number, a 0-d array or a tracer.
+      dtype: the dtype of the moments that it is added to.
+
+    Raises:
+      ValueError: `eps` is not positive, or rounds to zero in `dtype`.
+    """
+    check_number(name, eps, above=0.0, fix="Use the default, 1e-8, when in doubt.")
+    if not is_traced(eps) and float(np.asarray(float(eps)).astype(dtype)) == 0.0:
+        raise ValueError(
+            f"{name} = {eps!r} is zero in {np.dtype(dtype).name}, the dtype of the moments; use "
+            f"at least {float(jax.numpy.finfo(dtype).tiny):.2g}."
+        )
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Checks that `value` is one of a few.
+
+    Args:
+      name: the argument's name.
+      value: what was given.
+      choices: what is legal.
+
+    Raises:
+      ValueError: it is not among them; the nearest is named.
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} is unknown: {nearest(value, choices)}")
+
+
+def require(module: str, extra: str, what: str) -> ModuleType:
+    """Imports an optional dependency, or says which extra brings it.
+
+    Args:
+      module: the module to import.
+      extra: the extra of this package that installs it.
+      what: what needs it, as the subject of a sentence.
+
+    Returns:
+      The module.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs {module.partition('.')[0]}, which is not installed: "
+            f"pip install 'playbook-optax[{extra}]'"
+        ) from error

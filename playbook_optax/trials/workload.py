@@ -1,0 +1,431 @@
+"""What a user brings: a model, its loss, its data and its evaluation, as pure functions."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from playbook_optax import _checks
+from playbook_optax.trials import arrays
+
+Loss = Callable[[Any, Any], chex.Array]
+LOSSES = ("softmax", "mse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A training problem without its optimizer: everything but the hyperparameters.
+
+    All functions are pure and traceable. Data reach them as arguments, never as closed-over
+    constants, which would be copied into the program.
+
+    Attributes:
+      name: what people call it.
+      init: ``init(key) -> (params, model_state)``; ``{}`` when the model carries no state.
+      loss: ``loss(params, model_state, batch, key) -> (loss, (model_state, metrics))``: a scalar
+        loss, the new state, and scalar metrics, recorded as their mean since the last evaluation
+        under ``step/<name>``. The key is already folded with the step.
+      batch: ``batch(data, key, step) -> batch``; one key for the whole run, and the 0-based step.
+      evaluate: ``evaluate(params, model_state, data) -> {"valid/error_rate": scalar, ...}``.
+      objective: the metric that trials are compared by.
+      data: pytree of arrays, shape (example, ...), handed to `batch` and `evaluate`.
+      maximize: whether a larger objective is better.
+      training_loss: metric by which a trial's own loss is called high; ``train/loss`` if
+        `evaluate` returns it, otherwise ``step/loss``, the mean over the last batches.
+      host_batches: ``host_batches(start_step) -> Iterator`` of batches from the host, instead of
+        `batch`; for `run_study` only.
+      version: names what cannot be fingerprinted, such as host data; part of a study's identity.
+      evaluate_test: like `evaluate`, on `test_data`; called by nothing but `final_evaluate`.
+      test_data: pytree of arrays that tuning never sees.
+
+    Raises:
+      ValueError: a function is missing, or there is neither `batch` nor `host_batches`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import playbook_optax as pbx
+      >>> workload = pbx.Workload(
+      ...     name="quadratic",
+      ...     init=lambda key: (jax.random.normal(key, (3,)), {}),
+      ...     loss=lambda params, state, batch, key: (jnp.sum(batch * params**2), (state, {})),
+      ...     batch=lambda data, key, step: data,
+      ...     evaluate=lambda params, state, data: {"valid/loss": jnp.sum(data * params**2)},
+      ...     objective="valid/loss",
+      ...     data=jnp.array([1.0, 2.0, 3.0]),
+      ... )
+      >>> workload.objective
+      'valid/loss'
+
+    Source: playbook, "Determining the number of steps for each training run".
+    """
+
+    name: str
+    init: Callable[[chex.PRNGKey], tuple[Any, Any]]
+    loss: Callable[[Any, Any, Any, chex.PRNGKey], tuple[chex.Array, tuple[Any, Any]]]
+    batch: Callable[[Any, chex.PRNGKey, chex.Array], Any] | None
+    evaluate: Callable[[Any, Any, Any], dict[str, chex.Array]]
+    objective: str
+    data: Any = None
+    maximize: bool = False
+    training_loss: str | None = None
+    host_batches: Callable[[int], Iterator[Any]] | None = None
+    version: str | None = None
+    evaluate_test: Callable[[Any, Any, Any], dict[str, chex.Array]] | None = None
+    test_data: Any = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name must be a non-empty string, got {self.name!r}.")
+        for field in ("init", "loss", "evaluate"):
+            if not callable(getattr(self, field)):
+                raise ValueError(f"{field} must be a function, got {getattr(self, field)!r}.")
+        if not isinstance(self.objective, str) or not self.objective:
+            raise ValueError(f"objective must name a metric, got {self.objective!r}.")
+        if not isinstance(self.maximize, bool):
+            raise ValueError(f"maximize must be True or False, got {self.maximize!r}.")
+        if (self.batch is None) == (self.host_batches is None):
+            raise ValueError(
+                "give exactly one of batch (from data on the device) and host_batches (an iterator "
+                "on the host)."
+            )
+        if self.host_batches is not None and self.version is None:
+            raise ValueError(
+                "version must be given with host_batches: it names the host data, which cannot be "
+                "fingerprinted."
+            )
+
+    def final_evaluate(self, params: Any, model_state: Any) -> dict[str, float]:
+        """Evaluates on the test data, once, when all decisions are taken.
+
+        Args:
+          params: the weights, as `Study.params` or `TrialResult.params` give them.
+          model_state: the model state that belongs to them.
+
+        Returns:
+          Metrics by name.
+
+        Raises:
+          ValueError: the workload was built without test data.
+        """
+        if self.evaluate_test is None or self.test_data is None:
+            raise ValueError(f"workload {self.name!r} has no test data; build it with test=(x, y).")
+        metrics = jax.jit(self.evaluate_test)(params, model_state, self.test_data)
+        return {name: float(value) for name, value in metrics.items()}
+
+    @classmethod
+    @_checks.named_arguments
+    def from_arrays(
+        cls,
+        init: Callable[..., Any],
+        apply: Callable[..., Any],
+        train: tuple[Any, Any],
+        valid: tuple[Any, Any],
+        *,
+        batch_size: int,
+        loss: str | Loss = "softmax",
+        name: str = "from_arrays",
+        objective: str | None = None,
+        maximize: bool = False,
+        test: tuple[Any, Any] | None = None,
+        eval_batch_size: int = 4096,
+        num_train_eval: int | None = None,
+        has_state: bool = False,
+    ) -> "Workload":
+        """Builds a workload from a model in two functions and arrays of examples.
+
+        Each epoch visits the training examples in a new order, without replacement; a last partial
+        batch is dropped, so an epoch has ``len(x) // batch_size`` steps. Metrics are ``train/loss``
+        and ``valid/loss``, and with softmax ``train/error_rate`` and ``valid/error_rate``.
+
+        Args:
+          init: ``init(key) -> params``; with `has_state`, ``-> (params, model_state)``.
+          apply: ``apply(params, x) -> outputs``, x of shape (batch, ...); with `has_state`,
+            ``apply(params, model_state, x, key, train) -> (outputs, model_state)`` where `train`
+            is a Python bool and `key` is None when it is False.
+          train: (x, y), arrays whose first axis is the example.
+          valid: (x, y), likewise.
+          batch_size: training examples in a batch.
+          loss: ``"softmax"`` (outputs are logits, shape (batch, ..., class); y integer labels),
+            ``"mse"`` (outputs and y of the same shape, a last axis of 1 aside), or a function
+            ``(outputs, y) -> losses`` of shape (batch,).
+          name: what people call the workload.
+          objective: metric to compare trials by; ``valid/error_rate`` for softmax, else
+            ``valid/loss``.
+          maximize: whether a larger objective is better.
+          test: (x, y), never touched but by `final_evaluate`.
+          eval_batch_size: examples evaluated at a time.
+          num_train_eval: evaluate on that many of the first training examples; None means all.
+          has_state: whether the model carries state, needs keys, or differs between training and
+            evaluation.
+
+        Returns:
+          The workload.
+
+        Raises:
+          ValueError: arrays that are empty, not finite, of different lengths, out of 32-bit range,
+            with labels that have no logit, or indices that the model cannot look up.
+
+        Example:
+          >>> import jax, numpy as np
+          >>> import playbook_optax as pbx
+          >>> x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+          >>> y = (x[:, 0] > 0).astype(np.int32)
+          >>> workload = pbx.Workload.from_arrays(
+          ...     init=lambda key: {"w": 0.1 * jax.random.normal(key, (3, 2))},
+          ...     apply=lambda params, x: x @ params["w"],
+          ...     train=(x[:32], y[:32]), valid=(x[32:], y[32:]), batch_size=8,
+          ... )
+          >>> workload.objective
+          'valid/error_rate'
+
+        Source: playbook, "Determining the number of steps for each training run".
+        """
+        if has_state:
+            full_init, full_apply = init, apply
+        else:
+            full_init = lambda key: (init(key), {})  # noqa: E731
+            full_apply = lambda params, state, x, key, train: (apply(params, x), state)  # noqa: E731
+        if not callable(loss):
+            _checks.check_choice("loss", loss, LOSSES)
+        classify = loss == "softmax"
+        labels = "class" if classify else "any"
+        batch_size = _checks.check_count("batch_size", batch_size)
+        eval_batch_size = _checks.check_count("eval_batch_size", eval_batch_size)
+        splits = {
+            split: arrays.check_split(split, pair, labels=labels)
+            for split, pair in (("train", train), ("valid", valid), ("test", test))
+            if pair is not None or split != "test"
+        }
+        num_examples = len(splits["train"]["x"])
+        if batch_size > num_examples:
+            raise ValueError(
+                f"batch_size = {batch_size} exceeds the {num_examples} training examples; choose "
+                f"at most {num_examples}."
+            )
+        if num_train_eval is not None:
+            num_train_eval = _checks.check_count("num_train_eval", num_train_eval)
+        arrays.warn_shared_rows(splits["train"], splits["valid"])
+        per_example = _per_example_loss(loss)
+        _check_model(full_init, full_apply, splits, per_example, classify, eval_batch_size)
+
+        def training_loss(params: Any, state: Any, batch: Any, key: chex.PRNGKey) -> Any:
+            outputs, new_state = full_apply(params, state, batch["x"], key, True)
+            return jnp.mean(per_example(outputs, batch["y"])), (new_state, {})
+
+        def batch(data: Any, key: chex.PRNGKey, step: chex.Array) -> Any:
+            rows = arrays.shuffled_rows(key, step, num_examples, batch_size)
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data["train"])
+
+        def means(params: Any, state: Any, split: Any) -> dict[str, chex.Array]:
+            def values(part: Any) -> dict[str, chex.Array]:
+                outputs, _ = full_apply(params, state, part["x"], None, False)
+                out = {"loss": per_example(outputs, part["y"])}
+                if classify:
+                    wrong = jnp.argmax(outputs, axis=-1) != part["y"]
+                    out["error_rate"] = _mean_over_rest(wrong.astype(jnp.float32))
+                return out
+
+            return arrays.evaluate_in_batches(values, split, eval_batch_size)
+
+        def evaluate(params: Any, state: Any, data: Any) -> dict[str, chex.Array]:
+            subset = jax.tree.map(lambda leaf: leaf[:num_train_eval], data["train"])
+            metrics = {f"train/{k}": v for k, v in means(params, state, subset).items()}
+            return metrics | {
+                f"valid/{k}": v for k, v in means(params, state, data["valid"]).items()
+            }
+
+        def evaluate_test(params: Any, state: Any, data: Any) -> dict[str, chex.Array]:
+            return {f"test/{k}": v for k, v in means(params, state, data).items()}
+
+        return cls(
+            name=name,
+            init=full_init,
+            loss=training_loss,
+            batch=batch,
+            evaluate=evaluate,
+            objective=objective or ("valid/error_rate" if classify else "valid/loss"),
+            data={"train": splits["train"], "valid": splits["valid"]},
+            maximize=maximize,
+            evaluate_test=evaluate_test if test is not None else None,
+            test_data=splits.get("test"),
+        )
+
+    @classmethod
+    @_checks.named_arguments
+    def from_flax(
+        cls,
+        module: Any,
+        *,
+        train: tuple[Any, Any],
+        valid: tuple[Any, Any],
+        batch_size: int,
+        loss: str | Loss = "softmax",
+        name: str | None = None,
+        objective: str | None = None,
+        maximize: bool = False,
+        test: tuple[Any, Any] | None = None,
+        eval_batch_size: int = 4096,
+        num_train_eval: int | None = None,
+    ) -> "Workload":
+        """Builds a workload from a Flax module (linen or nnx) and arrays of examples.
+
+        Batch statistics are carried in the model state; dropout gets a key in training and is off
+        in evaluation. A linen module whose ``__call__`` has an argument ``train``, ``training``,
+        ``is_training``, ``deterministic`` or ``use_running_average`` is told which of the two it is
+        in. Of nnx give the module's class or any function ``rngs -> nnx.Module``, so that seeds
+        differ in their initialization; from an nnx instance every trial and seed starts with the
+        instance's own weights.
+
+        Args:
+          module: a linen module, an nnx module class or factory, or an nnx module.
+          train: (x, y), arrays whose first axis is the example.
+          valid: (x, y), likewise.
+          batch_size: training examples in a batch.
+          loss: as in `from_arrays`.
+          name: what people call the workload; the module's class name if None.
+          objective: metric to compare trials by; ``valid/error_rate`` for softmax, else
+            ``valid/loss``.
+          maximize: whether a larger objective is better.
+          test: (x, y), never touched but by `final_evaluate`.
+          eval_batch_size: examples evaluated at a time.
+          num_train_eval: evaluate on that many of the first training examples; None means all.
+
+        Returns:
+          The workload.
+
+        Raises:
+          ValueError: as `from_arrays`, or `module` is neither linen nor nnx.
+
+        Example:
+          >>> import flax.linen as nn, numpy as np
+          >>> import playbook_optax as pbx
+          >>> x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+          >>> y = (x[:, 0] > 0).astype(np.int32)
+          >>> workload = pbx.Workload.from_flax(
+          ...     nn.Dense(2), train=(x[:32], y[:32]), valid=(x[32:], y[32:]), batch_size=8)
+          >>> workload.name
+          'Dense'
+
+        Source: playbook, "Determining the number of steps for each training run".
+        """
+        from playbook_optax.trials import flax_models  # Importing flax takes a second.
+
+        model_name, init, apply = flax_models.functions(module, train)
+        return cls.from_arrays(
+            init,
+            apply,
+            train,
+            valid,
+            batch_size=batch_size,
+            loss=loss,
+            name=name or model_name,
+            objective=objective,
+            maximize=maximize,
+            test=test,
+            eval_batch_size=eval_batch_size,
+            num_train_eval=num_train_eval,
+            has_state=True,
+        )
+
+
+#: A workload, or a function of the point that gives one.
+WorkloadLike = Workload | Callable[[Any], Workload]
+
+
+def resolve(workload: WorkloadLike, point: Any) -> Workload:
+    """The workload at a point; a function of the point is called, which happens while tracing."""
+    if isinstance(workload, Workload):
+        return workload
+    if not callable(workload):
+        raise _checks.ArgumentTypeError(
+            f"workload must be a pbx.Workload or a function of the point, got {workload!r}."
+        )
+    resolved = workload(point)
+    if not isinstance(resolved, Workload):
+        raise _checks.ArgumentTypeError(
+            f"the workload function must return a pbx.Workload, got {resolved!r}."
+        )
+    return resolved
+
+
+def _mean_over_rest(values: chex.Array) -> chex.Array:
+    """One value per example: (batch, ...) -> (batch,)."""
+    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
+
+
+def _per_example_loss(loss: str | Loss) -> Callable[[chex.Array, chex.Array], chex.Array]:
+    """The loss as a function (outputs, y) -> (batch,) that never broadcasts silently."""
+    if loss == "softmax":
+
+        def per_example(outputs: chex.Array, y: chex.Array) -> chex.Array:
+            if outputs.shape[:-1] != y.shape:
+                raise ValueError(
+                    f"logits of shape {outputs.shape} do not fit labels of shape {y.shape}: the "
+                    "logits need one more axis, the classes, at the end."
+                )
+            return _mean_over_rest(optax.softmax_cross_entropy_with_integer_labels(outputs, y))
+
+    elif loss == "mse":
+
+        def per_example(outputs: chex.Array, y: chex.Array) -> chex.Array:
+            if outputs.shape == (*y.shape, 1):
+                outputs = outputs[..., 0]
+            if outputs.shape != y.shape:
+                raise ValueError(
+                    f"outputs of shape {outputs.shape} do not fit targets of shape {y.shape}; JAX "
+                    "would broadcast one against the other silently."
+                )
+            return _mean_over_rest(jnp.square(outputs - y))
+
+    else:
+        assert callable(loss)
+
+        def per_example(outputs: chex.Array, y: chex.Array) -> chex.Array:
+            losses = loss(outputs, y)
+            if jnp.shape(losses) != y.shape[:1]:
+                raise ValueError(
+                    f"the loss function must return one loss per example, shape {y.shape[:1]}, got "
+                    f"{jnp.shape(losses)}; leave the mean to the workload."
+                )
+            return losses
+
+    return per_example
+
+
+def _check_model(
+    init: Callable[..., Any],
+    apply: Callable[..., Any],
+    splits: dict[str, dict[str, np.ndarray]],
+    per_example: Callable[[chex.Array, chex.Array], chex.Array],
+    classify: bool,
+    eval_batch_size: int,
+) -> None:
+    """Checks labels and indices against the model, without training anything."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    small = {
+        k: jax.ShapeDtypeStruct((2, *v.shape[1:]), v.dtype) for k, v in splits["train"].items()
+    }
+
+    def forward(key: chex.PRNGKey, x: chex.Array) -> chex.Array:
+        outputs, _ = apply(*init(key), x, None, False)
+        return outputs
+
+    outputs = jax.eval_shape(forward, key, small["x"])
+    if not hasattr(outputs, "shape"):
+        return
+    jax.eval_shape(per_example, outputs, small["y"])
+    for name, split in splits.items():
+        if classify:
+            arrays.check_labels_below(name, split["y"], outputs.shape[-1])
+        if np.issubdtype(split["x"].dtype, np.integer):
+            arrays.check_indices(
+                name,
+                lambda x: forward(jax.random.key(0), x),
+                split["x"],
+                min(eval_batch_size, len(split["x"])),
+            )

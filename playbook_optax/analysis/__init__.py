@@ -1,0 +1,1 @@
+"""From a Study to info tables and Findings; never imports training."""

@@ -1,0 +1,311 @@
+"""Training curves of the best trials: still improving at the end, or settled early."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from playbook_optax import _checks
+from playbook_optax.analysis.findings import Finding
+from playbook_optax.analysis.outcomes import mean_curve, metric_names, outcomes
+from playbook_optax.records.study import Study
+
+SECTION = "Deciding how long to train when training is not compute-bound"
+BOUND_SECTION = "Determining the number of steps for each training run"
+EARLY = 0.1
+"""Share of training in which a best step is early."""
+LATE = 0.75
+"""Share of training after which a best step is late."""
+AGREE = 0.8
+"""Share of the good trials that must agree, the "almost all" of the playbook."""
+MIN_EVALS = 8
+"""Evaluations after the first update that a curve needs before its shape is judged."""
+MIN_GAIN = 0.005
+"""Smallest part of a curve's whole improvement that is worth more training."""
+
+
+class CurveRow(NamedTuple):
+    """The objective's curve of one good trial.
+
+    Attributes:
+      trial: its index.
+      value: its best value.
+      best_step: step of that value.
+      best_fraction: best_step as a share of training.
+      settled_step: first evaluated step within two noise deviations of the best value.
+      settled_fraction: settled_step as a share of training.
+      noise: standard deviation of one evaluation around the curve, over the second half.
+      last_gain: improvement over the last quarter by a straight line through it; negative if it
+        got worse.
+      last_gain_error: standard error of that.
+      total_gain: improvement from the first evaluation to the best value.
+      improving: whether the best step is in the last quarter, the line improves by more than two
+        standard errors, and by at least 0.5% of the total improvement.
+      early: whether the curve settled within the first tenth of training.
+    """
+
+    trial: int
+    value: float
+    best_step: int
+    best_fraction: float
+    settled_step: int
+    settled_fraction: float
+    noise: float
+    last_gain: float
+    last_gain_error: float
+    total_gain: float
+    improving: bool
+    early: bool
+
+
+class CurveInfo(NamedTuple):
+    """The curves of the good trials.
+
+    Attributes:
+      objective: the metric.
+      rows: one per good trial, best first; empty if the check was skipped.
+      num_steps: steps of training.
+      num_early: rows that settled early.
+      num_improving: rows still improving at the end.
+      can_be_early: whether any evaluation falls within the first tenth of training.
+      skipped: why nothing was judged; "" if something was.
+    """
+
+    objective: str
+    rows: tuple[CurveRow, ...]
+    num_steps: int
+    num_early: int
+    num_improving: int
+    can_be_early: bool
+    skipped: str
+
+
+def _noise(y: np.ndarray) -> float:
+    """Deviation of single evaluations: from how far each lies off the middle of its neighbours."""
+    off = y[1:-1] - (y[:-2] + y[2:]) / 2
+    return float(np.sqrt(np.mean(off**2) / 1.5)) if len(off) else 0.0
+
+
+def _row(trial: int, step: np.ndarray, loss: np.ndarray, sign: float, num_steps: int) -> CurveRow:
+    """Judges one curve whose smaller values are better."""
+    best = int(loss.argmin())
+    noise = _noise(loss[step >= num_steps / 2])
+    settled = int(np.argmax(loss <= loss[best] + 2 * noise))
+    late = step >= LATE * num_steps
+    x, y = step[late] / num_steps, loss[late]
+    spread = float(np.sum((x - x.mean()) ** 2))
+    slope = float(np.sum((x - x.mean()) * (y - y.mean())) / spread) if spread else 0.0
+    gain = -slope * (1 - LATE)
+    error = noise / math.sqrt(spread) * (1 - LATE) if spread else math.inf
+    total = float(loss[0] - loss[best])
+    improving = bool(
+        step[best] > LATE * num_steps and gain > 2 * error and gain >= MIN_GAIN * total > 0
+    )
+    return CurveRow(
+        trial=trial,
+        value=float(sign * loss[best]),
+        best_step=int(step[best]),
+        best_fraction=float(step[best] / num_steps),
+        settled_step=int(step[settled]),
+        settled_fraction=float(step[settled] / num_steps),
+        noise=noise,
+        last_gain=gain,
+        last_gain_error=error,
+        total_gain=total,
+        improving=improving,
+        early=bool(step[settled] <= EARLY * num_steps),
+    )
+
+
+def curve_info(
+    study: Study, objective: str | None = None, maximize: bool | None = None
+) -> CurveInfo:
+    """Measures the shape of the good trials' curves.
+
+    The step of the best value says little by itself: on a noisy plateau it is anywhere. So the
+    noise of single evaluations is estimated from the second half of each curve (how far each lies
+    off the middle of its neighbours), an improvement counts beyond two of its standard errors,
+    and a curve has settled where it first comes within two deviations of its best.
+
+    Args:
+      study: the study.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      The CurveInfo over the good trials (best tenth, at least three, at most ten).
+
+    Raises:
+      ValueError: no such metric.
+
+    Source: "Determining the number of steps for each training run".
+    """
+    out = outcomes(study, objective, maximize)
+    num_steps = int(out.step.max()) if len(out.step) else 0
+    num_after = int((out.step > 0).sum())
+    can_be_early = bool(((out.step > 0) & (out.step <= EARLY * num_steps)).any())
+    skipped = ""
+    if out.best < 0:
+        skipped = "no trial has a value"
+    elif num_after < MIN_EVALS:
+        skipped = (
+            f"{num_after} evaluations after the first update are too few to tell a trend from "
+            f"noise; {MIN_EVALS} are needed"
+        )
+    rows = []
+    if not skipped:
+        sign = -1.0 if out.maximize else 1.0
+        for trial in out.good():
+            curve = sign * out.curve[trial]
+            seen = np.isfinite(curve)
+            if (seen & (out.step > 0)).sum() >= MIN_EVALS:
+                rows.append(_row(int(trial), out.step[seen], curve[seen], sign, num_steps))
+        if not rows:
+            skipped = f"the good trials have fewer than {MIN_EVALS} finite evaluations"
+    return CurveInfo(
+        objective=out.objective,
+        rows=tuple(rows),
+        num_steps=num_steps,
+        num_early=sum(r.early for r in rows),
+        num_improving=sum(r.improving for r in rows),
+        can_be_early=can_be_early,
+        skipped=skipped,
+    )
+
+
+def curve_findings(info: CurveInfo) -> list[Finding]:
+    """Says whether max_train_steps looks too small or far too large.
+
+    Args:
+      info: from `curve_info`.
+
+    Returns:
+      `still_improving` or `saturated_early` (warnings) when at least 80% of the good trials agree,
+      `curve_check_skipped` (info) when the curves could not be judged, or nothing.
+    """
+    if info.skipped:
+        advice = ""
+        if "too few" in info.skipped:
+            advice = f"Evaluate at least every {max(info.num_steps // MIN_EVALS, 1)} steps."
+        return [
+            Finding(
+                "curve_check_skipped",
+                "info",
+                f"Whether training was long enough was not checked: {info.skipped}.",
+                {"reason": info.skipped, "num_steps": info.num_steps},
+                SECTION,
+                advice,
+            )
+        ]
+    num = len(info.rows)
+    evidence = {
+        "objective": info.objective,
+        "num_steps": info.num_steps,
+        "trials": [r.trial for r in info.rows],
+        "best_steps": [r.best_step for r in info.rows],
+        "settled_steps": [r.settled_step for r in info.rows],
+        "last_gains": [r.last_gain for r in info.rows],
+        "last_gain_errors": [r.last_gain_error for r in info.rows],
+    }
+    if info.num_improving >= AGREE * num:
+        gain = float(np.median([r.last_gain for r in info.rows]))
+        error = float(np.median([r.last_gain_error for r in info.rows]))
+        return [
+            Finding(
+                "still_improving",
+                "warning",
+                f"{info.num_improving} of the {num} best trials were still improving at the end: "
+                f"{info.objective} gained {gain:.3g} (error {error:.1g}) in the last quarter of "
+                f"{info.num_steps} steps, and their best steps are all in it."
+                if info.num_improving == num
+                else f"{info.num_improving} of the {num} best trials were still improving at the "
+                f"end: {info.objective} gained {gain:.3g} (error {error:.1g}) in the last quarter "
+                f"of {info.num_steps} steps.",
+                evidence,
+                BOUND_SECTION,
+                "Training is compute-bound at this length: if you can afford it, train longer and "
+                "tune the learning rate decay again.",
+            )
+        ]
+    if info.can_be_early and info.num_early >= AGREE * num:
+        last = max(r.settled_step for r in info.rows if r.early)
+        return [
+            Finding(
+                "saturated_early",
+                "warning",
+                f"{info.num_early} of the {num} best trials were within noise of their best "
+                f"{info.objective} by step {last}, in the first tenth of {info.num_steps} steps.",
+                evidence,
+                SECTION,
+                f"Training is far too long: about {min(5 * max(last, 1), info.num_steps)} steps, "
+                "five times that, leave room to spare, and the rest buys more trials.",
+            )
+        ]
+    return []
+
+
+class BestCurves(NamedTuple):
+    """The curves to draw for the best trials.
+
+    Attributes:
+      step: (eval,) optimizer updates before each evaluation.
+      trials: indices of the trials, best first.
+      values: their best values.
+      best_steps: the steps of these.
+      points: their hyperparameters.
+      objective: name of the objective.
+      maximize: whether larger is better.
+      metrics: name to (num_trials, eval) curves: the objective first, then the training loss.
+    """
+
+    step: np.ndarray
+    trials: tuple[int, ...]
+    values: tuple[float, ...]
+    best_steps: tuple[int, ...]
+    points: tuple[dict[str, Any], ...]
+    objective: str
+    maximize: bool
+    metrics: dict[str, np.ndarray]
+
+
+@_checks.named_arguments
+def best_curves(
+    study: Study,
+    num_trials: int = 5,
+    objective: str | None = None,
+    maximize: bool | None = None,
+) -> BestCurves:
+    """The objective and the training loss of the best trials, means over seeds.
+
+    Args:
+      study: the study.
+      num_trials: how many trials, at most.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      The BestCurves. The training loss is `train/loss`, or else `step/loss`, if recorded.
+
+    Raises:
+      ValueError: no such metric, or num_trials is not a positive integer.
+
+    Source: "Examining the training curves".
+    """
+    num_trials = _checks.check_count("num_trials", num_trials)
+    out = outcomes(study, objective, maximize)
+    top = out.order[:num_trials]
+    names = [out.objective]
+    known = metric_names(study)
+    losses = [n for n in ("train/loss", "step/loss") if n in known and n != out.objective]
+    names += losses[:1]
+    points = tuple({n: v[t].item() for n, v in study.points.items()} for t in top)
+    return BestCurves(
+        step=out.step,
+        trials=tuple(int(t) for t in top),
+        values=tuple(float(v) for v in out.value[top]),
+        best_steps=tuple(int(s) for s in out.best_step[top]),
+        points=points,
+        objective=out.objective,
+        maximize=out.maximize,
+        metrics={n: mean_curve(study, n)[top] for n in names},
+    )

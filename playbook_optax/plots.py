@@ -1,0 +1,496 @@
+"""Draws what the analysis measured; computes nothing itself. Needs the extra `plots`."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from playbook_optax import _checks
+from playbook_optax.analysis.axes import Axis, axis, drawn_at, hyperparameters
+from playbook_optax.analysis.curves import best_curves
+from playbook_optax.analysis.norms import norm_histogram
+from playbook_optax.analysis.outcomes import Outcomes, outcomes
+from playbook_optax.records.study import Study
+
+# Okabe and Ito's colours, told apart by every kind of colour vision; marks differ in shape too.
+BLUE, VERMILLION, BLACK, GREY, ORANGE = "#0072B2", "#D55E00", "#000000", "#777777", "#E69F00"
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+
+
+class AxisPlot(NamedTuple):
+    """What an axis plot draws.
+
+    Attributes:
+      axis: the hyperparameter.
+      outcomes: how the trials ended.
+      x: (trial,) where each trial is drawn: the value, 1 - value on a reverse_log scale, or the
+        index of a choice.
+      infeasible_share: share of infeasible trials.
+    """
+
+    axis: Axis
+    outcomes: Outcomes
+    x: np.ndarray
+    infeasible_share: float
+
+
+def axis_plot_info(
+    study: Study, name: str, objective: str | None = None, maximize: bool | None = None
+) -> AxisPlot:
+    """The table behind `plot_axis`.
+
+    Args:
+      study: the study.
+      name: a hyperparameter.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      The AxisPlot.
+
+    Raises:
+      ValueError: no such hyperparameter or metric.
+
+    Source: "Identifying bad search space boundaries" (axis plots).
+    """
+    line = axis(study, name)
+    out = outcomes(study, objective, maximize)
+    x = drawn_at(line.values, line.start, line.scale)
+    if line.scale == "reverse_log":
+        x = 1 - x
+    share = float(out.infeasible.mean()) if out.num_trials else 0.0
+    return AxisPlot(line, out, x, share)
+
+
+def _pyplot() -> Any:
+    return _checks.require("matplotlib.pyplot", "plots", "Plotting")
+
+
+def _new_axes(ax: Any, width: float = 6.0, height: float = 4.0) -> Any:
+    """The given axes, or new ones on their own figure."""
+    if ax is None:
+        _, ax = _pyplot().subplots(figsize=(width, height), layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def _spans_decades(values: np.ndarray) -> bool:
+    """Whether positive values spread over a decade or more, so that a log axis serves better."""
+    seen = values[np.isfinite(values)]
+    return bool(len(seen) > 1 and seen.min() > 0 and seen.max() >= 10 * seen.min())
+
+
+def _tick_formatter(reverse: bool = False) -> Any:
+    """Plain numbers: 0.001 rather than 10 to the minus 3, and 0.999 on a 1 - x axis."""
+    ticker = _checks.require("matplotlib.ticker", "plots", "Plotting")
+
+    def label(x: float, _: Any) -> str:
+        if reverse:
+            digits = max(-math.floor(math.log10(x) + 1e-9), 0) if x > 0 else 0
+            return f"{1 - x:.{digits}f}"
+        if x == 0 or 1e-3 <= abs(x) < 1e5:
+            return f"{x:g}"
+        mantissa, exponent = f"{x:.0e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+
+    return ticker.FuncFormatter(label)
+
+
+def _log_axis(which: Any, low: float, high: float, reverse: bool = False) -> None:
+    """Ticks that are few and labelled: decades, and 2 and 5 between them on short axes."""
+    ticker = _checks.require("matplotlib.ticker", "plots", "Plotting")
+    decades = math.log10(high / low) if low > 0 else 9.0
+    subs = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.5 else tuple(range(1, 10))
+    which.set_major_locator(ticker.LogLocator(base=10, subs=subs, numticks=12))
+    which.set_minor_locator(ticker.NullLocator())
+    which.set_major_formatter(_tick_formatter(reverse))
+
+
+def _metric_label(name: str, maximize: bool) -> str:
+    return f"{name} ({'higher' if maximize else 'lower'} is better)"
+
+
+def _set_x_axis(ax: Any, line: Axis, x: np.ndarray) -> None:
+    """Scale, limits, ticks and label of the hyperparameter."""
+    if line.kind == "categorical":
+        ax.set_xticks(range(len(line.labels)), line.labels)
+        ax.set_xlim(-0.5, len(line.labels) - 0.5)
+        ax.set_xlabel(line.name)
+        return
+    if line.scale == "linear":
+        low, high = min(line.low, x.min()), max(line.high, x.max())
+        pad = 0.04 * ((high - low) or abs(high) or 1.0)
+        ax.set_xlim(low - pad, high + pad)
+        ax.set_xlabel(f"{line.name} (linear scale)")
+        return
+    reverse = line.scale == "reverse_log"
+    if reverse:
+        ends = np.asarray([1 - line.high, 1 - line.low])
+    else:
+        ends = np.asarray([line.start, line.high])
+    low, high = min(ends[0], x.min()), max(ends[1], x.max())
+    pad = (high / low) ** 0.04 if high > low else 1.5
+    ax.set_xscale("log")
+    ax.set_xlim(low / pad, high * pad)
+    _log_axis(ax.xaxis, low, high, reverse)
+    if reverse:
+        ax.invert_xaxis()
+        ax.set_xlabel(f"{line.name} (log scale in 1 − {line.name})")
+    else:
+        ax.set_xlabel(f"{line.name} (log scale)")
+    if line.start != line.low:
+        ticks = [t for t in ax.get_xticks() if 1.9 * line.start < t <= high]
+        ax.set_xticks([line.start, *ticks], ["0", *(f"{t:g}" for t in ticks)])
+        ax.set_xlabel(f"{line.name} (log scale, and 0)")
+
+
+@_checks.named_arguments
+def plot_axis(
+    study: Study,
+    name: str,
+    ax: Any = None,
+    objective: str | None = None,
+    maximize: bool | None = None,
+) -> Any:
+    """Draws the objective against one hyperparameter, one mark per trial.
+
+    Infeasible trials are crosses in a band along the top, the best trial is a star, and the ends
+    of the search space are dashed lines. A reverse_log hyperparameter such as b1 is drawn on a
+    log axis in 1 - x that runs backwards, so that x still grows to the right; its tick labels are
+    the values of x themselves.
+
+    Args:
+      study: the study.
+      name: a hyperparameter.
+      ax: matplotlib Axes to draw into; new ones by default.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no such hyperparameter or metric.
+
+    Example:
+      >>> import numpy as np
+      >>> from playbook_optax.records.study import Study
+      >>> study = Study.from_arrays(
+      ...     {"learning_rate": np.array([0.01, 0.1, 1.0])},
+      ...     {"valid/loss": np.array([[2.0, 1.0], [2.0, 0.5], [2.0, np.nan]])},
+      ...     np.array([0, 10]), objective="valid/loss", infeasible=np.array([False, False, True]))
+      >>> plot_axis(study, "learning_rate").get_xlabel()
+      'learning_rate (log scale)'
+
+    Source: "Identifying bad search space boundaries" and "How can optimization failures be
+      debugged and mitigated?" (figure 7a).
+    """
+    info = axis_plot_info(study, name, objective, maximize)
+    line, out = info.axis, info.outcomes
+    ax = _new_axes(ax)
+    others = out.usable.copy()
+    if out.best >= 0:
+        others[out.best] = False
+    ax.plot(
+        info.x[others],
+        out.value[others],
+        "o",
+        color=BLUE,
+        markersize=6,
+        alpha=0.75,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        label="trial",
+    )
+    if out.best >= 0:
+        ax.plot(
+            info.x[out.best],
+            out.value[out.best],
+            "*",
+            color=ORANGE,
+            markersize=16,
+            markeredgecolor=BLACK,
+            markeredgewidth=0.8,
+            label="best trial",
+            zorder=4,
+        )
+    if _spans_decades(out.value):
+        ax.set_yscale("log")
+        seen = out.value[out.usable]
+        _log_axis(ax.yaxis, float(seen.min()), float(seen.max()))
+    if out.infeasible.any():
+        _draw_infeasible(ax, info)
+    _set_x_axis(ax, line, info.x)
+    if line.declared and line.kind != "categorical":
+        ends = (
+            (1 - line.low, 1 - line.high)
+            if line.scale == "reverse_log"
+            else (line.start, line.high)
+        )
+        for i, end in enumerate(ends):
+            ax.axvline(
+                end,
+                color=GREY,
+                linestyle=(0, (4, 3)),
+                linewidth=1,
+                zorder=1,
+                label="search space" if i == 0 else "_nolegend_",
+            )
+    ax.set_ylabel(_metric_label(f"best {out.objective}", out.maximize))
+    if ax.get_legend_handles_labels()[0]:
+        # Above the axes, where it can cover no trial.
+        ax.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=4,
+            frameon=False,
+            fontsize="small",
+            handletextpad=0.3,
+            columnspacing=1.2,
+            borderaxespad=0.2,
+        )
+    return ax
+
+
+def _draw_infeasible(ax: Any, info: AxisPlot) -> None:
+    """Crosses in a shaded band along the top, above every feasible trial."""
+    bad = info.outcomes.infeasible
+    low, high = ax.get_ylim()
+    if not info.outcomes.usable.any():
+        ax.set_yticks([])
+    elif ax.get_yscale() == "log":
+        ax.set_ylim(low, high * (high / low) ** 0.12)
+    else:
+        ax.set_ylim(low, high + 0.12 * (high - low))
+    ax.axhspan(0.91, 1.0, transform=ax.get_yaxis_transform(), color=VERMILLION, alpha=0.08, lw=0)
+    ax.plot(
+        info.x[bad],
+        np.full(bad.sum(), 0.955),
+        "x",
+        transform=ax.get_xaxis_transform(),
+        color=VERMILLION,
+        markersize=7,
+        markeredgewidth=1.6,
+        label=f"infeasible ({bad.sum()} of {len(bad)}, {info.infeasible_share:.0%})",
+    )
+
+
+@_checks.named_arguments
+def plot_axes(study: Study, objective: str | None = None, maximize: bool | None = None) -> Any:
+    """Draws one axis plot per hyperparameter that varies.
+
+    Args:
+      study: the study.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      A matplotlib Figure with one Axes per hyperparameter, at most three in a row.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no such metric, or no hyperparameter to draw.
+
+    Source: "Identifying bad search space boundaries" (axis plots).
+    """
+    names = hyperparameters(study)
+    names = [n for n in names if len(np.unique(axis(study, n).values)) > 1] or names
+    if not names:
+        raise ValueError("study has no hyperparameters to draw. Give from_arrays its points.")
+    num_cols = min(len(names), 3)
+    num_rows = -(-len(names) // num_cols)
+    figure, grid = _pyplot().subplots(
+        num_rows,
+        num_cols,
+        figsize=(5.0 * num_cols, 3.8 * num_rows),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    cells = grid.ravel()
+    for cell, name in zip(cells, names, strict=False):
+        plot_axis(study, name, ax=cell, objective=objective, maximize=maximize)
+    labels = [cell.get_legend_handles_labels() for cell in cells[: len(names)]]
+    for i, cell in enumerate(cells):
+        if i >= len(names):
+            cell.remove()
+            continue
+        cell.get_legend().remove() if cell.get_legend() else None
+        if i % num_cols:
+            cell.set_ylabel("")
+    unique = {
+        text: mark for marks, texts in labels for mark, text in zip(marks, texts, strict=True)
+    }
+    figure.legend(unique.values(), unique.keys(), loc="outside upper left", ncols=4, frameon=False)
+    return figure
+
+
+def _point_label(point: dict[str, Any]) -> str:
+    shown = list(point.items())[:3]
+    text = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown)
+    return text + (", …" if len(point) > 3 else "")
+
+
+@_checks.named_arguments
+def plot_curves(
+    study: Study,
+    num_trials: int = 5,
+    ax: Any = None,
+    objective: str | None = None,
+    maximize: bool | None = None,
+) -> Any:
+    """Draws the training curves of the best trials: the objective, and the training loss below.
+
+    Args:
+      study: the study.
+      num_trials: how many trials, at most.
+      ax: matplotlib Axes to draw the objective into, alone; by default a new figure holds both.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      The matplotlib Figure, or `ax` if it was given.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no such metric, or num_trials is not a positive integer.
+
+    Source: "Examining the training curves".
+    """
+    info = best_curves(study, num_trials, objective, maximize)
+    names = list(info.metrics)[:1] if ax is not None else list(info.metrics)
+    if ax is None:
+        figure, grid = _pyplot().subplots(
+            1, len(names), figsize=(5.5 * len(names), 4.2), squeeze=False, layout="constrained"
+        )
+        cells = list(grid[0])
+    else:
+        figure, cells = ax.figure, [ax]
+    for cell, name in zip(cells, names, strict=True):
+        _new_axes(cell)
+        curves = info.metrics[name]
+        for i, trial in enumerate(info.trials):
+            colour = SERIES[i % len(SERIES)]
+            cell.plot(
+                info.step,
+                curves[i],
+                color=colour,
+                linestyle=DASHES[i % len(DASHES)],
+                linewidth=1.8 if i == 0 else 1.3,
+                zorder=3 - i / 10,
+                label=f"trial {trial}: {_point_label(info.points[i])}",
+            )
+            if name == info.objective:
+                at = int(np.flatnonzero(info.step == info.best_steps[i])[0])
+                cell.plot(
+                    info.step[at],
+                    curves[i][at],
+                    "o",
+                    color=colour,
+                    markersize=6,
+                    markeredgecolor=BLACK,
+                    markeredgewidth=0.6,
+                    zorder=5,
+                    label="_nolegend_",
+                )
+        if curves.size and _spans_decades(curves):
+            cell.set_yscale("log")
+            _log_axis(cell.yaxis, float(np.nanmin(curves)), float(np.nanmax(curves)))
+        cell.set_xlabel("step (optimizer updates)")
+        better = info.maximize if name == info.objective else False
+        cell.set_ylabel(_metric_label(name, better))
+    marks, texts = cells[0].get_legend_handles_labels()
+    if ax is not None:
+        if marks:
+            ax.legend(fontsize="small", frameon=False)
+        return ax
+    cells[0].set_title("dots: best step of each trial", fontsize="small", loc="left", color=GREY)
+    if marks:
+        figure.legend(
+            marks,
+            texts,
+            loc="outside lower center",
+            ncols=min(2, len(marks)),
+            frameon=False,
+            fontsize="small",
+        )
+    return figure
+
+
+@_checks.named_arguments
+def plot_gradient_norms(study: Study, ax: Any = None, trials: Any = None) -> Any:
+    """Draws the histogram of unclipped gradient norms, with its 50th, 90th and 99th percentiles.
+
+    The 90th percentile is the playbook's first choice of a clipping threshold.
+
+    Args:
+      study: a study whose gradient norms were recorded.
+      ax: matplotlib Axes to draw into; new ones by default.
+      trials: indices of the trials to pool; all feasible ones by default.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no norms were recorded, or a trial does not exist.
+
+    Source: "How can optimization failures be debugged and mitigated?" (gradient clipping).
+    """
+    info = norm_histogram(study, trials)
+    ax = _new_axes(ax)
+    filled = np.flatnonzero(info.counts)
+    num = len(info.trials)
+    ax.set_xlabel(
+        f"global gradient norm before clipping ({num} trials pooled)"
+        if num != 1
+        else f"global gradient norm before clipping (trial {info.trials[0]})"
+    )
+    ax.set_ylabel("share of updates (%)")
+    if not len(filled):
+        ax.text(0.5, 0.5, "no updates recorded", transform=ax.transAxes, ha="center")
+        return ax
+    low, high = info.low.copy(), info.high.copy()
+    inner = np.flatnonzero((low > 0) & np.isfinite(high))
+    ratio = high[inner[0]] / low[inner[0]] if len(inner) else 2.0
+    open_low, open_high = low <= 0, ~np.isfinite(high)
+    low[open_low] = high[open_low] / ratio
+    high[open_high] = low[open_high] * ratio
+    ax.set_xscale("log")
+    ax.bar(
+        low,
+        100 * info.counts / info.counts.sum(),
+        width=high - low,
+        align="edge",
+        color=BLUE,
+        alpha=0.75,
+        edgecolor="white",
+        linewidth=0.4,
+    )
+    first, last = low[filled[0]], high[filled[-1]]
+    ax.set_xlim(first / 1.2, last * 1.2)
+    _log_axis(ax.xaxis, first, last)
+    dashes = {50.0: ":", 90.0: "--", 99.0: "-"}
+    for q, norm in info.percentiles.items():
+        ax.axvline(
+            norm,
+            color=VERMILLION,
+            linestyle=dashes[q],
+            linewidth=1.5,
+            label=f"{q:.0f}th percentile: {norm:.3g}",
+        )
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+        handletextpad=0.4,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
+    return ax

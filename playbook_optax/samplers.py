@@ -300,7 +300,8 @@ def _permuted(key: chex.PRNGKey, plan: _Plan, scramble: str) -> chex.Array:
         return (plan.entry_value + shift) % plan.segment_base[plan.entry_segment]
     order = _bits(fold(keys[plan.entry_segment], plan.entry_value))
     # A stable sort of random words within each segment: a uniform permutation of its values.
-    return jax.lax.sort((plan.entry_segment, order, plan.entry_value), num_keys=2)[2]
+    operands = [jnp.asarray(plan.entry_segment), order, jnp.asarray(plan.entry_value)]
+    return jax.lax.sort(operands, num_keys=2)[2]
 
 
 def _bits(keys: chex.PRNGKey) -> chex.Array:
@@ -364,9 +365,7 @@ def _to_float32(high: chex.Array, low: chex.Array) -> chex.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("num_points", "num_dims"))
-def _uniform(
-    key: chex.PRNGKey, first: chex.Array, *, num_points: int, num_dims: int
-) -> chex.Array:
+def _uniform(key: chex.PRNGKey, first: chex.Array, *, num_points: int, num_dims: int) -> chex.Array:
     def column(j: chex.Array) -> chex.Array:
         dim_key = jax.random.fold_in(key, j)
         return _bits(jax.vmap(lambda i: jax.random.fold_in(dim_key, i))(index))

@@ -1,0 +1,488 @@
+"""Trials from elsewhere, the user's own loop or another tool's table, as one block of a study."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from playbook_optax import _feasibility
+from playbook_optax._checks import check_count, nearest
+from playbook_optax.records import storage
+from playbook_optax.search_space import Categorical, SearchSpace
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def labels_of(space: SearchSpace | None) -> dict[str, tuple[str, ...]]:
+    """The labels of the choices that points hold as an index.
+
+    Args:
+      space: the search space, or None.
+
+    Returns:
+      Hyperparameter to labels, for every categorical whose choices are not numbers.
+    """
+    return {
+        name: parameter.labels
+        for name, parameter in (space or {}).items()
+        if isinstance(parameter, Categorical) and not parameter.numeric
+    }
+
+
+def _numbers(what: str, values: Any) -> np.ndarray:
+    array = np.asarray(values)
+    # Names such as bfloat16 have kind "V" in NumPy but are floats all the same.
+    if array.dtype.kind not in "biuf" and "float" not in array.dtype.name:
+        raise ValueError(f"{what} must be an array of numbers, got dtype {array.dtype}.")
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """Arrays of another loop, checked.
+
+    Attributes:
+      points: name to (trial,).
+      metrics: name to (trial, seed, eval).
+      step: (eval,) int32.
+      present: (trial, eval) which evaluations a table has; None for all.
+      failed: (trial,) which trials are known to have failed; None if that is not known.
+    """
+
+    points: dict[str, np.ndarray]
+    metrics: dict[str, np.ndarray]
+    step: np.ndarray
+    present: np.ndarray | None = None
+    failed: np.ndarray | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        points: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        step: Any,
+        objective: str,
+        space: SearchSpace | None,
+    ) -> "Imported":
+        """Checks what the caller gave.
+
+        Args:
+          points: name to numbers (trial,).
+          metrics: name to numbers (trial, eval) or (trial, seed, eval).
+          step: rising integers (eval,).
+          objective: the name of a metric.
+          space: the search space, or None.
+
+        Returns:
+          The arrays.
+
+        Raises:
+          ValueError: the message names what does not fit.
+        """
+        for what, mapping in (("points", points), ("metrics", metrics)):
+            if not isinstance(mapping, Mapping) or not mapping:
+                raise ValueError(f"{what} must be a non-empty mapping of name to array.")
+            for name in mapping:
+                if not isinstance(name, str) or not name:
+                    raise ValueError(f"{what} has the name {name!r}; names are non-empty text.")
+        if objective not in metrics:
+            raise ValueError(
+                f"objective = {objective!r} is not in metrics: {nearest(objective, metrics)}"
+            )
+        steps = _numbers("step", step)
+        if steps.ndim != 1 or not len(steps) or steps.dtype.kind not in "iu":
+            raise ValueError(
+                f"step must be rising integers of shape (eval,), got dtype {steps.dtype} and shape "
+                f"{steps.shape}."
+            )
+        if steps[0] < 0 or steps[-1] >= 2**31 or np.any(steps[1:] <= steps[:-1]):
+            raise ValueError("step must rise from >= 0 to < 2**31 without repetition.")
+        checked_points = {name: _numbers(f"points[{name!r}]", v) for name, v in points.items()}
+        first = next(iter(checked_points))
+        shape = checked_points[first].shape
+        for name, values in checked_points.items():
+            if values.ndim != 1 or not len(values):
+                raise ValueError(
+                    f"points[{name!r}] must have shape (trial,) with at least one trial, got "
+                    f"{values.shape}."
+                )
+            if values.shape != shape:
+                raise ValueError(
+                    f"points[{name!r}] has {len(values)} trials but points[{first!r}] has "
+                    f"{shape[0]}."
+                )
+            bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
+            if len(bad):
+                raise ValueError(
+                    f"points[{name!r}] is not finite in {len(bad)} trials, the first {bad[0]}. A "
+                    "hyperparameter that only some trials have makes two studies."
+                )
+        if space is not None:
+            absent = [name for name in space if name not in checked_points]
+            if absent:
+                raise ValueError(f"points lacks {', '.join(absent)}, which space has.")
+        checked_metrics = {}
+        leading: tuple[int, ...] | None = None
+        for name, values in metrics.items():
+            array = _numbers(f"metrics[{name!r}]", values)
+            wanted = (shape[0], len(steps))
+            if array.ndim not in (2, 3) or (array.shape[0], array.shape[-1]) != wanted:
+                raise ValueError(
+                    f"metrics[{name!r}] must have shape (trial, eval) = {wanted} or (trial, seed, "
+                    f"eval), got {array.shape}."
+                )
+            if array.ndim == 2:
+                array = array[:, None, :]
+            if leading is not None and array.shape != leading:
+                raise ValueError(
+                    f"metrics[{name!r}] has {array.shape[1]} seeds, the metrics before it "
+                    f"{leading[1]}."
+                )
+            if not array.shape[1]:
+                raise ValueError(f"metrics[{name!r}] has no seed: its shape is {array.shape}.")
+            leading = array.shape
+            checked_metrics[name] = array
+        return cls(checked_points, checked_metrics, steps.astype(np.int32))
+
+    def judge(self, objective: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]:
+        """Whether each run is infeasible, from which evaluation, why, and what was not judged."""
+        shape = self.metrics[objective].shape
+        bad = np.zeros(shape, bool)
+        for name, values in self.metrics.items():
+            if name == objective or "loss" in name.rpartition("/")[2].lower():
+                bad |= ~np.isfinite(values.astype(np.float64))
+        if self.present is not None:
+            bad &= self.present[:, None, :]
+        infeasible = np.asarray(bad.any(axis=-1))
+        reason = np.where(infeasible, _feasibility.NONFINITE_LOSS, 0)
+        index = np.where(infeasible, bad.argmax(axis=-1), -1)
+        if self.failed is not None:  # Known without a reason: none is made up.
+            infeasible = infeasible | self.failed[:, None]
+        if "train/loss" not in self.metrics:
+            return infeasible, index, reason, {"high_loss": 'there is no metric "train/loss"'}
+        if self.step[0] != 0:
+            return (
+                infeasible,
+                index,
+                reason,
+                {"high_loss": f'"train/loss" begins at step {self.step[0]}, not before training'},
+            )
+        curves = self.metrics["train/loss"].astype(np.float64)
+        curves = np.where(np.isfinite(curves), curves, np.nan)
+        high, first_high = _feasibility.high_loss(curves)
+        high = np.logical_and(high, ~infeasible)
+        reason = np.where(high, _feasibility.HIGH_LOSS, reason)
+        return np.logical_or(infeasible, high), np.where(high, first_high, index), reason, {}
+
+    def record(
+        self,
+        objective: str,
+        maximize: bool,
+        space: SearchSpace | None,
+        infeasible: Any,
+        name: str,
+        *,
+        source: str,
+        extra: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Makes spec and block, deciding which trials are infeasible where it is not given.
+
+        Args:
+          objective: the name of a metric.
+          maximize: whether larger is better.
+          space: the search space, or None.
+          infeasible: booleans (trial,) or (trial, seed), or None.
+          name: what to call the study.
+          source: which function made it.
+          extra: more entries for the spec.
+
+        Returns:
+          Spec and block, as `study_from_blocks` takes them.
+
+        Raises:
+          ValueError: `infeasible` does not fit.
+        """
+        values = self.metrics[objective]
+        num_trials, num_seeds, num_evals = values.shape
+        judged, index, reason, unchecked = self.judge(objective)
+        if infeasible is not None:
+            given = np.asarray(infeasible)
+            if given.dtype != np.bool_ or given.shape not in ((num_trials,), judged.shape):
+                raise ValueError(
+                    f"infeasible must be booleans of shape (trial,) = ({num_trials},) or (trial, "
+                    f"seed), got dtype {given.dtype} and shape {given.shape}."
+                )
+            given = np.broadcast_to(given.reshape(num_trials, -1), judged.shape)
+            # Where the curves show no reason for what the caller knows, none is made up.
+            reason = np.where(given, reason, 0)
+            index = np.where(given, index, -1)
+            judged = given
+            unchecked = {"high_loss": "infeasible was given"}
+        if space is None:
+            unchecked["boundary"] = "there is no search space"
+        if num_evals == 1:
+            unchecked["curves"] = "there is one evaluation per trial"
+        best, best_index = _best_of_curves(values, maximize)
+        step = self.step
+        block: dict[str, np.ndarray] = {
+            "trial": np.repeat(np.arange(num_trials, dtype=np.int32), num_seeds),
+            "seed": np.tile(np.arange(num_seeds, dtype=np.int32), num_trials),
+            **{f"point/{n}": np.repeat(v, num_seeds) for n, v in self.points.items()},
+            **{f"metrics/{n}": v.reshape(-1, num_evals) for n, v in self.metrics.items()},
+            "infeasible": judged.reshape(-1),
+            "infeasible_step": np.where(index >= 0, step[index], -1).astype(np.int32).reshape(-1),
+            "infeasible_reason": reason.astype(np.int8).reshape(-1),
+            "best_value": best.reshape(-1),
+            "best_step": np.where(best_index >= 0, step[best_index], -1)
+            .astype(np.int32)
+            .reshape(-1),
+        }
+        gaps = np.unique(np.diff(step))
+        spec = {
+            "schema_version": storage.SCHEMA_VERSION,
+            "name": name,
+            "objective": objective,
+            "maximize": bool(maximize),
+            "num_trials": num_trials,
+            "num_seeds": num_seeds,
+            "num_steps": int(step[-1]),
+            "eval_every": int(gaps[0]) if len(gaps) == 1 else None,
+            "step": [int(n) for n in step],
+            "keep": "none",
+            "space": None if space is None else space.to_dict(),
+            "trials_per_block": num_trials,
+            "norm_edges": None,
+            "source": source,
+            "unchecked": unchecked,
+            **extra,
+        }
+        return spec, block
+
+
+def _best_of_curves(values: np.ndarray, maximize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Each run's best finite value and its evaluation; NaN and −1 where there is none."""
+    numbers = values.astype(np.float64)
+    finite = np.isfinite(numbers)
+    loss = np.where(finite, -numbers if maximize else numbers, np.inf)
+    index = loss.argmin(axis=-1)
+    exists = finite.any(axis=-1)
+    best = np.take_along_axis(numbers, index[..., None], axis=-1)[..., 0]
+    dtype = values.dtype if values.dtype.kind == "f" else np.float32
+    return np.where(exists, best, np.nan).astype(dtype), np.where(exists, index, -1)
+
+
+class Table:
+    """Another tool's table, turned into arrays."""
+
+    def __init__(
+        self,
+        frame: "pandas.DataFrame",
+        objective: str,
+        parameters: Sequence[str] | Mapping[str, str] | None,
+        metrics: Sequence[str],
+        space: SearchSpace | None,
+        trial: str | None,
+        step: str | None,
+        state: str | None,
+        infeasible: str | None,
+    ):
+        if step is not None and trial is None:
+            raise ValueError(
+                "trial must name the column that tells trials apart, because step= is."
+            )
+        self.frame, self.objective, self.metrics = frame, objective, [objective]
+        self.metrics += [name for name in metrics if name != objective]
+        self.trial, self.step = trial, step
+        self.columns = self._parameter_columns(parameters, space)
+        for what, name in (
+            ("trial", trial),
+            ("step", step),
+            ("state", state),
+            ("infeasible", infeasible),
+            ("objective", objective),
+            *(("metrics", name) for name in self.metrics),
+        ):
+            if name is not None:
+                self._require(what, name)
+        rows, failed = self._rows(state, infeasible)
+        self.rows, self.failed = rows, failed
+        if not len(rows):
+            raise ValueError("frame has no finished trial.")
+        self.ids, self.index = self._trials()
+
+    def _require(self, what: str, column: str) -> None:
+        if column not in self.frame.columns:
+            raise ValueError(
+                f"{what} = {column!r} is not a column of frame: "
+                f"{nearest(column, self.frame.columns)}"
+            )
+
+    def _parameter_columns(
+        self, parameters: Sequence[str] | Mapping[str, str] | None, space: SearchSpace | None
+    ) -> dict[str, str]:
+        if isinstance(parameters, Mapping):
+            columns = dict(parameters)
+        elif parameters is not None or space is not None:
+            if isinstance(parameters, str):
+                raise ValueError(f"parameters must be a list of names, got {parameters!r}.")
+            names = list(parameters if parameters is not None else space)  # type: ignore[arg-type]
+            known = set(self.frame.columns)
+            columns = {
+                n: f"params_{n}" if n not in known and f"params_{n}" in known else n for n in names
+            }
+        else:
+            raise ValueError("parameters must name the columns of hyperparameters, or give space=.")
+        if not columns:
+            raise ValueError("parameters is empty: name at least one hyperparameter.")
+        for column in columns.values():
+            self._require("parameters", column)
+        return columns
+
+    def _rows(self, state: str | None, infeasible: str | None) -> tuple[np.ndarray, Any]:
+        """Which rows belong to finished trials, and whether each is known to have failed."""
+        keep = np.ones(len(self.frame), bool)
+        failed = None
+        if state is not None:
+            # An enum prints as TrialState.COMPLETE.
+            states = [str(s).rpartition(".")[2].upper() for s in self.frame[state]]
+            known = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
+            unknown = sorted(set(states) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"state = {state!r} holds {unknown}; known states: {', '.join(known)}. Use "
+                    "infeasible= with a column of booleans instead."
+                )
+            keep = np.asarray([s not in ("RUNNING", "WAITING") for s in states], bool)
+            failed = np.asarray([s == "FAIL" for s in states], bool)
+        if infeasible is not None:
+            flags = self.frame[infeasible].to_numpy()
+            if not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+                raise ValueError(f"infeasible = {infeasible!r} must be a column of booleans.")
+            failed = flags.astype(bool) | (False if failed is None else failed)
+        rows = np.flatnonzero(keep)
+        return rows, None if failed is None else failed[rows]
+
+    def _trials(self) -> tuple[list[Any], np.ndarray]:
+        """The names of the trials in the order of their first row, and each row's trial."""
+        if self.trial is None:
+            return list(range(len(self.rows))), np.arange(len(self.rows))
+        names = self.frame[self.trial].to_numpy()[self.rows]
+        ids = list(dict.fromkeys(names.tolist()))
+        if self.step is None and len(ids) < len(names):
+            raise ValueError(
+                f"trial = {self.trial!r} has the same trial in several rows: name the column of "
+                "steps with step=, or leave one row per trial."
+            )
+        places = {name: place for place, name in enumerate(ids)}
+        return ids, np.asarray([places[name] for name in names.tolist()])
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.frame[name].to_numpy()[self.rows]
+
+    def _parameter(self, name: str, column: str, labels: Sequence[Any] | None) -> Any:
+        """One hyperparameter by trial, constant within each; text as the index of its label."""
+        values = self._column(column)
+        if values.dtype.kind == "O" and all(type(v) in (int, float) for v in values):
+            values = np.asarray([float(v) for v in values])
+        by_trial = values[np.unique(self.index, return_index=True)[1]]
+        for row, (value, first) in enumerate(zip(values, by_trial[self.index], strict=True)):
+            if not (_is_missing(value) and _is_missing(first)) and not bool(value == first):
+                raise ValueError(
+                    f"parameters: column {column!r} changes within trial "
+                    f"{self.ids[self.index[row]]!r}; a hyperparameter is constant in a trial."
+                )
+        if labels is None and by_trial.dtype.kind in "iuf":
+            return by_trial, None
+        if any(_is_missing(v) for v in by_trial) and "None" not in (labels or ()):
+            raise ValueError(
+                f"parameters: column {column!r} is empty for some trials. A hyperparameter that "
+                "only some trials have makes two studies."
+            )
+        texts = ["None" if _is_missing(v) else str(v) for v in by_trial]
+        known = sorted(set(texts)) if labels is None else [str(v) for v in labels]
+        strange = sorted(set(texts) - set(known))
+        if strange:
+            raise ValueError(
+                f"parameters: {name!r} is {strange[0]!r} in frame, which space has not."
+            )
+        index = np.asarray([known.index(text) for text in texts], np.int32)
+        return index, known if labels is None else None
+
+    def record(
+        self, maximize: bool, space: SearchSpace | None, num_steps: int | None, name: str
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Makes spec and block.
+
+        Args:
+          maximize: whether larger is better.
+          space: the search space, or None.
+          num_steps: updates of every trial, or None.
+          name: what to call the study.
+
+        Returns:
+          Spec and block, as `study_from_blocks` takes them.
+
+        Raises:
+          ValueError: a column holds what it should not.
+        """
+        if num_steps is not None:
+            check_count("num_steps", num_steps)
+            if self.step is not None:
+                raise ValueError("num_steps is read from the step column: leave one of them out.")
+        points, labels = {}, {}
+        of_space = labels_of(space)
+        for parameter, column in self.columns.items():
+            points[parameter], found = self._parameter(parameter, column, of_space.get(parameter))
+            if found is not None:
+                labels[parameter] = found
+        if self.step is None:
+            steps, place = np.asarray([num_steps or 0], np.int64), np.zeros(len(self.rows), int)
+        else:
+            raw = _numbers(f"the column {self.step!r}", self._column(self.step)).astype(np.float64)
+            if not np.all(np.isfinite(raw) & (raw == np.floor(raw))):
+                raise ValueError(f"step = {self.step!r} must be a column of whole numbers.")
+            steps, place = np.unique(raw.astype(np.int64), return_inverse=True)
+        shape = (len(self.ids), len(steps))
+        present = np.zeros(shape, bool)
+        present[self.index, place] = True
+        if present.sum() < len(self.rows):
+            raise ValueError(
+                f"frame has two rows for one trial and step: {self.trial!r} and {self.step!r} must "
+                "tell every row apart."
+            )
+        curves = {}
+        for metric in self.metrics:
+            values = self._column(metric)
+            if values.dtype.kind == "O":
+                values = np.asarray([np.nan if _is_missing(v) else v for v in values])
+            values = _numbers(f"the column {metric!r}", values)
+            values = values if values.dtype.kind == "f" else values.astype(np.float64)
+            curves[metric] = np.full(shape, np.nan, values.dtype)
+            curves[metric][self.index, place] = values
+        checked = Imported.checked(points, curves, steps, self.objective, space)
+        failed = None
+        if self.failed is not None:
+            failed = np.zeros(len(self.ids), bool)
+            np.logical_or.at(failed, self.index, self.failed)
+        arrays = dataclasses.replace(checked, present=present, failed=failed)
+        extra = {
+            "trial_ids": [i if isinstance(i, int) else str(i) for i in self.ids],
+            "labels": labels,
+        }
+        return arrays.record(
+            self.objective,
+            maximize,
+            space,
+            None,
+            name,
+            source="from_dataframe",
+            extra=extra,
+        )
+
+
+def _is_missing(value: Any) -> bool:
+    import pandas
+
+    return bool(pandas.isna(value))

@@ -1,0 +1,711 @@
+"""Files of a study: strict JSON and a plain array container, both with a SHA-256 of their content.
+
+A study directory holds ``study.json`` and ``blocks/block-00000000.pbx``, ``block-00000001.pbx``, …,
+one immutable file per finished block of trials. A file appears under its name only once it is
+complete: it is written to a temporary name beside it, synced and renamed. Files are named by index
+only, nothing stored is ever unpickled, and no size that a file declares is believed before it has
+been compared with the size that the file has.
+
+An array file is, in this order:
+
+====================  ==========================================================================
+bytes                 content
+====================  ==========================================================================
+8                     the magic ``PBXARRAY``
+8                     length of the header in bytes, unsigned, little-endian
+header length         strict JSON: ``format``, ``index``, ``arrays`` (``name``, ``dtype``,
+                      ``shape``, ``offset``, ``nbytes`` of each), padded with spaces
+as declared           the arrays, little-endian, C order, each at a multiple of 64 bytes
+32                    SHA-256 of everything before it
+====================  ==========================================================================
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+SCHEMA_VERSION = 1
+BLOCK_FORMAT = 1
+
+_SPEC_NAME = "study.json"
+_BLOCKS_NAME = "blocks"
+_BLOCK_PATTERN = re.compile(r"block-([0-9]{8})\.pbx")
+_TEMPORARY_PATTERN = re.compile(r"\.tmp-([0-9]{1,10})-[0-9a-f]{16}")
+_MAX_BLOCKS = 10**8
+
+# The digest stands at a fixed place, so that it covers every byte after it, white space included.
+_SPEC_PREFIX = b'{\n "sha256": "'
+_MAGIC = b"PBXARRAY"
+_PRELUDE = struct.Struct("<8sQ")
+_DIGEST_BYTES = 32
+_ALIGNMENT = 64
+
+_MAX_JSON_BYTES = 64 * 2**20
+_MAX_JSON_DEPTH = 64
+_MAX_DIMENSIONS = 32
+_STALE_SECONDS = 3600.0
+_COMMIT_ATTEMPTS = 3
+
+_ENTRY_FIELDS = {"name", "dtype", "shape", "offset", "nbytes"}
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_JSON_BRACKET = re.compile(r"[\[\]{}]")
+
+_DTYPES = {
+    np.dtype(name).name: np.dtype(name)
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64", "complex64", "complex128"),
+        *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz),
+        *(ml_dtypes.float8_e4m3b11fnuz, ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2fnuz),
+        *(ml_dtypes.int4, ml_dtypes.uint4),
+    )
+}
+
+
+class StorageError(Exception):
+    """Something about a study directory that the caller has to know; the base of all below."""
+
+
+class NoStudy(StorageError, FileNotFoundError):  # noqa: N818
+    """The directory, its ``study.json`` or the block asked for does not exist."""
+
+
+class NotWritable(StorageError, OSError):  # noqa: N818
+    """A file of the study could not be written; what was finished before is untouched."""
+
+
+class CorruptSpec(StorageError):  # noqa: N818
+    """``study.json`` is not what was once written."""
+
+
+class CorruptBlock(StorageError):  # noqa: N818
+    """A block's file is not what was once written: run that block again."""
+
+
+class NewerFormat(StorageError):  # noqa: N818
+    """The files were written by a newer version of this package."""
+
+
+def _file_error(path: Path, action: str, error: OSError) -> NotWritable:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        why = "the disk is full; free some space and run the same command again"
+    else:
+        why = f"{error.strerror or error}; choose a directory that can be written"
+    return NotWritable(f"cannot {action} {str(path)!r}: {why}. Finished blocks are untouched.")
+
+
+# Strict JSON ------------------------------------------------------------------------------------
+
+
+def _encode(value: Any, path: str) -> Any:
+    """`value` with only what strict JSON can hold; ``{"$float": "nan"}`` for non-finite floats."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, Mapping):
+        encoded = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{path} has the key {key!r}: keys must be strings to be stored.")
+            encoded[key] = _encode(item, f"{path}[{key!r}]")
+        # A mapping of the caller's that looks like one of our encodings is wrapped once more.
+        if len(encoded) == 1 and next(iter(encoded)).startswith("$"):
+            return {"$mapping": encoded}
+        return encoded
+    if isinstance(value, (list, tuple)):
+        return [_encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    raise ValueError(
+        f"{path} = {value!r} of type {type(value).__name__} cannot be stored as JSON. Use numbers, "
+        "strings, booleans, None, lists and string-keyed mappings of them."
+    )
+
+
+def as_stored(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec as a round trip through ``study.json`` would return it.
+
+    Args:
+      spec: see `write_spec`.
+
+    Returns:
+      A deep copy with lists for tuples and numbers for NumPy scalars.
+    """
+    return {name: _decode(_encode(item, f"spec[{name!r}]")) for name, item in spec.items()}
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((key, item),) = value.items()
+        if key == "$float":
+            if item not in ("nan", "inf", "-inf"):
+                raise ValueError(f"{{'$float': {item!r}}} is none of nan, inf, -inf")
+            return float(item)
+        if key == "$mapping":
+            if not isinstance(item, dict):
+                raise ValueError("'$mapping' does not hold a mapping")
+            return {name: _decode(inner) for name, inner in item.items()}
+    return {name: _decode(item) for name, item in value.items()}
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for bracket in _JSON_BRACKET.finditer(_JSON_STRING.sub("", text)):
+        depth += 1 if bracket.group() in "[{" else -1
+        if depth > _MAX_JSON_DEPTH:
+            raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+
+
+def _refuse_constant(token: str) -> Any:
+    raise ValueError(f"the token {token} is not JSON")
+
+
+def _finite_float(token: str) -> float:
+    number = float(token)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {token} does not fit a float")
+    return number
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return mapping
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    """The object that `raw` holds; `ValueError` for anything that is not strict JSON."""
+    text = raw.decode("utf-8")
+    _check_depth(text)
+    document = json.loads(
+        text,
+        parse_constant=_refuse_constant,
+        parse_float=_finite_float,
+        object_pairs_hook=_unique_keys,
+    )
+    if not isinstance(document, dict):
+        raise ValueError("the document is not an object")
+    return document
+
+
+# Reading and writing whole files ----------------------------------------------------------------
+
+
+def _open_for_reading(path: Path) -> tuple[int, int]:
+    """A descriptor and the real size of a regular file; a pipe or a device is refused unread."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise NoStudy(f"{str(path)!r} is not a regular file.")
+    return descriptor, status.st_size
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name != "posix":  # Other systems cannot open a directory; their rename is enough.
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_temporary(folder: Path, chunks: Iterable[bytes]) -> Path:
+    temporary = folder / f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        with open(temporary, "xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _commit(path: Path, chunks: Callable[[], Iterable[bytes]], *, replace: bool) -> bool:
+    """Writes `path` so that it is there whole or not at all.
+
+    Args:
+      path: the final name.
+      chunks: makes the content, again for every attempt.
+      replace: whether a file of that name gives way; otherwise the first writer wins.
+
+    Returns:
+      Whether the content was put in place; False only without `replace`.
+
+    Raises:
+      NotWritable: the system refused.
+    """
+    try:
+        for attempt in range(_COMMIT_ATTEMPTS):
+            temporary = _write_temporary(path.parent, chunks())
+            try:
+                placed = _place(temporary, path, replace=replace)
+            except FileNotFoundError:
+                # Another machine took our temporary file for a left-over and removed it.
+                if attempt + 1 == _COMMIT_ATTEMPTS:
+                    raise
+                continue
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_directory(path.parent)
+            return placed
+    except OSError as error:
+        raise _file_error(path, "write", error) from error
+    raise AssertionError("unreachable")
+
+
+def _place(temporary: Path, path: Path, *, replace: bool) -> bool:
+    if not replace:
+        try:
+            os.link(temporary, path)
+            return True
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # A file system without hard links: the check and the rename are two steps there.
+            if path.exists():
+                return False
+    os.replace(temporary, path)
+    return True
+
+
+def _blocks_folder(directory: str | os.PathLike[str]) -> Path:
+    return Path(directory) / _BLOCKS_NAME
+
+
+def _prepare(folder: Path) -> Path:
+    """Makes `folder`; a ``blocks`` that is a link could lead writes out of the directory."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _file_error(folder, "create the directory", error) from error
+    if folder.name == _BLOCKS_NAME and folder.is_symlink():
+        raise NotWritable(
+            f"{str(folder)!r} is a symbolic link: nothing is written outside the study directory. "
+            "Replace it by a real directory."
+        )
+    return folder
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Makes the study directory where it is missing and writes a probe, before the first step.
+
+    Args:
+      directory: the study directory.
+
+    Raises:
+      NotWritable: the directory cannot be made, or nothing can be written in it.
+    """
+    for folder in (_prepare(Path(directory)), _prepare(_blocks_folder(directory))):
+        try:
+            _write_temporary(folder, (b"probe",)).unlink(missing_ok=True)
+        except OSError as error:
+            raise _file_error(folder, "write in", error) from error
+
+
+def _process_exists(pid: int) -> bool:
+    if os.name != "posix":  # Elsewhere os.kill would end the process.
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def remove_temporary_files(directory: str | os.PathLike[str]) -> int:
+    """Removes temporary files that a killed process of ours left behind, and nothing else.
+
+    A file whose process still runs on this machine stays for an hour. A writer on another machine
+    that shares the directory notices when its file is taken, and writes it again.
+
+    Args:
+      directory: the study directory.
+
+    Returns:
+      How many files were removed.
+    """
+    removed = 0
+    blocks = _blocks_folder(directory)
+    for folder in (Path(directory), blocks):
+        if not folder.is_dir() or (folder == blocks and folder.is_symlink()):
+            continue
+        for path in folder.iterdir():
+            match = _TEMPORARY_PATTERN.fullmatch(path.name)
+            if match is None:
+                continue
+            try:
+                status = path.lstat()
+                fresh = time.time() - status.st_mtime < _STALE_SECONDS
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                if fresh and _process_exists(int(match.group(1))):
+                    continue
+                path.unlink()
+                removed += 1
+            except OSError:
+                continue  # Somebody else's to remove, or gone already: a left-over does no harm.
+    return removed
+
+
+# The spec ---------------------------------------------------------------------------------------
+
+
+def _spec_bytes(spec: Mapping[str, Any]) -> bytes:
+    content = dict(spec)
+    version = content.pop("schema_version", SCHEMA_VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or version != SCHEMA_VERSION:
+        raise ValueError(
+            f"spec['schema_version'] = {version!r} cannot be written: this version of "
+            f"playbook_optax writes {SCHEMA_VERSION}."
+        )
+    if "sha256" in content:
+        raise ValueError("spec has the key 'sha256', which study.json uses for its own digest.")
+    document = _encode({"schema_version": SCHEMA_VERSION, **content}, "spec")
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=True)
+    _check_depth(text)
+    rest = b'",' + text.removeprefix("{").encode("ascii") + b"\n"
+    if len(rest) > _MAX_JSON_BYTES // 2:
+        raise ValueError(f"spec needs {len(rest)} bytes of JSON, which is too much for study.json.")
+    return _SPEC_PREFIX + hashlib.sha256(rest).hexdigest().encode("ascii") + rest
+
+
+def write_spec(
+    directory: str | os.PathLike[str], spec: Mapping[str, Any], *, replace: bool = True
+) -> bool:
+    """Writes ``study.json``, whole or not at all.
+
+    Args:
+      directory: the study directory, made when missing.
+      spec: string-keyed mapping of numbers, strings, booleans, None, lists and such mappings.
+        Tuples are stored as lists and NumPy scalars as numbers. The order of keys is kept.
+        ``schema_version`` is added.
+      replace: False keeps a ``study.json`` that another process wrote first.
+
+    Returns:
+      Whether this call's spec is the one now stored; False only without `replace`.
+
+    Raises:
+      ValueError: `spec` holds something that JSON cannot, or another schema version.
+      NotWritable: the system refused.
+    """
+    content = _spec_bytes(spec)
+    path = _prepare(Path(directory)) / _SPEC_NAME
+    return _commit(path, lambda: (content,), replace=replace)
+
+
+def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads ``study.json``.
+
+    Args:
+      directory: the study directory.
+
+    Returns:
+      The spec as it was written, ``schema_version`` included, tuples as lists.
+
+    Raises:
+      NoStudy: there is no such file.
+      CorruptSpec: its content does not match its digest, or it is not strict JSON.
+      NewerFormat: a newer version of this package wrote it.
+    """
+    path = Path(directory) / _SPEC_NAME
+    try:
+        descriptor, size = _open_for_reading(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NoStudy(f"{str(directory)!r} holds no study: {str(path)!r} is missing.") from error
+    with open(descriptor, "rb") as file:
+        if size > _MAX_JSON_BYTES:
+            raise CorruptSpec(f"{str(path)!r} has {size} bytes, too many for a study.json.")
+        raw = file.read(size)
+    advice = "Restore it from a copy, or start the study again in an empty directory."
+    start = len(_SPEC_PREFIX)
+    stored, rest = raw[start : start + 64], raw[start + 64 :]
+    intact = (
+        raw.startswith(_SPEC_PREFIX) and hashlib.sha256(rest).hexdigest().encode("ascii") == stored
+    )
+    try:
+        document = _parse_json(raw)
+        version = document.get("schema_version")
+        newer = type(version) is int and version > SCHEMA_VERSION
+        if not newer:
+            del document["sha256"]
+            spec = {name: _decode(item) for name, item in document.items()}
+    except (ValueError, KeyError, RecursionError) as error:
+        raise CorruptSpec(f"{str(path)!r} is not a valid study.json: {error}. {advice}") from error
+    if newer:
+        doubt = "" if intact else " Its checksum does not match, so it may be damaged instead."
+        raise NewerFormat(
+            f"{str(path)!r} has schema version {version}, this version of playbook_optax reads up "
+            f"to {SCHEMA_VERSION}: upgrade playbook-optax.{doubt}"
+        )
+    if not intact:
+        raise CorruptSpec(f"{str(path)!r} does not match its checksum: it was changed. {advice}")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise CorruptSpec(f"{str(path)!r} has schema version {version!r}. {advice}")
+    return spec
+
+
+# Blocks -----------------------------------------------------------------------------------------
+
+
+def _check_index(index: int) -> int:
+    if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
+        raise ValueError(f"index must be an integer, got {index!r}.")
+    if not 0 <= index < _MAX_BLOCKS:
+        raise ValueError(f"index must be >= 0 and < {_MAX_BLOCKS}, got {index!r}.")
+    return int(index)
+
+
+def _block_path(directory: str | os.PathLike[str], index: int) -> Path:
+    return _blocks_folder(directory) / f"block-{_check_index(index):08d}.pbx"
+
+
+def _aligned(position: int) -> int:
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
+
+
+def _little_endian(array: np.ndarray) -> bytes:
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return (array.byteswap() if sys.byteorder == "big" else array).tobytes()
+
+
+def _block_header(index: int, arrays: Mapping[str, np.ndarray]) -> bytes:
+    entries = []
+    end = 0
+    for name, array in arrays.items():
+        if not isinstance(name, str):
+            raise ValueError(f"array name {name!r} is not a string.")
+        dtype = array.dtype.name
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"array {name!r} has dtype {array.dtype}, which is not stored. Use numbers or "
+                "booleans (jax.random.key_data for random keys)."
+            )
+        if array.ndim > _MAX_DIMENSIONS:
+            raise ValueError(f"array {name!r} has {array.ndim} dimensions; {_MAX_DIMENSIONS} fit.")
+        offset = _aligned(end)
+        end = offset + array.nbytes
+        entries.append(
+            {
+                "name": name,
+                "dtype": dtype,
+                "shape": list(array.shape),
+                "offset": offset,
+                "nbytes": array.nbytes,
+            }
+        )
+    document = {"format": BLOCK_FORMAT, "index": index, "arrays": entries}
+    header = json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
+    if len(header) > _MAX_JSON_BYTES // 2:
+        raise ValueError(f"the header of {len(entries)} arrays is too large to be stored.")
+    size = _PRELUDE.size + len(header)
+    return header + b" " * (_aligned(size) - size)
+
+
+def _block_chunks(header: bytes, arrays: Mapping[str, np.ndarray]) -> Iterator[bytes]:
+    digest = hashlib.sha256()
+    end = 0
+
+    def counted(chunk: bytes) -> bytes:
+        digest.update(chunk)
+        return chunk
+
+    yield counted(_PRELUDE.pack(_MAGIC, len(header)) + header)
+    for array in arrays.values():
+        yield counted(b"\0" * (_aligned(end) - end) + _little_endian(array))
+        end = _aligned(end) + array.nbytes
+    yield digest.digest()
+
+
+def write_block(
+    directory: str | os.PathLike[str], index: int, arrays: Mapping[str, np.ndarray]
+) -> bool:
+    """Stores one finished block; a sound block that is there already stays (the first writer wins).
+
+    Args:
+      directory: the study directory, made when missing.
+      index: the block's index, >= 0.
+      arrays: name to array; any names; numbers and booleans, bfloat16 and float16 included, any
+        shape. Order is kept.
+
+    Returns:
+      Whether this call's arrays were stored. A file that is corrupt is replaced.
+
+    Raises:
+      ValueError: an array has a dtype that is not stored (object, text, dates).
+      NewerFormat: a block of a newer format is there.
+      NotWritable: the system refused; finished blocks are untouched.
+    """
+    path = _block_path(directory, index)
+    host = {name: np.asarray(array) for name, array in arrays.items()}
+    header = _block_header(int(index), host)
+    _prepare(path.parent)
+
+    def chunks() -> Iterator[bytes]:
+        return _block_chunks(header, host)
+
+    if not path.exists() and _commit(path, chunks, replace=False):
+        return True
+    try:
+        read_block(directory, index)
+    except (CorruptBlock, NoStudy):
+        return _commit(path, chunks, replace=True)
+    return False
+
+
+def _layout(header: Any, index: int) -> tuple[list[tuple[str, np.dtype, tuple[int, ...]]], int]:
+    """What a header declares, checked in Python integers, and the size of all its data."""
+    if type(header.get("index")) is not int or header["index"] != index:
+        raise ValueError(f"the file says that it is block {header.get('index')!r}")
+    if set(header) != {"format", "index", "arrays"} or not isinstance(header["arrays"], list):
+        raise ValueError("the header does not have the known fields")
+    layout = []
+    names = set()
+    end = 0
+    for entry in header["arrays"]:
+        if not isinstance(entry, dict) or set(entry) != _ENTRY_FIELDS:
+            raise ValueError("an array's entry does not have the known fields")
+        name, dtype_name, shape = entry["name"], entry["dtype"], entry["shape"]
+        if not isinstance(name, str) or name in names:
+            raise ValueError(f"the array name {name!r} is not a string or occurs twice")
+        if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
+            raise ValueError(f"array {name!r} has the unknown dtype {dtype_name!r}")
+        if (
+            not isinstance(shape, list)
+            or len(shape) > _MAX_DIMENSIONS
+            or not all(type(n) is int and 0 <= n < 2**62 for n in shape)
+        ):
+            raise ValueError(f"array {name!r} has the shape {shape!r}")
+        dtype = _DTYPES[dtype_name]
+        nbytes = math.prod(shape) * dtype.itemsize
+        offset = _aligned(end)
+        if (entry["offset"], entry["nbytes"]) != (offset, nbytes):
+            raise ValueError(f"array {name!r} does not lie where its shape says")
+        end = offset + nbytes
+        names.add(name)
+        layout.append((name, dtype, tuple(shape)))
+    return layout, end
+
+
+def _read_block_file(file: Any, size: int, index: int) -> dict[str, np.ndarray]:
+    if size < _PRELUDE.size + _DIGEST_BYTES:
+        raise ValueError(f"it has only {size} bytes")
+    prelude = file.read(_PRELUDE.size)
+    magic, header_length = _PRELUDE.unpack(prelude)
+    if magic != _MAGIC:
+        raise ValueError("it does not begin as an array file does")
+    data_start = _PRELUDE.size + header_length
+    if header_length > _MAX_JSON_BYTES or data_start + _DIGEST_BYTES > size:
+        raise ValueError(f"its header of {header_length} bytes does not fit its {size} bytes")
+    raw_header = file.read(header_length)
+    header = _parse_json(raw_header)
+    version = header.get("format")
+    newer = type(version) is int and version > BLOCK_FORMAT
+    if not newer:
+        layout, data_bytes = _layout(header, index)
+        expected = data_start + data_bytes + _DIGEST_BYTES
+        if size != expected:
+            raise ValueError(f"it has {size} bytes, its header declares {expected}")
+    # What is hashed is what is used: the file is read once.
+    rest = memoryview(file.read(size - data_start))
+    digest = hashlib.sha256(prelude + raw_header)
+    digest.update(rest[:-_DIGEST_BYTES])
+    if len(rest) != size - data_start or digest.digest() != rest[-_DIGEST_BYTES:]:
+        raise ValueError("it does not match its checksum")
+    if newer:
+        raise NewerFormat(
+            f"block {index} has format {version}, this version of playbook_optax reads up to "
+            f"{BLOCK_FORMAT}: upgrade playbook-optax."
+        )
+    if type(version) is not int or version != BLOCK_FORMAT:
+        raise ValueError(f"its format is {version!r}")
+    arrays = {}
+    end = 0
+    for name, dtype, shape in layout:
+        offset = _aligned(end)
+        count = math.prod(shape)
+        end = offset + count * dtype.itemsize
+        array = np.frombuffer(rest, dtype, count, offset) if count else np.empty(0, dtype)
+        array = array.byteswap() if sys.byteorder == "big" else array
+        arrays[name] = array.reshape(shape)
+        arrays[name].setflags(write=False)
+    return arrays
+
+
+def read_block(directory: str | os.PathLike[str], index: int) -> dict[str, np.ndarray]:
+    """Reads one block back, bit for bit, or says that it is not what was written.
+
+    The file's real size is compared with the declared sizes before anything is allocated, then
+    its SHA-256; only then are arrays made.
+
+    Args:
+      directory: the study directory.
+      index: the block's index, >= 0.
+
+    Returns:
+      Name to read-only array, in the order in which they were written.
+
+    Raises:
+      NoStudy: there is no such block.
+      CorruptBlock: the file is damaged, cut short or another block's; run the block again.
+      NewerFormat: a newer version of this package wrote it.
+    """
+    path = _block_path(directory, index)
+    try:
+        descriptor, size = _open_for_reading(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NoStudy(f"block {index} is not there: {str(path)!r} is missing.") from error
+    with open(descriptor, "rb") as file:
+        try:
+            return _read_block_file(file, size, int(index))
+        except (ValueError, RecursionError) as error:
+            raise CorruptBlock(
+                f"{str(path)!r} is damaged: {error}. Run the study again with the same directory=, "
+                "which runs this block again."
+            ) from error
+
+
+def finished_blocks(directory: str | os.PathLike[str]) -> list[int]:
+    """The indices of the blocks that are stored: presence means complete.
+
+    Args:
+      directory: the study directory; may be missing.
+
+    Returns:
+      Indices in rising order; temporary and foreign files are ignored.
+    """
+    try:
+        names = os.listdir(_blocks_folder(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    matches = (_BLOCK_PATTERN.fullmatch(name) for name in names)
+    return sorted(int(match.group(1)) for match in matches if match)

@@ -1,0 +1,790 @@
+"""The record of a study: labelled host arrays, whoever trained them.
+
+Analysis reads this record and nothing else. Our runner assembles it from the blocks it trained,
+`load_study` from the blocks on disk, `Study.from_arrays` from the user's own vmapped loop and
+`Study.from_dataframe` from another tool's table.
+"""
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from playbook_optax import _feasibility
+from playbook_optax._checks import check_count, named_arguments, nearest
+from playbook_optax.records import storage, weights
+from playbook_optax.records.imported import Imported, Table, labels_of
+from playbook_optax.search_space import SearchSpace
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+_POINT, _METRIC, _NORM = "point/", "metrics/", "norms/"
+_OUTCOMES = ("infeasible", "infeasible_step", "infeasible_reason", "best_value", "best_step")
+_NORMS = ("norms/last", "norms/max", "norms/counts")
+_DIMENSIONS = ("trial", "seed", "eval", "norm_bin")
+_COORDINATES = (*_DIMENSIONS, "step", "norm_low", "norm_high")
+_RISING_WORDS = ("accuracy", "score", "auc", "precision", "recall", "reward", "return")
+_FINAL = "final/"
+
+Block = Mapping[str, np.ndarray]
+
+
+class NoFeasibleTrial(ValueError):  # noqa: N818
+    """No trial of the study has a finite value of the objective and is feasible."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BestTrial:
+    """The best trial of a study, with its best checkpoint chosen in retrospect.
+
+    Attributes:
+      trial: its index.
+      point: its hyperparameters, name to scalar.
+      value: the objective at `step`; with seeds the mean over them.
+      step: updates made before that evaluation; the same for all seeds.
+      objective: the metric by which it was chosen.
+      maximize: whether larger was better.
+      spread: standard deviation over seeds at `step` (n − 1 in the denominator); None for one seed.
+      num_seeds: how many seeds the value is a mean of.
+    """
+
+    trial: int
+    point: dict[str, Any]
+    value: float
+    step: int
+    objective: str
+    maximize: bool
+    spread: float | None = None
+    num_seeds: int = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Study:
+    """A finished (or partly finished) study, read-only.
+
+    Made by `run_study`, `load_study`, `Study.from_arrays` or `Study.from_dataframe`.
+
+    Attributes:
+      data: `xarray.Dataset` of host arrays, dimensions (trial, eval), or (trial, seed, eval) with
+        several seeds. Coordinates: ``trial``, ``step (eval,)`` in updates, every hyperparameter on
+        ``trial``, ``norm_low`` and ``norm_high`` on ``norm_bin``. Variables: every metric under its
+        own name, then ``infeasible``, ``infeasible_step`` (−1 if feasible), ``infeasible_reason``
+        ("" if feasible), ``best_value``, ``best_step``, and where norms were recorded
+        ``norms/last``, ``norms/max`` and ``norms/counts``.
+      spec: what the study is: objective, number of steps, space and so on; JSON values. In a study
+        that is not finished ``num_trials`` counts the complete trials, and ``planned_trials`` says
+        how many there will be. ``unchecked``, if there, maps what was not judged to the reason.
+
+    Source: playbook, "Why use quasi-random search instead of more sophisticated black box
+    optimization algorithms during the exploration phase of tuning?" (post hoc analysis of all
+    trials, without running them again).
+    """
+
+    data: "xarray.Dataset"
+    spec: Mapping[str, Any]
+    _blocks: tuple[Block, ...] = ()
+    _rows: np.ndarray | None = None
+    _weights_like: Mapping[str, Any] | None = None
+    _extend: "Callable[[int], Study] | None" = None
+
+    @property
+    def num_trials(self) -> int:
+        """Number of complete trials, infeasible ones included."""
+        return int(self.data.sizes["trial"])
+
+    @property
+    def num_seeds(self) -> int:
+        """Number of seeds that each trial was run with."""
+        return int(self.spec["num_seeds"])
+
+    @property
+    def objective(self) -> str:
+        """Name of the metric that the study optimized."""
+        return str(self.spec["objective"])
+
+    @property
+    def maximize(self) -> bool:
+        """Whether larger values of the objective are better."""
+        return bool(self.spec["maximize"])
+
+    @property
+    def space(self) -> SearchSpace | None:
+        """The search space that the points came from, or None if it is not known."""
+        return _space(self.spec)
+
+    @property
+    def points(self) -> dict[str, np.ndarray]:
+        """Every trial's hyperparameters: name to array, shape (trial,), as they were stored."""
+        names = [name for name in self.data.coords if name not in _COORDINATES]
+        return {str(name): self.data.coords[name].values for name in names}
+
+    def point(self, trial: int) -> dict[str, Any]:
+        """One trial's hyperparameters, in the dtypes in which they were trained.
+
+        Args:
+          trial: its index, 0 to num_trials − 1.
+
+        Returns:
+          Name to NumPy scalar; the index of its choice for a categorical that is not a number.
+
+        Raises:
+          IndexError: there is no such trial.
+        """
+        index = self._check_trial(trial)
+        return {name: values[index] for name, values in self.points.items()}
+
+    @named_arguments
+    def params(self, trial: int, seed: int | None = None) -> Any:
+        """The model weights that were kept for a trial.
+
+        Args:
+          trial: its index.
+          seed: which seed's, needed when the study has several.
+
+        Returns:
+          A pytree of NumPy arrays: the workload's own types where they are known (`weights_like`),
+          otherwise dictionaries, lists and tuples, other node types as dictionaries.
+
+        Raises:
+          ValueError: no weights were kept, or `seed` is missing or out of range.
+          IndexError: there is no such trial.
+        """
+        return self._weights("params", trial, seed)
+
+    @named_arguments
+    def model_state(self, trial: int, seed: int | None = None) -> Any:
+        """The model state (such as batch statistics) that belongs to `params`; same arguments.
+
+        Args:
+          trial: its index.
+          seed: which seed's, needed when the study has several.
+
+        Returns:
+          A pytree of NumPy arrays, as `params`.
+
+        Raises:
+          ValueError: no weights were kept, or `seed` is missing or out of range.
+          IndexError: there is no such trial.
+        """
+        return self._weights("model_state", trial, seed)
+
+    @named_arguments
+    def best(self, objective: str | None = None, maximize: bool | None = None) -> BestTrial:
+        """The best feasible trial at its best evaluation, over the whole of training.
+
+        A trial is feasible if all its seeds are. Values that are not finite are never selected.
+        Ties go to the lowest trial index, and within a trial to the earliest step. With seeds the
+        mean over seeds at a common step is compared.
+
+        Args:
+          objective: any recorded metric; the study's own by default.
+          maximize: whether larger is better; by default the study's own direction for its own
+            objective and False for any other. A metric whose name says that it should rise
+            ("accuracy", "score") is not minimized unless `maximize=False` is spelled out.
+
+        Returns:
+          The BestTrial.
+
+        Raises:
+          NoFeasibleTrial: every trial is infeasible or has no finite value.
+          ValueError: no such metric, or its direction has to be said.
+
+        Example:
+          >>> study = Study.from_arrays(
+          ...     {"learning_rate": [0.1, 1.0]},
+          ...     {"valid/loss": [[2.0, 1.0, 1.5], [2.0, float("nan"), float("nan")]]},
+          ...     [0, 10, 20], objective="valid/loss")
+          >>> best = study.best()
+          >>> best.trial, best.value, best.step
+          (0, 1.0, 10)
+
+        Source: playbook, "Determining the number of steps for each training run" (retrospective
+        checkpoint selection) and "Why use quasi-random search instead of more sophisticated black
+        box optimization algorithms during the exploration phase of tuning?" (post hoc objectives).
+        """
+        known = _metric_names(self.data)
+        if objective is None:
+            objective = self.objective
+        elif objective not in known:
+            raise ValueError(
+                f"objective = {objective!r} was not recorded: {nearest(objective, known)}"
+            )
+        if maximize is None:
+            maximize = self.maximize if objective == self.objective else _direction(objective)
+        # An unfinished study without a complete trial has no metrics yet.
+        if self.num_trials == 0:
+            raise NoFeasibleTrial("The study has no complete trial yet.")
+        values = self._with_seeds(objective).astype(np.float64)
+        feasible = np.logical_not(self._with_seeds("infeasible").any(axis=1, keepdims=True))
+        with np.errstate(invalid="ignore"):  # inf − inf: not finite, hence never selected
+            mean = values.mean(axis=1)
+        loss = np.where(np.isfinite(mean) & feasible, -mean if maximize else mean, np.inf)
+        trial, index = np.unravel_index(int(np.argmin(loss)), loss.shape)
+        if not np.isfinite(loss[trial, index]):
+            raise NoFeasibleTrial(
+                f"No trial has a finite {objective!r} and is feasible: {self._count_reasons()}. "
+                "Lower the learning rate's range, or tame the instability (warm-up, clipping)."
+            )
+        return BestTrial(
+            trial=int(trial),
+            point=self.point(int(trial)),
+            value=float(mean[trial, index]),
+            step=int(self.data["step"].values[index]),
+            objective=objective,
+            maximize=bool(maximize),
+            spread=float(values[trial, :, index].std(ddof=1)) if self.num_seeds > 1 else None,
+            num_seeds=self.num_seeds,
+        )
+
+    @named_arguments
+    def extend(self, num_trials: int) -> "Study":
+        """Trains more trials: points i = n, n + 1, … of the same space, the old ones untouched.
+
+        Args:
+          num_trials: how many trials the longer study has in all.
+
+        Returns:
+          The longer study.
+
+        Raises:
+          ValueError: `num_trials` is not larger than now, or this record cannot train.
+        """
+        check_count(
+            "num_trials",
+            num_trials,
+            at_least=self.num_trials + 1,
+            fix=f"It is the new total; the study has {self.num_trials} trials.",
+        )
+        if self._extend is None:
+            raise ValueError(
+                "This study is a record and cannot train: call run_study with directory= of the "
+                f"stored study, the same workload and num_trials={num_trials}."
+            )
+        return self._extend(num_trials)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Stores the study; `load_study` returns it bit for bit, kept weights included.
+
+        Args:
+          directory: made when missing. Saving again into the study's own directory is legal.
+
+        Raises:
+          StorageError: the directory holds another study, or cannot be written.
+        """
+        storage.check_writable(directory)
+        occupied = f"{os.fspath(directory)!r} holds another study: choose an empty directory."
+        try:
+            there = storage.read_spec(directory)
+        except storage.NoStudy:
+            there = None
+        if there is not None:
+            mine = storage.as_stored(self.spec)
+            if there["num_trials"] > self.num_trials or _identity(there) != _identity(mine):
+                raise storage.StorageError(occupied)
+        for index, block in enumerate(self._blocks):
+            written = storage.write_block(directory, index, block)
+            if not written and not _same_arrays(storage.read_block(directory, index), block):
+                raise storage.StorageError(occupied)
+        storage.write_spec(directory, self.spec)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """A tidy table for people and other tools: one row per trial (and seed).
+
+        Returns:
+          A `pandas.DataFrame` with columns ``trial``, ``seed`` when there are several, every
+          hyperparameter (a categorical's label), ``infeasible``, ``infeasible_step``,
+          ``infeasible_reason``, ``best_value``, ``best_step`` and ``final/<metric>``, the value at
+          the last evaluation.
+        """
+        import pandas
+
+        seeds = self.num_seeds
+        columns: dict[str, Any] = {"trial": np.repeat(np.arange(self.num_trials), seeds)}
+        if seeds > 1:
+            columns["seed"] = np.tile(np.arange(seeds), self.num_trials)
+        labels = labels_of(self.space)
+        for name, values in self.points.items():
+            if name in labels:
+                values = np.asarray(labels[name], object)[values.astype(np.int64)]
+            columns[name] = np.repeat(values, seeds)
+        for name in _OUTCOMES:
+            if name in self.data:
+                columns[name] = self._with_seeds(name).reshape(-1)
+        for name in _metric_names(self.data):
+            columns[_FINAL + name] = self._with_seeds(name)[..., -1].reshape(-1)
+        return pandas.DataFrame(columns)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_dataframe` as CSV; text that a spreadsheet would run as a formula is quoted.
+
+        Args:
+          path: the file; replaced if it is there.
+        """
+        frame = self.to_dataframe().rename(columns=escape_cell)
+        for name in frame.columns:
+            if frame[name].dtype.kind not in "biuf":
+                frame[name] = frame[name].map(escape_cell)
+        frame.to_csv(path, index=False)
+
+    @staticmethod
+    @named_arguments
+    def from_arrays(
+        points: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        step: Any,
+        *,
+        objective: str,
+        maximize: bool = False,
+        space: SearchSpace | None = None,
+        infeasible: Any = None,
+        name: str = "study",
+    ) -> "Study":
+        """Makes a study of what the user's own loop recorded, for example ``jit(vmap(train))``.
+
+        Where `infeasible` is not given it is decided, by the rule of our own trials. A trial is
+        infeasible from the first evaluation at which the objective or a metric with "loss" in its
+        name is not finite (−inf counts as diverged), or where its "train/loss" is
+        uncharacteristically high against its own value at step 0. Without "train/loss" from step 0
+        on the second half is not judged, and ``spec["unchecked"]["high_loss"]`` says so.
+
+        Args:
+          points: hyperparameters, name to numbers of shape (trial,).
+          metrics: name to numbers of shape (trial, eval), or (trial, seed, eval) with seeds.
+          step: updates made before each evaluation, rising integers, shape (eval,).
+          objective: the metric to optimize.
+          maximize: whether larger is better.
+          space: the space that the points came from, for the boundary checks.
+          infeasible: booleans of shape (trial,), or (trial, seed), if it is known otherwise.
+          name: what to call the study.
+
+        Returns:
+          The Study. ``infeasible_step`` is the step of the first bad evaluation.
+
+        Raises:
+          ValueError: a shape, a length, a name or a dtype does not fit; the message says which.
+
+        Example:
+          >>> import numpy as np
+          >>> study = Study.from_arrays(
+          ...     {"learning_rate": np.array([0.01, 0.1, 10.0], np.float32)},
+          ...     {"train/loss": np.array([[2.0, 1.0], [2.0, 0.5], [2.0, 90.0]], np.float32)},
+          ...     np.array([0, 100]), objective="train/loss")
+          >>> study.data["infeasible_reason"].values.tolist()
+          ['', '', 'high_loss']
+        """
+        arrays = Imported.checked(points, metrics, step, objective, space)
+        spec, block = arrays.record(
+            objective, maximize, space, infeasible, name, source="from_arrays", extra={}
+        )
+        return study_from_blocks(spec, [block])
+
+    @staticmethod
+    @named_arguments
+    def from_dataframe(
+        frame: "pandas.DataFrame",
+        *,
+        objective: str,
+        parameters: Sequence[str] | Mapping[str, str] | None = None,
+        metrics: Sequence[str] = (),
+        maximize: bool = False,
+        space: SearchSpace | None = None,
+        trial: str | None = None,
+        step: str | None = None,
+        state: str | None = None,
+        infeasible: str | None = None,
+        num_steps: int | None = None,
+        name: str = "study",
+    ) -> "Study":
+        """Makes a study of another tool's table of trials.
+
+        The table has one row per trial, or with `step` one row per trial and evaluation. What it
+        does not tell is not judged: ``spec["unchecked"]`` maps "curves", "high_loss" and "boundary"
+        to the reason, and `diagnose` reports them as skipped.
+
+        A table of Optuna's ``study.trials_dataframe()`` is read by
+        ``Study.from_dataframe(df, objective="value", parameters=["lr"], trial="number",
+        state="state")``.
+
+        Args:
+          frame: a `pandas.DataFrame`.
+          objective: the column to optimize.
+          parameters: columns of hyperparameters, or a mapping from hyperparameter to column; by
+            default the names in `space`. For a name without a column, ``params_<name>`` is read.
+            Text becomes a label.
+          metrics: further columns to record. Name the training loss "train/loss" to have it judged.
+          maximize: whether larger is better.
+          space: the space that the trials came from, if it is known.
+          trial: the column that tells trials apart, needed with `step`.
+          step: the column of updates made before each evaluation. A row whose objective is empty
+            counts as diverged: leave out rows that evaluate something else.
+          state: a column of states as Optuna writes them: FAIL is infeasible, COMPLETE and PRUNED
+            are not, RUNNING and WAITING are left out.
+          infeasible: a column of booleans.
+          num_steps: how many updates each trial made, where there is no `step`.
+          name: what to call the study.
+
+        Returns:
+          The Study; trials in the order of their first row, ``spec["trial_ids"]`` their names.
+
+        Raises:
+          ValueError: a column is missing, or holds what it should not; the message names it.
+
+        Example:
+          >>> import pandas
+          >>> table = pandas.DataFrame({
+          ...     "number": [0, 1, 2], "value": [0.3, 0.1, float("nan")],
+          ...     "params_lr": [0.01, 0.1, 9.0], "state": ["COMPLETE", "COMPLETE", "FAIL"]})
+          >>> study = Study.from_dataframe(
+          ...     table, objective="value", parameters=["lr"], trial="number", state="state")
+          >>> study.best().trial, study.data["infeasible"].values.tolist()
+          (1, [False, False, True])
+        """
+        table = Table(frame, objective, parameters, metrics, space, trial, step, state, infeasible)
+        spec, block = table.record(maximize, space, num_steps, name)
+        return study_from_blocks(spec, [block])
+
+    def __repr__(self) -> str:
+        planned = self.spec.get("planned_trials")
+        trials = f"{self.num_trials} of {planned}" if planned else f"{self.num_trials}"
+        seeds = f" x {self.num_seeds} seeds" if self.num_seeds > 1 else ""
+        steps = self.data["step"].values
+        span = f", {len(steps)} evaluations to step {steps[-1]}" if len(steps) else ""
+        try:
+            best = self.best()
+            outcome = f"best {best.value:.6g} in trial {best.trial} at step {best.step}"
+        except NoFeasibleTrial:
+            outcome = "no feasible trial"
+        direction = "max" if self.maximize else "min"
+        bad = int(self._with_seeds("infeasible").any(axis=1).sum()) if self.num_trials else 0
+        return (
+            f"Study({self.spec.get('name', 'study')!r}: {trials} trials{seeds}{span}; "
+            f"{direction} {self.objective!r}: {outcome}; {bad} infeasible)"
+        )
+
+    def _check_trial(self, trial: int) -> int:
+        if isinstance(trial, bool) or not isinstance(trial, (int, np.integer)):
+            raise IndexError(f"trial must be an integer, got {trial!r}.")
+        if not 0 <= trial < self.num_trials:
+            raise IndexError(f"trial = {trial} is not in 0 … {self.num_trials - 1}.")
+        return int(trial)
+
+    def _with_seeds(self, name: str) -> np.ndarray:
+        """A variable as (trial, seed, ...), also where there is one seed."""
+        values = self.data[name].values
+        return values if self.num_seeds > 1 else values[:, None]
+
+    def _count_reasons(self) -> str:
+        reasons = self._with_seeds("infeasible_reason")[self._with_seeds("infeasible")]
+        counts = {str(r) or "unknown": int((reasons == r).sum()) for r in np.unique(reasons)}
+        runs = "runs" if self.num_seeds > 1 else "trials"
+        return (
+            f"{len(reasons)} of {self.num_trials * self.num_seeds} {runs} are infeasible"
+            + "".join(f", {count} for {reason}" for reason, count in counts.items())
+        )
+
+    def _weights(self, kind: str, trial: int, seed: int | None) -> Any:
+        index = self._check_trial(trial)
+        trees = self.spec.get("trees") or {}
+        if self._rows is None or kind not in trees:
+            raise ValueError(
+                f"No {kind} were kept in this study (keep={self.spec.get('keep', 'none')!r}): run "
+                'it with keep="best" or keep="final".'
+            )
+        if seed is None and self.num_seeds > 1:
+            raise ValueError(f"seed must be given, 0 to {self.num_seeds - 1}: each has weights.")
+        if seed is not None and check_count("seed", seed, at_least=0) >= self.num_seeds:
+            raise ValueError(f"seed must be < {self.num_seeds}, got {seed}.")
+        block, row = self._rows[index * self.num_seeds + (seed or 0)]
+        prefix = f"{kind}/"
+        arrays = {
+            name.removeprefix(prefix): array[row]
+            for name, array in self._blocks[block].items()
+            if name.startswith(prefix)
+        }
+        if self._weights_like is not None:
+            return weights.restore_like(self._weights_like[kind], arrays)
+        return weights.rebuild_tree(trees[kind], arrays)
+
+
+def escape_cell(value: Any) -> Any:
+    """Puts an apostrophe before text that a spreadsheet would run as a formula.
+
+    Args:
+      value: a cell; only text is changed.
+
+    Returns:
+      The cell.
+
+    Example:
+      >>> escape_cell("=1+1"), escape_cell("adam"), escape_cell(-1.0)
+      ("'=1+1", 'adam', -1.0)
+    """
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return value
+
+
+def load_study(
+    directory: str | os.PathLike[str], *, weights_like: Mapping[str, Any] | None = None
+) -> Study:
+    """Reads a stored study back, bit for bit; its directory may have moved since.
+
+    A study that is still being written gives the trials that are complete so far.
+
+    Args:
+      directory: the study directory.
+      weights_like: ``{"params": tree, "model_state": tree}`` of the workload's own types, for
+        weights in types other than dictionaries, lists and tuples.
+
+    Returns:
+      The Study.
+
+    Raises:
+      NoStudy: there is no study.
+      CorruptSpec, CorruptBlock: a file is damaged; nothing is read silently wrong.
+      NewerFormat: a newer version of this package wrote it.
+    """
+    spec = storage.read_spec(directory)
+    blocks = [storage.read_block(directory, index) for index in storage.finished_blocks(directory)]
+    try:
+        return study_from_blocks(spec, blocks, weights_like=weights_like)
+    except (ValueError, KeyError, TypeError) as error:
+        raise storage.StorageError(
+            f"{os.fspath(Path(directory))!r} is not a consistent study: {error}"
+        ) from error
+
+
+def study_from_blocks(
+    spec: Mapping[str, Any],
+    blocks: Sequence[Block],
+    *,
+    weights_like: Mapping[str, Any] | None = None,
+    extend: Callable[[int], Study] | None = None,
+) -> Study:
+    """Assembles a study from its finished blocks.
+
+    A block is a flat mapping of host arrays with a leading axis of runs (a run is one trial with
+    one seed): ``trial``, ``seed``, ``point/<name>``, ``metrics/<name> (run, eval)``,
+    ``infeasible``, ``infeasible_step``, ``infeasible_reason`` (index into the reasons),
+    ``best_value``, ``best_step``, ``norms/last``, ``norms/max``, ``norms/counts (run, norm_bin)``
+    and for kept weights ``params/<path>`` and ``model_state/<path>``.
+
+    Args:
+      spec: the study's spec. ``num_trials``, ``num_seeds``, ``step``, ``objective``, ``maximize``
+        are needed; runs of a trial >= ``num_trials`` are padding and are left out.
+      blocks: the finished ones, in the order of their index. Where some are missing, the complete
+        trials before the first incomplete one are the study.
+      weights_like: see `load_study`.
+      extend: trains the study up to a number of trials; what `Study.extend` calls.
+
+    Returns:
+      The Study.
+
+    Raises:
+      ValueError: blocks and spec do not fit together, or a metric and a hyperparameter share
+        a name.
+    """
+    plan = _check_spec(spec)
+    num_seeds = plan["num_seeds"]
+    blocks = tuple(dict(block) for block in blocks)
+    _check_blocks(blocks)
+    rows, num_trials = _complete_rows(blocks, plan["num_trials"], num_seeds)
+    used = sorted({int(block) for block, _ in rows})
+    blocks = tuple(blocks[index] for index in used)
+    rows = np.stack([np.searchsorted(used, rows[:, 0]), rows[:, 1]], axis=1).astype(np.int64)
+    if num_trials < plan["num_trials"]:
+        plan = {**plan, "num_trials": num_trials, "planned_trials": plan["num_trials"]}
+    else:
+        plan.pop("planned_trials", None)
+    data = _dataset(plan, _gather(blocks, rows))
+    return Study(data, MappingProxyType(plan), blocks, rows, weights_like, extend)
+
+
+def _check_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    plan = copy.deepcopy(dict(spec))
+    missing = [
+        n for n in ("num_trials", "num_seeds", "step", "objective", "maximize") if n not in plan
+    ]
+    if missing:
+        raise ValueError(f"spec lacks {', '.join(missing)}.")
+    check_count("spec['num_trials']", plan["num_trials"], at_least=0)
+    check_count("spec['num_seeds']", plan["num_seeds"])
+    plan["step"] = [int(n) for n in plan["step"]]
+    return plan
+
+
+def _check_blocks(blocks: Sequence[Block]) -> None:
+    for number, block in enumerate(blocks):
+        for name in ("trial", "seed", "infeasible", "infeasible_step", "infeasible_reason"):
+            if name not in block:
+                raise ValueError(f"block {number} lacks the array {name!r}.")
+        if list(block) != list(blocks[0]):
+            odd = sorted(set(block) ^ set(blocks[0]))
+            raise ValueError(
+                f"block {number} has other arrays than block 0: {odd or 'their order'}."
+            )
+        runs = block["trial"].shape
+        for name, array in block.items():
+            first = blocks[0][name]
+            if len(runs) != 1 or array.shape[:1] != runs:
+                raise ValueError(
+                    f"array {name!r} of block {number} has shape {array.shape}, expected "
+                    f"{runs} first."
+                )
+            if array.dtype != first.dtype or array.shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"array {name!r} is {array.dtype}{list(array.shape[1:])} in block {number} but "
+                    f"{first.dtype}{list(first.shape[1:])} in block 0."
+                )
+
+
+def _complete_rows(
+    blocks: Sequence[Block], num_trials: int, num_seeds: int
+) -> tuple[np.ndarray, int]:
+    """Where each run of the complete trials is, (run, [block, row]), and how many those are."""
+    found = [np.empty((0, 3), np.int64)]
+    for number, block in enumerate(blocks):
+        trial, seed = block["trial"].astype(np.int64), block["seed"].astype(np.int64)
+        row = np.flatnonzero((trial >= 0) & (trial < num_trials) & (seed >= 0) & (seed < num_seeds))
+        run = trial[row] * num_seeds + seed[row]
+        found.append(np.stack([run, np.full_like(run, number), row], axis=1))
+    table = np.concatenate(found)
+    # The first of two copies of a run counts; unique returns it.
+    runs, first = np.unique(table[:, 0], return_index=True)
+    gaps = np.flatnonzero(runs != np.arange(len(runs)))
+    complete = (int(gaps[0]) if len(gaps) else len(runs)) // num_seeds
+    return table[first[: complete * num_seeds], 1:], complete
+
+
+def _gather(blocks: Sequence[Block], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Every array but the weights, in the order of trials and seeds, shape (run, ...)."""
+    if not blocks:
+        return {}
+    starts = np.cumsum([0, *(len(block["trial"]) for block in blocks)])
+    order = starts[rows[:, 0]] + rows[:, 1]
+    names = [n for n in blocks[0] if not n.startswith(("params/", "model_state/"))]
+    return {name: np.concatenate([block[name] for block in blocks])[order] for name in names}
+
+
+def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarray.Dataset":
+    import xarray
+
+    num_trials, num_seeds = plan["num_trials"], plan["num_seeds"]
+    runs: tuple[str, ...] = ("trial", "seed") if num_seeds > 1 else ("trial",)
+    sizes = (num_trials, num_seeds) if num_seeds > 1 else (num_trials,)
+
+    def variable(array: np.ndarray, *more: str) -> tuple[tuple[str, ...], np.ndarray]:
+        shaped = array.reshape(sizes + array.shape[1:])
+        shaped.setflags(write=False)
+        return (*runs, *more), shaped
+
+    num_evals = len(plan["step"])
+    data_vars: dict[str, Any] = {}
+    for name, array in arrays.items():
+        if not name.startswith(_METRIC):
+            continue
+        metric = name.removeprefix(_METRIC)
+        if array.shape[1:] != (num_evals,):
+            raise ValueError(
+                f"metric {metric!r} has shape {array.shape[1:]} per run, but there are {num_evals} "
+                "evaluation steps."
+            )
+        if metric in (*_COORDINATES, *_OUTCOMES, *_NORMS):
+            raise ValueError(f"the metric name {metric!r} is used by the record itself: rename it.")
+        data_vars[metric] = variable(array, "eval")
+    if arrays and plan["objective"] not in data_vars:
+        raise ValueError(
+            f"objective = {plan['objective']!r} was not recorded: "
+            f"{nearest(plan['objective'], data_vars)}"
+        )
+    coords: dict[str, Any] = {
+        "trial": np.arange(num_trials),
+        "step": ("eval", np.asarray(plan["step"], np.int32)),
+    }
+    if num_seeds > 1:
+        coords["seed"] = np.arange(num_seeds)
+    labels = plan.get("labels") or {}
+    for name, array in arrays.items():
+        if not name.startswith(_POINT):
+            continue
+        parameter = name.removeprefix(_POINT)
+        if parameter in (*_COORDINATES, *_OUTCOMES, *_NORMS):
+            raise ValueError(
+                f"the hyperparameter name {parameter!r} is used by the record itself: rename it."
+            )
+        if parameter in data_vars:
+            raise ValueError(
+                f"{parameter!r} is both a metric and a hyperparameter: rename one of them."
+            )
+        values = array[::num_seeds]
+        if parameter in labels:
+            values = np.asarray(labels[parameter])[values]
+        values.setflags(write=False)
+        coords[parameter] = ("trial", values)
+    for name in _OUTCOMES:
+        if name not in arrays:
+            continue
+        array = arrays[name]
+        if name == "infeasible_reason":
+            if array.size and not 0 <= array.min() <= array.max() < len(_feasibility.REASONS):
+                raise ValueError(f"infeasible_reason has unknown codes: {np.unique(array)}.")
+            array = np.asarray(_feasibility.REASONS)[array]
+        data_vars[name] = variable(array)
+    for name in _NORMS:
+        if name in arrays:
+            more = ("norm_bin",) if name == "norms/counts" else ()
+            data_vars[name] = variable(arrays[name], *more)
+    if "norms/counts" in arrays:
+        low, high = _bin_edges(plan.get("norm_edges"), arrays["norms/counts"].shape[-1])
+        coords["norm_low"], coords["norm_high"] = ("norm_bin", low), ("norm_bin", high)
+    attributes = {"objective": plan["objective"], "maximize": int(plan["maximize"])}
+    return xarray.Dataset(data_vars, coords, attributes)
+
+
+def _bin_edges(edges: Any, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper end of each bin."""
+    ends = np.asarray([] if edges is None else edges, np.float64)
+    if ends.shape != (num_bins + 1,):
+        raise ValueError(
+            f"spec['norm_edges'] has {ends.size} edges, but {num_bins} bins have {num_bins + 1}."
+        )
+    return ends[:-1], ends[1:]
+
+
+def _metric_names(data: "xarray.Dataset") -> list[str]:
+    return [str(name) for name, values in data.data_vars.items() if "eval" in values.dims]
+
+
+def _direction(objective: str) -> bool:
+    """The direction of an objective after the fact: smaller is better, if the name allows it."""
+    if any(word in objective.rpartition("/")[2].lower() for word in _RISING_WORDS):
+        raise ValueError(
+            f"maximize must be given for objective = {objective!r}: its name says that larger is "
+            "better. Pass maximize=True (or False)."
+        )
+    return False
+
+
+def _space(spec: Mapping[str, Any]) -> SearchSpace | None:
+    if spec.get("space") is None:
+        return None
+    return SearchSpace.from_dict(spec["space"])
+
+
+def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to agree between two records of one study, as text that equals itself with NaN."""
+    return {n: repr(v) for n, v in spec.items() if n not in ("num_trials", "planned_trials")}
+
+
+def _same_arrays(one: Block, other: Block) -> bool:
+    return list(one) == list(other) and all(
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )

@@ -1,66 +1,26 @@
 """Draws what the analysis measured; computes nothing itself. Needs the extra `plots`."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from playbook_optax import _checks
-from playbook_optax.analysis.axes import Axis, axis, drawn_at, hyperparameters
+from playbook_optax.analysis.axes import (
+    Axis,
+    AxisPlot,
+    axis,
+    axis_plot_info,
+    hyperparameters,
+)
 from playbook_optax.analysis.curves import best_curves
 from playbook_optax.analysis.norms import norm_histogram
-from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.records.study import Study
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; marks differ in shape too.
 BLUE, VERMILLION, BLACK, GREY, ORANGE = "#0072B2", "#D55E00", "#000000", "#777777", "#E69F00"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-
-
-class AxisPlot(NamedTuple):
-    """What an axis plot draws.
-
-    Attributes:
-      axis: the hyperparameter.
-      outcomes: how the trials ended.
-      x: (trial,) where each trial is drawn: the value, 1 - value on a reverse_log scale, or the
-        index of a choice.
-      infeasible_share: share of infeasible trials.
-    """
-
-    axis: Axis
-    outcomes: Outcomes
-    x: np.ndarray
-    infeasible_share: float
-
-
-def axis_plot_info(
-    study: Study, name: str, objective: str | None = None, maximize: bool | None = None
-) -> AxisPlot:
-    """The table behind `plot_axis`.
-
-    Args:
-      study: the study.
-      name: a hyperparameter.
-      objective: a recorded metric; the study's own by default.
-      maximize: whether larger is better; see `outcomes`.
-
-    Returns:
-      The AxisPlot.
-
-    Raises:
-      ValueError: no such hyperparameter or metric.
-
-    Source: "Identifying bad search space boundaries" (axis plots).
-    """
-    line = axis(study, name)
-    out = outcomes(study, objective, maximize)
-    x = drawn_at(line.values, line.start, line.scale)
-    if line.scale == "reverse_log":
-        x = 1 - x
-    share = float(out.infeasible.mean()) if out.num_trials else 0.0
-    return AxisPlot(line, out, x, share)
 
 
 def _pyplot() -> Any:
@@ -262,11 +222,13 @@ def _draw_infeasible(ax: Any, info: AxisPlot) -> None:
     low, high = ax.get_ylim()
     if not info.outcomes.usable.any():
         ax.set_yticks([])
+    elif not ax.get_autoscaley_on():
+        pass  # an Axes that shares its y axis made the room already
     elif ax.get_yscale() == "log":
         ax.set_ylim(low, high * (high / low) ** 0.12)
     else:
         ax.set_ylim(low, high + 0.12 * (high - low))
-    ax.axhspan(0.91, 1.0, transform=ax.get_yaxis_transform(), color=VERMILLION, alpha=0.08, lw=0)
+    ax.fill_between([0, 1], 0.91, 1, transform=ax.transAxes, color=VERMILLION, alpha=0.1, lw=0)
     ax.plot(
         info.x[bad],
         np.full(bad.sum(), 0.955),
@@ -301,7 +263,7 @@ def plot_axes(study: Study, objective: str | None = None, maximize: bool | None 
     names = [n for n in names if len(np.unique(axis(study, n).values)) > 1] or names
     if not names:
         raise ValueError("study has no hyperparameters to draw. Give from_arrays its points.")
-    num_cols = min(len(names), 3)
+    num_cols = 2 if len(names) == 4 else min(len(names), 3)
     num_rows = -(-len(names) // num_cols)
     figure, grid = _pyplot().subplots(
         num_rows,

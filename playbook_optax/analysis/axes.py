@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from playbook_optax import _checks
+from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.records.study import Study
 from playbook_optax.search_space import Integer
 
@@ -200,3 +201,48 @@ def _categorical(name: str, raw: np.ndarray, choices: Any) -> Axis:
         True,
         tuple(map(str, choices)),
     )
+
+
+class AxisPlot(NamedTuple):
+    """What an axis plot draws.
+
+    Attributes:
+      axis: the hyperparameter.
+      outcomes: how the trials ended.
+      x: (trial,) where each trial is drawn: the value, 1 - value on a reverse_log scale, or the
+        index of a choice.
+      infeasible_share: share of infeasible trials.
+    """
+
+    axis: Axis
+    outcomes: Outcomes
+    x: np.ndarray
+    infeasible_share: float
+
+
+def axis_plot_info(
+    study: Study, name: str, objective: str | None = None, maximize: bool | None = None
+) -> AxisPlot:
+    """The table behind `plot_axis`.
+
+    Args:
+      study: the study.
+      name: a hyperparameter.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      The AxisPlot.
+
+    Raises:
+      ValueError: no such hyperparameter or metric.
+
+    Source: "Identifying bad search space boundaries" (axis plots).
+    """
+    line = axis(study, name)
+    out = outcomes(study, objective, maximize)
+    x = drawn_at(line.values, line.start, line.scale)
+    if line.scale == "reverse_log":
+        x = 1 - x
+    share = float(out.infeasible.mean()) if out.num_trials else 0.0
+    return AxisPlot(line, out, x, share)

@@ -32,16 +32,21 @@ class CurveRow(NamedTuple):
       value: its best value.
       best_step: step of that value.
       best_fraction: best_step as a share of training.
-      settled_step: first evaluated step within two noise deviations of the best value.
+      settled_step: first evaluated step within noise of the best value: within
+        1 + sqrt(2 log n) deviations, because the best of n noisy values lies sqrt(2 log n) below
+        their mean.
       settled_fraction: settled_step as a share of training.
       noise: standard deviation of one evaluation around the curve, over the second half.
       last_gain: improvement over the last quarter by a straight line through it; negative if it
         got worse.
       last_gain_error: standard error of that.
+      rest_gain: the same after the first tenth of training.
+      rest_gain_error: standard error of that.
       total_gain: improvement from the first evaluation to the best value.
       improving: whether the best step is in the last quarter, the line improves by more than two
         standard errors, and by at least 0.5% of the total improvement.
-      early: whether the curve settled within the first tenth of training.
+      early: whether the curve settled within the first tenth of training, and improved by no more
+        than two standard errors, or by less than 0.5% of the total improvement, after that.
     """
 
     trial: int
@@ -53,6 +58,8 @@ class CurveRow(NamedTuple):
     noise: float
     last_gain: float
     last_gain_error: float
+    rest_gain: float
+    rest_gain_error: float
     total_gain: float
     improving: bool
     early: bool
@@ -86,17 +93,25 @@ def _noise(y: np.ndarray) -> float:
     return float(np.sqrt(np.mean(off**2) / 1.5)) if len(off) else 0.0
 
 
+def _gain(time: np.ndarray, loss: np.ndarray, after: float, noise: float) -> tuple[float, float]:
+    """How much a straight line through the end of a curve falls, and the standard error."""
+    late = time >= after
+    x, y = time[late], loss[late]
+    spread = float(np.sum((x - x.mean()) ** 2))
+    if not spread:
+        return 0.0, math.inf
+    slope = float(np.sum((x - x.mean()) * (y - y.mean())) / spread)
+    return -slope * (1 - after), noise / math.sqrt(spread) * (1 - after)
+
+
 def _row(trial: int, step: np.ndarray, loss: np.ndarray, sign: float, num_steps: int) -> CurveRow:
     """Judges one curve whose smaller values are better."""
     best = int(loss.argmin())
     noise = _noise(loss[step >= num_steps / 2])
-    settled = int(np.argmax(loss <= loss[best] + 2 * noise))
-    late = step >= LATE * num_steps
-    x, y = step[late] / num_steps, loss[late]
-    spread = float(np.sum((x - x.mean()) ** 2))
-    slope = float(np.sum((x - x.mean()) * (y - y.mean())) / spread) if spread else 0.0
-    gain = -slope * (1 - LATE)
-    error = noise / math.sqrt(spread) * (1 - LATE) if spread else math.inf
+    tolerance = noise * (1 + math.sqrt(2 * math.log(len(loss))))
+    settled = int(np.argmax(loss <= loss[best] + tolerance))
+    gain, error = _gain(step / num_steps, loss, LATE, noise)
+    rest, rest_error = _gain(step / num_steps, loss, EARLY, noise)
     total = float(loss[0] - loss[best])
     improving = bool(
         step[best] > LATE * num_steps and gain > 2 * error and gain >= MIN_GAIN * total > 0
@@ -111,9 +126,14 @@ def _row(trial: int, step: np.ndarray, loss: np.ndarray, sign: float, num_steps:
         noise=noise,
         last_gain=gain,
         last_gain_error=error,
+        rest_gain=rest,
+        rest_gain_error=rest_error,
         total_gain=total,
         improving=improving,
-        early=bool(step[settled] <= EARLY * num_steps),
+        early=bool(
+            step[settled] <= EARLY * num_steps
+            and (rest <= 2 * rest_error or rest < MIN_GAIN * total)
+        ),
     )
 
 
@@ -125,7 +145,7 @@ def curve_info(
     The step of the best value says little by itself: on a noisy plateau it is anywhere. So the
     noise of single evaluations is estimated from the second half of each curve (how far each lies
     off the middle of its neighbours), an improvement counts beyond two of its standard errors,
-    and a curve has settled where it first comes within two deviations of its best.
+    and a curve has settled where it first comes within noise of its best.
 
     Args:
       study: the study.

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from playbook_optax.analysis.importance import importance_findings, importance_info
+from playbook_optax.records.study import Study
+from playbook_optax.search_space import Categorical, SearchSpace
+
+
+def verdicts(study):
+    return {r.name: r.verdict for r in importance_info(study).rows}
+
+
+def test_share_of_a_perfect_and_an_orthogonal_hyperparameter():
+    x, y = (a.ravel() for a in np.meshgrid(np.arange(7.0), np.arange(5.0)))
+    study = Study.from_arrays(
+        {"x": x, "y": y, "z": np.ones(35)},
+        {"loss": (x + 0 * y)[:, None]},
+        [0],
+        objective="loss",
+    )
+    rows = {r.name: r for r in importance_info(study).rows}
+    assert rows["x"].share == pytest.approx(1)
+    assert rows["x"].verdict == "sensitive"
+    assert (rows["x"].num_terms, rows["y"].num_terms, rows["z"].num_terms) == (2, 2, 0)
+    assert rows["z"].verdict == "not varied"
+
+
+def test_infeasible_trials_rank_last():
+    rng = np.random.default_rng(0)
+    x, loss = rng.random(40), rng.random((40, 1))
+    study = Study.from_arrays({"x": x}, {"loss": loss}, [0], objective="loss", infeasible=x > 0.5)
+    assert verdicts(study) == {"x": "sensitive"}
+
+
+def test_categorical_has_one_term_per_further_choice():
+    rng = np.random.default_rng(1)
+    act = np.arange(60) % 3
+    study = Study.from_arrays(
+        {"act": act},
+        {"loss": (act == 1)[:, None] + 0.1 * rng.random((60, 1))},
+        [0],
+        objective="loss",
+        space=SearchSpace({"act": Categorical(["relu", "gelu", "tanh"])}),
+    )
+    (row,) = importance_info(study).rows
+    assert (row.num_terms, row.verdict) == (2, "sensitive")
+
+
+def test_few_trials_cannot_tell(make_study):
+    info = importance_info(make_study(num_trials=8))
+    assert {r.verdict for r in info.rows} == {"cannot tell"}
+    (finding,) = importance_findings(info)
+    assert finding.code == "importance_cannot_tell"
+    assert finding.evidence["names"] == ["learning_rate", "b1"]
+    assert 16 < info.num_needed < 64
+    assert f"About {info.num_needed} trials" in finding.suggestion
+
+
+def test_rates_over_random_studies(make_study):
+    """A hyperparameter that matters is never called insensitive; one that does not, usually."""
+    wrong, right, small = 0, 0, 0
+    for seed in range(40):
+        both = verdicts(make_study(seed, num_trials=64, b1_effect=0.5))
+        one = verdicts(make_study(seed, num_trials=64))
+        wrong += "insensitive" in both.values() or one["learning_rate"] != "sensitive"
+        right += one["b1"] == "insensitive"
+        small += "insensitive" in verdicts(make_study(seed, num_trials=16)).values()
+    assert wrong == 0
+    assert right >= 32
+    assert small == 0
+
+
+def test_insensitive_finding_says_what_to_do(make_study):
+    found = importance_findings(importance_info(make_study(1, num_trials=96)))
+    (finding,) = [f for f in found if f.code == "insensitive_hyperparameter"]
+    assert finding.evidence["name"] == "b1"
+    assert finding.suggestion.startswith("Fix b1")
+
+
+def test_false_alarm_rate_of_sensitive_under_no_effect():
+    rng = np.random.default_rng(7)
+    alarms = 0
+    for _ in range(200):
+        study = Study.from_arrays(
+            {"x": rng.random(24)}, {"loss": rng.random((24, 1))}, [0], objective="loss"
+        )
+        alarms += importance_info(study).rows[0].verdict == "sensitive"
+    assert alarms <= 18  # 10 are expected at 5%; 18 is 2.6 deviations above

@@ -211,14 +211,14 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
 # Reading and writing whole files ----------------------------------------------------------------
 
 
-def _open_for_reading(path: Path) -> tuple[int, int]:
+def _open_for_reading(path: Path, corrupt: type[StorageError]) -> tuple[int, int]:
     """A descriptor and the real size of a regular file; a pipe or a device is refused unread."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise NoStudy(f"{str(path)!r} is not a regular file.")
+        raise corrupt(f"{str(path)!r} is not a regular file.")
     return descriptor, status.st_size
 
 
@@ -439,7 +439,7 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(directory) / _SPEC_NAME
     try:
-        descriptor, size = _open_for_reading(path)
+        descriptor, size = _open_for_reading(path, CorruptSpec)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NoStudy(f"{str(directory)!r} holds no study: {str(path)!r} is missing.") from error
     with open(descriptor, "rb") as file:
@@ -681,7 +681,7 @@ def read_block(directory: str | os.PathLike[str], index: int) -> dict[str, np.nd
     """
     path = _block_path(directory, index)
     try:
-        descriptor, size = _open_for_reading(path)
+        descriptor, size = _open_for_reading(path, CorruptBlock)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NoStudy(f"block {index} is not there: {str(path)!r} is missing.") from error
     with open(descriptor, "rb") as file:

@@ -1,3 +1,82 @@
-"""The Deep Learning Tuning Playbook as code for JAX and Optax."""
+"""The Deep Learning Tuning Playbook as code for JAX and Optax.
+
+``import playbook_optax as pbx`` gives every public name. Importing creates no array and starts no
+backend.
+"""
 
 __version__ = "0.1.0"
+
+from playbook_optax import procedures, reducers, samplers, schedules
+from playbook_optax._feasibility import REASONS as INFEASIBLE_REASONS
+from playbook_optax.analysis.diagnose import diagnose
+from playbook_optax.analysis.findings import Finding
+from playbook_optax.learning_rate import scale_by_learning_rate, scale_by_warmup
+from playbook_optax.norms import NormInfo, clip_by_global_norm, monitor_norms, norm_info
+from playbook_optax.optimizers import (
+    adam,
+    adamw,
+    momentum,
+    nadam,
+    nadamw,
+    nesterov,
+    rmsprop,
+    scale_by_adam,
+    scale_by_momentum,
+    scale_by_nadam,
+    scale_by_nesterov,
+    scale_by_rmsprop,
+    sgd,
+)
+from playbook_optax.records.study import BestTrial, NoFeasibleTrial, Study, load_study
+from playbook_optax.runner.devices import use_cpu_cores
+from playbook_optax.runner.run import run_study
+from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
+from playbook_optax.trials.arrays import evaluate_in_batches
+from playbook_optax.trials.train import Trial, TrialResult, make_train, make_trial, trial_key
+from playbook_optax.trials.workload import Workload
+
+__all__ = [
+    "INFEASIBLE_REASONS",
+    "BestTrial",
+    "Categorical",
+    "Finding",
+    "Float",
+    "Integer",
+    "NoFeasibleTrial",
+    "NormInfo",
+    "SearchSpace",
+    "Study",
+    "Trial",
+    "TrialResult",
+    "Workload",
+    "adam",
+    "adamw",
+    "clip_by_global_norm",
+    "diagnose",
+    "evaluate_in_batches",
+    "load_study",
+    "make_train",
+    "make_trial",
+    "momentum",
+    "monitor_norms",
+    "nadam",
+    "nadamw",
+    "nesterov",
+    "norm_info",
+    "procedures",
+    "reducers",
+    "rmsprop",
+    "run_study",
+    "samplers",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_momentum",
+    "scale_by_nadam",
+    "scale_by_nesterov",
+    "scale_by_rmsprop",
+    "scale_by_warmup",
+    "schedules",
+    "sgd",
+    "trial_key",
+    "use_cpu_cores",
+]

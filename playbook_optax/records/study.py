@@ -248,26 +248,21 @@ class Study:
         """Trains more trials: points i = n, n + 1, … of the same space, the old ones untouched.
 
         Args:
-          num_trials: how many trials the longer study has in all.
+          num_trials: how many trials to add.
 
         Returns:
           The longer study.
 
         Raises:
-          ValueError: `num_trials` is not larger than now, or this record cannot train.
+          ValueError: `num_trials` is not positive, or this record cannot train.
         """
-        check_count(
-            "num_trials",
-            num_trials,
-            at_least=self.num_trials + 1,
-            fix=f"It is the new total; the study has {self.num_trials} trials.",
-        )
+        total = self.num_trials + check_count("num_trials", num_trials)
         if self._extend is None:
             raise ValueError(
                 "This study is a record and cannot train: call run_study with directory= of the "
-                f"stored study, the same workload and num_trials={num_trials}."
+                f"stored study, the same workload and num_trials={total}."
             )
-        return self._extend(num_trials)
+        return self._extend(total)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Stores the study; `load_study` returns it bit for bit, kept weights included.

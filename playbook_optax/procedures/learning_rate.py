@@ -1,0 +1,116 @@
+"""Which learning rate: a sweep, its best, and whether the sweep can be trusted."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import optax
+
+from playbook_optax import _checks
+from playbook_optax.analysis import boundaries, diagnose
+from playbook_optax.analysis.findings import by_severity
+from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.records.study import NoFeasibleTrial, Study
+from playbook_optax.runner.run import run_study
+from playbook_optax.search_space import Float, SearchSpace
+from playbook_optax.trials.train import MakeSchedule
+from playbook_optax.trials.workload import WorkloadLike
+
+LEARNING_RATE = "learning_rate"
+
+
+@_checks.named_arguments
+def sweep_learning_rate(
+    workload: WorkloadLike,
+    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    space_or_study: SearchSpace | Study | None = None,
+    *,
+    key: chex.PRNGKey,
+    num_trials: int = 24,
+    num_steps: int = 1000,
+    eval_every: int | None = None,
+    num_seeds: int = 1,
+    make_schedule: MakeSchedule | None = None,
+    trials_per_block: int | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Verdict:
+    """Sweeps the learning rate on a grid and answers with the best, unless it cannot be trusted.
+
+    Args:
+      workload: a `Workload`, or a function of the point that gives one.
+      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``.
+      space_or_study: a space with the one dimension ``learning_rate``
+        (1e-5 to 10 on a log scale if None), or a finished study to judge instead of a new one.
+      key: the only source of randomness.
+      num_trials: learning rates in the sweep.
+      num_steps: updates of each.
+      eval_every: updates between evaluations; a twentieth of `num_steps` if None.
+      num_seeds: repetitions of each.
+      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
+      trials_per_block: as in `run_study`.
+      directory: where to store the study.
+      progress: show a progress bar on a terminal.
+
+    Returns:
+      A `Verdict`: `answer` is the best learning rate, float, or None where every trial is
+      infeasible or the best is at the boundary of the sweep.
+
+    Raises:
+      ValueError: as `run_study`, or a space without ``learning_rate`` or with anything else.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import playbook_optax as pbx
+      >>> workload = pbx.Workload(
+      ...     name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+      ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+      ...     evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()}, objective="valid/loss")
+      >>> verdict = pbx.procedures.sweep_learning_rate(
+      ...     workload, lambda point: pbx.sgd(point["learning_rate"]), key=jax.random.key(0),
+      ...     num_trials=16, num_steps=10, eval_every=5)
+      >>> 0.1 < verdict.answer < 1.0, verdict.cost
+      (True, 160)
+
+    Source: playbook, "Algorithm for picking an initial candidate for max_train_steps using a
+    learning rate sweep" and "How can optimization failures be debugged and mitigated?"
+    """
+    if isinstance(space_or_study, Study):
+        study, cost = space_or_study, 0
+    else:
+        space = space_or_study or SearchSpace({LEARNING_RATE: Float(1e-5, 10.0, scale="log")})
+        if list(space) != [LEARNING_RATE]:
+            raise ValueError(
+                f"the space of a sweep must have the one dimension {LEARNING_RATE!r}, got "
+                f"{list(space)}; use pbx.run_study for more."
+            )
+        num_steps = _checks.check_count("num_steps", num_steps)
+        grid = space.grid(_checks.check_count("num_trials", num_trials, at_least=2))
+        study = run_study(
+            workload,
+            make_optimizer,
+            grid,
+            num_steps=num_steps,
+            eval_every=max(1, num_steps // 20) if eval_every is None else eval_every,
+            key=key,
+            num_seeds=num_seeds,
+            make_schedule=make_schedule,
+            trials_per_block=trials_per_block,
+            directory=directory,
+            progress=progress,
+        )
+        # A grid is a table to the runner; the analysis wants to know the range it covers.
+        study = dataclasses.replace(study, spec={**study.spec, "space": space.to_dict()})
+        cost = num_trials * num_seeds * num_steps
+    findings = tuple(by_severity(diagnose.diagnose(study)))
+    at_boundary = boundaries.boundary_findings(boundaries.boundary_info(study))
+    refused = any(f.code == "best_at_boundary" for f in at_boundary)
+    answer = None
+    if not refused:
+        try:
+            answer = float(study.best().point[LEARNING_RATE])
+        except NoFeasibleTrial:
+            answer = None
+    return Verdict(answer, findings, {"learning_rate_sweep": study}, cost)

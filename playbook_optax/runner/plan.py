@@ -1,0 +1,340 @@
+"""What a study will compute, fixed before anything runs: points, blocks, width, identity."""
+
+import dataclasses
+import hashlib
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import playbook_optax
+from playbook_optax import _checks, _histogram
+from playbook_optax.records import weights
+from playbook_optax.search_space import SearchSpace
+from playbook_optax.trials import train
+from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
+
+# On a CPU vmap wins for small steps and loses above about 1 MFLOP (products with strided operands
+# overflow the cache): models.md, "Speed of many trials". `make bench` measures both.
+CPU_FLOPS_PER_STEP = 1e6
+CPU_WIDTH = 8
+ACCELERATOR_WIDTH = 64
+
+# What must agree for a stored study to be continued, and what is only warned of.
+_IDENTITY = (
+    "name",
+    "objective",
+    "maximize",
+    "num_steps",
+    "eval_every",
+    "num_seeds",
+    "independent",
+    "keep",
+    "key",
+    "space",
+    "data",
+    "version",
+    "x64",
+    "dtypes",
+)
+_ENVIRONMENT = ("versions", "device_kind")
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """The points of a study: a space that goes on for ever, or a table that ends.
+
+    Attributes:
+      space: the search space, or None for a table.
+      table: name to array (trial,), or None for a space.
+      key: the key that the space is sampled with.
+    """
+
+    space: SearchSpace | None
+    table: dict[str, np.ndarray] | None
+    key: chex.PRNGKey
+
+    def rows(self, trials: np.ndarray) -> dict[str, np.ndarray]:
+        """The points of consecutive trials, name to array (trial,).
+
+        Beyond the end of a table its last row is repeated: padding, which nobody sees.
+        """
+        if self.space is not None:
+            sampled = self.space.sample(self.key, len(trials), start=int(trials[0]))
+            return {name: np.asarray(values) for name, values in sampled.items()}
+        assert self.table is not None
+        return {
+            name: values[np.minimum(trials, len(values) - 1)] for name, values in self.table.items()
+        }
+
+
+def make_points(
+    points: SearchSpace | Mapping[str, Any], num_trials: int | None, key: chex.PRNGKey
+) -> tuple[Points, int]:
+    """Checks what was given as points.
+
+    Args:
+      points: a search space, or name to array (trial,).
+      num_trials: how many trials to sample from a space; None for a table.
+      key: the study's key.
+
+    Returns:
+      The points and their number.
+
+    Raises:
+      ValueError: no trials, arrays of different lengths, or values that are not finite numbers.
+    """
+    sample_key = train.points_key(key)
+    if isinstance(points, SearchSpace):
+        if num_trials is None:
+            raise ValueError("num_trials must be given with a SearchSpace.")
+        return Points(points, None, sample_key), _checks.check_count("num_trials", num_trials)
+    if not isinstance(points, Mapping) or not points:
+        raise _checks.ArgumentTypeError(
+            "points must be a pbx.SearchSpace or a non-empty dict of arrays (trial,), got "
+            f"{type(points).__name__}."
+        )
+    table = {}
+    for name, values in points.items():
+        array = np.asarray(values)
+        if array.ndim != 1 or len(array) == 0:
+            raise ValueError(
+                f"points[{name!r}] must have shape (trial,) with at least one trial, got "
+                f"{array.shape}."
+            )
+        if not (
+            jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+        ):
+            raise _checks.ArgumentTypeError(
+                f"points[{name!r}] must hold numbers, got dtype {array.dtype}; use pbx.Categorical "
+                "for choices."
+            )
+        bad = ~np.isfinite(array.astype(np.float64))
+        if bad.any():
+            raise ValueError(
+                f"points[{name!r}] is not finite in trial {int(np.argmax(bad))}: "
+                f"{array[np.argmax(bad)]}."
+            )
+        table[str(name)] = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    lengths = {name: len(values) for name, values in table.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"points have different numbers of trials: {lengths}.")
+    count = next(iter(lengths.values()))
+    if num_trials is not None and num_trials != count:
+        raise ValueError(
+            f"num_trials = {num_trials} but points hold {count} trials; leave num_trials out."
+        )
+    return Points(None, table, sample_key), count
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One block: `trials_per_block` consecutive trials with one seed.
+
+    Attributes:
+      index: its number, which names its file.
+      trials: int32 (trials_per_block,).
+      seed: which repetition.
+    """
+
+    index: int
+    trials: np.ndarray
+    seed: int
+
+
+def blocks_of(num_trials: int, num_seeds: int, width: int) -> list[Block]:
+    """The blocks that cover a study; a longer study has these and more."""
+    groups = -(-num_trials // width)
+    return [
+        Block(
+            group * num_seeds + seed,
+            np.arange(group * width, (group + 1) * width, dtype=np.int32),
+            seed,
+        )
+        for group in range(groups)
+        for seed in range(num_seeds)
+    ]
+
+
+def choose_width(
+    workload: WorkloadLike, point: Mapping[str, Any], key: chex.PRNGKey, data: Any, batches: Any
+) -> int:
+    """Trials that one program trains side by side, by backend and size of a step.
+
+    It depends on neither the number of trials nor the number of devices, because the width
+    decides bits: a longer study keeps its first trials.
+
+    Args:
+      workload: the workload.
+      point: one point.
+      key: a trial's key.
+      data: the workload's data.
+      batches: a chunk of host batches, or None.
+
+    Returns:
+      The width, 1 for one trial after another.
+    """
+    if jax.default_backend() != "cpu":
+        return ACCELERATOR_WIDTH
+
+    def gradient(point: Any, key: chex.PRNGKey, data: Any, batches: Any) -> Any:
+        work = resolve(workload, point)
+        params, model_state = work.init(key)
+        batch = (
+            work.batch(data, key, jnp.int32(0))
+            if work.batch is not None
+            else jax.tree.map(lambda leaf: leaf[0], batches)
+        )
+        return jax.grad(lambda p: work.loss(p, model_state, batch, key)[0])(params)
+
+    analysis = jax.jit(gradient).lower(point, key, data, batches).cost_analysis()
+    flops = float((analysis or {}).get("flops", 0.0))
+    return CPU_WIDTH if flops < CPU_FLOPS_PER_STEP else 1
+
+
+def fingerprint_data(data: Any) -> str:
+    """SHA-256 of the data's structure, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(str(jax.tree.structure(data)).encode())
+    for leaf in jax.tree.leaves(data):
+        array = np.asarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_program(function: Any, *args: Any) -> str:
+    """SHA-256 of a function's jaxpr, without memory addresses, and of the constants it holds."""
+    closed = jax.make_jaxpr(function)(*args)
+    digest = hashlib.sha256(_ADDRESS.sub("", str(closed.jaxpr)).encode())
+    for constant in closed.consts:
+        digest.update(fingerprint_data(constant).encode())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device kind: what bits depend on beside the spec itself."""
+    import jaxlib
+    import optax
+
+    return {
+        "versions": {
+            "playbook_optax": playbook_optax.__version__,
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "optax": optax.__version__,
+            "numpy": np.__version__,
+        },
+        "device_kind": jax.local_devices()[0].device_kind,
+    }
+
+
+def make_spec(
+    *,
+    work: Workload,
+    trial: train.Trial,
+    points: Points,
+    num_trials: int,
+    num_seeds: int,
+    eval_every: int,
+    independent: bool,
+    keep: str,
+    key: chex.PRNGKey,
+    width: int,
+    shapes: train.TrialResult,
+) -> dict[str, Any]:
+    """Everything about a study that can be written as JSON.
+
+    Args:
+      work: the workload at one point.
+      trial: the stepper.
+      points: where points come from.
+      num_trials: number of trials.
+      num_seeds: number of seeds of each.
+      eval_every: updates between evaluations.
+      independent: whether trials have randomness of their own.
+      keep: which weights are kept.
+      key: the study's key.
+      width: trials per block.
+      shapes: the result of one trial as `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      The spec, without fingerprints.
+    """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = np.asarray(jax.random.key_data(key) if typed else key)
+    trees = {
+        kind: weights.describe_tree(getattr(shapes, kind))
+        for kind in ("params", "model_state")
+        if keep != "none"
+    }
+    table = points.table
+    dtypes = {name: str(value.dtype) for name, value in points.rows(np.arange(1)).items()}
+    return {
+        "name": work.name,
+        "objective": work.objective,
+        "maximize": work.maximize,
+        "num_trials": num_trials,
+        "num_seeds": num_seeds,
+        "num_steps": trial.num_steps,
+        "eval_every": eval_every,
+        "step": [int(step) for step in trial.eval_steps],
+        "independent": independent,
+        "keep": keep,
+        "trials_per_block": width,
+        "key": {"impl": str(jax.random.key_impl(key)) if typed else None, "data": raw.tolist()},
+        "space": None if points.space is None else points.space.to_dict(),
+        "points": None if table is None else {k: v.tolist() for k, v in table.items()},
+        "dtypes": dtypes,
+        "version": work.version,
+        "norm_edges": [float(edge) for edge in _histogram.edges()],
+        "trees": trees,
+        "x64": bool(jax.config.read("jax_enable_x64")),
+        **environment(),
+    }
+
+
+def check_resumable(stored: Mapping[str, Any], spec: Mapping[str, Any], directory: Any) -> None:
+    """Raises when a stored study is another one, and warns when its bits may differ.
+
+    Args:
+      stored: the spec in the directory.
+      spec: the spec of this call.
+      directory: where it is stored, for the message.
+
+    Raises:
+      ValueError: they differ; every difference is named.
+    """
+    differences = [
+        f"{name} is {stored.get(name)!r} there and {spec.get(name)!r} here"
+        for name in _IDENTITY
+        if stored.get(name) != spec.get(name)
+    ]
+    if spec["points"] is not None or stored.get("points") is not None:
+        theirs, mine = stored.get("points") or {}, spec["points"] or {}
+        shorter = {name: len(values) for name, values in theirs.items()}
+        prefix = {name: values[: shorter.get(name, 0)] for name, values in mine.items()}
+        if prefix != theirs and {k: v[: len(mine.get(k, ()))] for k, v in theirs.items()} != mine:
+            differences.append("the points differ")
+    changed = [name for name in _ENVIRONMENT if stored.get(name) != spec.get(name)]
+    if not changed and stored.get("program") != spec.get("program"):
+        differences.append("the program differs: another model, loss, evaluation or optimizer")
+    if differences:
+        raise ValueError(
+            f"{str(directory)!r} holds another study: {'; '.join(differences)}. Choose another "
+            "directory, or make the call the same."
+        )
+    if changed:
+        warnings.warn(
+            f"{str(directory)!r} was written with "
+            + "; ".join(f"{name} {stored.get(name)!r}, now {spec.get(name)!r}" for name in changed)
+            + ": new blocks are close to, not bit-exact with, what one environment would give, and "
+            "the program cannot be compared.",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,264 @@
+"""`run_study`: from a workload and points to a `Study`."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from playbook_optax import _checks
+from playbook_optax.records import storage, study
+from playbook_optax.runner import devices, execute, plan
+from playbook_optax.runner.progress import Progress
+from playbook_optax.search_space import SearchSpace
+from playbook_optax.trials import train
+from playbook_optax.trials.workload import WorkloadLike, resolve
+
+
+@_checks.named_arguments
+def run_study(
+    workload: WorkloadLike,
+    make_optimizer: train.MakeOptimizer,
+    points: SearchSpace | Mapping[str, Any],
+    *,
+    num_steps: int,
+    eval_every: int,
+    key: chex.PRNGKey,
+    num_trials: int | None = None,
+    num_seeds: int = 1,
+    independent: bool = False,
+    keep: str = "none",
+    make_schedule: train.MakeSchedule | None = None,
+    trials_per_block: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> study.Study:
+    """Trains many trials in one compiled program and returns their record.
+
+    Trials are trained in blocks of one fixed width, which is compiled once; blocks are shared out
+    over the devices. A trial's bits depend on its point, the key and the width, not on the other
+    trials, their number or order, or the number of devices (with at most one per core).
+
+    Args:
+      workload: a `Workload`, or a function of the point that gives one.
+      make_optimizer: ``make_optimizer(point)`` returns any Optax transformation.
+      points: a `SearchSpace`, sampled quasi-randomly, or name to array (trial,).
+      num_steps: updates of each trial.
+      eval_every: updates between evaluations.
+      key: the only source of randomness.
+      num_trials: number of trials, with a `SearchSpace`.
+      num_seeds: repetitions of each trial with other initializations and batches.
+      independent: give each trial its own initialization and batches, instead of common ones.
+      keep: weights to keep of each trial: ``"none"``, ``"best"`` or ``"final"``.
+      make_schedule: ``make_schedule(point, num_steps)`` returns a schedule, which reaches
+        `make_optimizer` as ``point["learning_rate"]``.
+      trials_per_block: width of a block: 1 trains one trial after another inside the program,
+        which is the faster on a CPU above about 1 MFLOP a step. Chosen by backend and size if None.
+      mesh: a one-dimensional mesh to shard trials over; all local devices if None.
+      directory: where to store the study. A study that is there already is continued: finished
+        blocks are read, not trained again.
+      progress: show a progress bar when standard error is a terminal.
+
+    Returns:
+      The study.
+
+    Raises:
+      ValueError: a bad argument; a workload or optimizer that breaks its promise, before anything
+        is compiled or written; or a directory that holds another study.
+      NotWritable: the directory cannot be written, before the first step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import playbook_optax as pbx
+      >>> workload = pbx.Workload(
+      ...     name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+      ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+      ...     evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()}, objective="valid/loss")
+      >>> space = pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 10.0, scale="log")})
+      >>> study = pbx.run_study(
+      ...     workload, lambda point: pbx.sgd(point["learning_rate"]), space, num_trials=12,
+      ...     num_steps=20, eval_every=10, key=jax.random.key(0))
+      >>> bool(study.data["infeasible"].any()), study.best().value < 1e-6
+      (True, True)
+
+    Source: playbook, "Where can I find an implementation of quasi-random search?" and "How many
+    trials are needed to get good results with quasi-random search?"
+    """
+    train.check_key("key", key)
+    table, count = plan.make_points(points, num_trials, key)
+    num_seeds = _checks.check_count("num_seeds", num_seeds)
+    if not isinstance(independent, bool):
+        raise _checks.ArgumentTypeError(f"independent must be True or False, got {independent!r}.")
+    if trials_per_block is not None:
+        trials_per_block = _checks.check_count("trials_per_block", trials_per_block)
+    runner = _Runner(
+        workload,
+        make_optimizer,
+        table,
+        num_steps=num_steps,
+        eval_every=eval_every,
+        key=key,
+        num_seeds=num_seeds,
+        independent=independent,
+        keep=keep,
+        make_schedule=make_schedule,
+        trials_per_block=trials_per_block,
+        mesh=devices.trial_mesh(mesh),
+        directory=directory,
+        progress=progress,
+    )
+    return runner.run(count, {})
+
+
+class _Runner:
+    """A study that can be run, and run further: what `Study.extend` calls."""
+
+    def __init__(
+        self,
+        workload: WorkloadLike,
+        make_optimizer: train.MakeOptimizer,
+        points: plan.Points,
+        *,
+        num_steps: int,
+        eval_every: int,
+        key: chex.PRNGKey,
+        num_seeds: int,
+        independent: bool,
+        keep: str,
+        make_schedule: train.MakeSchedule | None,
+        trials_per_block: int | None,
+        mesh: jax.sharding.Mesh,
+        directory: str | os.PathLike[str] | None,
+        progress: bool,
+    ) -> None:
+        trial = train.make_trial(
+            workload,
+            make_optimizer,
+            num_steps,
+            eval_every,
+            keep=keep,
+            make_schedule=make_schedule,
+        )
+        self._points, self._num_seeds = points, num_seeds
+        self._directory, self._progress = directory, progress
+        first = {name: values[0] for name, values in points.rows(np.arange(1)).items()}
+        self._work = resolve(workload, first)
+        data = self._work.data
+        own_key = train.trial_key(key)
+        host = self._work.host_batches
+        batches = None if host is None else execute.first_batches(host)
+
+        def whole(point: Any, key: chex.PRNGKey, data: Any, batches: Any) -> train.TrialResult:
+            state = trial.init(point, key, data, batches)
+            state = trial.advance(state, data, 0, trial.num_steps, batches)
+            return trial.result(state)
+
+        # Traced before anything is compiled or written, so that a bad workload says so first.
+        arguments = (first, own_key, data, batches)
+        self._shapes = jax.eval_shape(whole, *arguments)
+        stored = None
+        if directory is not None:
+            storage.check_writable(directory)
+            storage.remove_temporary_files(directory)
+            try:
+                stored = storage.read_spec(directory)
+            except storage.NoStudy:
+                stored = None
+        width = trials_per_block
+        if width is None and stored is not None:
+            width = int(stored["trials_per_block"])
+        if width is None:
+            width = plan.choose_width(workload, *arguments)
+        self._width = width
+        self._spec = plan.make_spec(
+            work=self._work,
+            trial=trial,
+            points=points,
+            num_trials=0,
+            num_seeds=num_seeds,
+            eval_every=eval_every,
+            independent=independent,
+            keep=keep,
+            key=key,
+            width=width,
+            shapes=self._shapes,
+        )
+        if directory is not None:
+            self._spec["data"] = plan.fingerprint_data(data)
+            self._spec["program"] = plan.fingerprint_program(whole, *arguments)
+        if stored is not None:
+            plan.check_resumable(stored, self._spec, directory)
+            if stored["trials_per_block"] != width:
+                raise ValueError(
+                    f"trials_per_block = {width}, but {str(directory)!r} was begun with "
+                    f"{stored['trials_per_block']}, and the width decides bits; leave it out."
+                )
+        self._engine = execute.Engine(trial, points, key, data, mesh, width, independent, host)
+
+    def run(self, num_trials: int, finished: Mapping[int, dict[str, np.ndarray]]) -> study.Study:
+        """Trains whatever is missing of the first `num_trials` trials.
+
+        Args:
+          num_trials: number of trials.
+          finished: blocks by index that need no training.
+
+        Returns:
+          The study.
+        """
+        blocks = plan.blocks_of(num_trials, self._num_seeds, self._width)
+        spec = {**self._spec, "num_trials": num_trials}
+        done = dict(finished)
+        if self._directory is not None:
+            self._write_spec(spec)
+            done |= self._read_blocks({block.index for block in blocks} - set(done))
+        missing = [block for block in blocks if block.index not in done]
+        steps = self._width * int(self._spec["num_steps"])
+        with Progress(self._progress, self._work.name, len(missing), steps) as progress:
+            for batch in self._engine.run(missing):
+                for index, arrays in batch:
+                    if self._directory is not None:
+                        storage.write_block(self._directory, index, arrays)
+                    done[index] = arrays
+                real = [arrays["trial"] < num_trials for _, arrays in batch]
+                progress.update(
+                    len(batch),
+                    sum(int(rows.sum()) for rows in real),
+                    sum(
+                        int((arrays["infeasible"] & rows).sum())
+                        for rows, (_, arrays) in zip(real, batch, strict=True)
+                    ),
+                )
+        kept = self._spec["keep"] != "none"
+        like = {k: getattr(self._shapes, k) for k in ("params", "model_state")} if kept else None
+        extend = None
+        if self._points.space is not None:
+            extend = lambda total: self.run(total, done)  # noqa: E731
+        return study.study_from_blocks(
+            spec, [done[block.index] for block in blocks], weights_like=like, extend=extend
+        )
+
+    def _write_spec(self, spec: Mapping[str, Any]) -> None:
+        """Stores the spec before the first block; a longer study replaces a shorter one's."""
+        assert self._directory is not None
+        try:
+            stored = storage.read_spec(self._directory)
+        except storage.NoStudy:
+            stored = None
+        if stored is None:
+            storage.write_spec(self._directory, spec, replace=False)
+        elif stored["num_trials"] < spec["num_trials"]:
+            kept = {"num_trials": spec["num_trials"], "points": spec["points"]}
+            storage.write_spec(self._directory, {**stored, **kept})
+
+    def _read_blocks(self, wanted: set[int]) -> dict[int, dict[str, np.ndarray]]:
+        assert self._directory is not None
+        found = {}
+        for index in wanted & set(storage.finished_blocks(self._directory)):
+            try:
+                found[index] = storage.read_block(self._directory, index)
+            except storage.CorruptBlock:
+                continue  # Trained again, and replaced.
+        return found

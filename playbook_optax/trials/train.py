@@ -1,0 +1,694 @@
+"""The training of one trial: a stepper, and the pure function composed of it."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from playbook_optax import _checks, _feasibility, _tree, norms, reducers
+from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
+
+Point = Mapping[str, Any]
+MakeOptimizer = Callable[[Any], optax.GradientTransformation]
+MakeSchedule = Callable[[Any, int], optax.Schedule]
+
+KEEP = ("none", "best", "final")
+STEP_LOSS = "step/loss"
+
+# Folds of the study's key: training and points never share a stream.
+_TRAINING_STREAM, _POINT_STREAM = 0, 1
+# Folds of a trial's key.
+_INIT_STREAM, _BATCH_STREAM, _LOSS_STREAM = 0, 1, 2
+# Weight of the past in the smoothed loss whose peak is watched for a rise: about ten steps, so
+# that one unlucky batch is no rise.
+_SMOOTHING = 0.9
+
+
+class TrialResult(NamedTuple):
+    """What a finished trial gives back. Under vmap every array has a leading axis of trials.
+
+    Attributes:
+      metrics: by name, float arrays (eval,), NaN after `infeasible_step`.
+      step: number of updates done before each evaluation, int32 (eval,).
+      best_value: retrospective best of the objective, float scalar, NaN if never finite.
+      best_step: its step, int32 scalar, -1 if never finite.
+      infeasible: bool scalar.
+      infeasible_step: 0-based update whose loss or result was first bad, int32 scalar, -1 if none;
+        for a high loss, the last update before the first evaluation that was high.
+      infeasible_reason: int8 scalar, an index into ``pbx.INFEASIBLE_REASONS``.
+      norms: `NormInfo` of the gradient before any clipping.
+      params: the weights that `keep` asked for, or None.
+      model_state: the model state that belongs to them, or None.
+    """
+
+    metrics: dict[str, chex.Array]
+    step: chex.Array
+    best_value: chex.Array
+    best_step: chex.Array
+    infeasible: chex.Array
+    infeasible_step: chex.Array
+    infeasible_reason: chex.Array
+    norms: norms.NormInfo
+    params: Any
+    model_state: Any
+
+
+class TrialState(NamedTuple):
+    """State of a trial between two calls of the stepper: a legal loop carry."""
+
+    step: chex.Array  # int32 (), updates done, frozen ones included
+    point: Any  # hyperparameters
+    key: chex.PRNGKey  # the trial's key
+    params: Any
+    model_state: Any
+    opt_state: Any
+    metrics: dict[str, chex.Array]  # (eval,) each
+    peaks: chex.Array  # (eval,), peak of the smoothed loss since the previous evaluation
+    sums: dict[str, chex.Array]  # sums of step metrics since the last evaluation
+    num_summed: chex.Array  # int32 (), steps in `sums`
+    first_loss: chex.Array  # float (), loss of update 0
+    smooth_loss: chex.Array  # float (), exponentially smoothed loss
+    peak: chex.Array  # float (), its peak since the last evaluation
+    norms: norms.NormRecordState
+    best: Any  # state of reducers.best
+    best_params: Any  # (params, model_state) at the best evaluation, None unless kept
+    infeasible_step: chex.Array  # int32 (), -1 while alive
+    infeasible_reason: chex.Array  # int8 ()
+
+
+class Trial(NamedTuple):
+    """A trial as a stepper of three pure functions; vmap and jit them as you like.
+
+    Attributes:
+      init: ``init(point, key, data) -> state``: initializes and evaluates before any update.
+      advance: ``advance(state, data, start, stop) -> state``: does the updates start, ..., stop - 1
+        and the evaluations among them. Both are int32 scalars, traced or not; under vmap they
+        must be shared by all trials (``in_axes=(0, None, None, None)``). Any cut of a run into
+        segments gives the same bits.
+      result: ``result(state) -> TrialResult``.
+      num_steps: updates in the whole run.
+      eval_steps: int32 NumPy array (eval,), updates done before each evaluation.
+    """
+
+    init: Callable[..., TrialState]
+    advance: Callable[..., TrialState]
+    result: Callable[[TrialState], TrialResult]
+    num_steps: int
+    eval_steps: np.ndarray
+
+
+@_checks.named_arguments
+def trial_key(key: chex.PRNGKey, seed: chex.Numeric = 0, trial: Any = None) -> chex.PRNGKey:
+    """The key that `run_study` trains with.
+
+    By default all trials of a seed share initialization and batches (common random numbers), which
+    makes their comparison fairer and needs one gather of data for all.
+
+    Args:
+      key: the study's key.
+      seed: which repetition, int scalar.
+      trial: the trial's index for independent randomness, or None to share it.
+
+    Returns:
+      A key.
+
+    Raises:
+      ValueError: `key` is not a single random key.
+
+    Example:
+      >>> import jax
+      >>> import playbook_optax as pbx
+      >>> key = jax.random.key(0)
+      >>> bool(pbx.trial_key(key) == pbx.trial_key(key, seed=1))
+      False
+
+    Source: playbook, "Where can I find an implementation of quasi-random search?" (a study is
+    reproducible from its key).
+    """
+    check_key("key", key)
+    folded = jax.random.fold_in(jax.random.fold_in(key, _TRAINING_STREAM), seed)
+    return folded if trial is None else jax.random.fold_in(folded, trial)
+
+
+def points_key(key: chex.PRNGKey) -> chex.PRNGKey:
+    """The key that a study samples its points with: another fold than training."""
+    check_key("key", key)
+    return jax.random.fold_in(key, _POINT_STREAM)
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises unless `key` is one random key, typed or a raw uint32 pair."""
+    is_array = isinstance(key, jax.Array)
+    typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = is_array and key.dtype == jnp.uint32 and key.ndim == 1
+    if not (typed and key.ndim == 0) and not raw:
+        raise _checks.ArgumentTypeError(
+            f"{name} must be one random key such as jax.random.key(0), got {key!r}."
+        )
+
+
+def evaluation_steps(num_steps: int, eval_every: int) -> np.ndarray:
+    """Updates done before each evaluation: 0, each `eval_every`, `num_steps`; int32 (eval,)."""
+    steps = np.arange(0, num_steps, eval_every, dtype=np.int64)
+    return np.append(steps, num_steps).astype(np.int32)
+
+
+@_checks.named_arguments
+def make_trial(
+    workload: WorkloadLike,
+    make_optimizer: MakeOptimizer,
+    num_steps: int,
+    eval_every: int,
+    *,
+    keep: str = "none",
+    make_schedule: MakeSchedule | None = None,
+) -> Trial:
+    """Builds the stepper of one trial.
+
+    A trial freezes, bit for bit, at the update whose loss or result is not finite. Evaluation is
+    before the first update, every `eval_every` updates, and after the last. The gradient's norm is
+    recorded at each step, and metrics of the loss as their mean since the last evaluation, under
+    ``step/<name>`` (the loss itself as ``step/loss``).
+
+    Half-precision parameters lose updates below about 1/256 (bfloat16) or 1/2048 (float16) of their
+    size to rounding, whatever the optimizer: a warning says so. Keep float32 parameters and cast
+    inside the model.
+
+    Args:
+      workload: a `Workload`, or a function of the point that gives one; names, objective,
+        structure and shapes may not depend on the point.
+      make_optimizer: ``make_optimizer(point)`` returns any Optax transformation; the values of the
+        point are traced scalars.
+      num_steps: updates in the whole run.
+      eval_every: updates between evaluations; more than `num_steps` means only first and last.
+      keep: which weights the result brings back: ``"none"``, ``"best"`` (at the retrospective best
+        evaluation) or ``"final"``.
+      make_schedule: ``make_schedule(point, num_steps)`` returns a schedule, which then reaches
+        `make_optimizer` as ``point["learning_rate"]``.
+
+    Returns:
+      The stepper.
+
+    Raises:
+      ValueError: a bad argument; and, while tracing, a loss, a model or an optimizer that breaks
+        its promise.
+
+    Example:
+      >>> import jax
+      >>> import playbook_optax as pbx
+      >>> workload = pbx.Workload(
+      ...     name="square", init=lambda key: ({"w": jax.numpy.ones(2)}, {}),
+      ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+      ...     evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()}, objective="valid/loss")
+      >>> trial = pbx.make_trial(workload, lambda p: pbx.sgd(p["learning_rate"]), 10, 5)
+      >>> state = trial.init({"learning_rate": 0.1}, jax.random.key(0), None)
+      >>> state = trial.advance(state, None, 0, 4)
+      >>> state = trial.advance(state, None, 4, 10)
+      >>> [round(float(v), 4) for v in trial.result(state).metrics["valid/loss"]]
+      [2.0, 0.2147, 0.0231]
+
+    Source: playbook, "Deciding how long to train when training is not compute-bound" and "How can
+    optimization failures be debugged and mitigated?"
+    """
+    num_steps = _checks.check_count(
+        "num_steps", num_steps, fix="A trial needs at least one update."
+    )
+    eval_every = _checks.check_count("eval_every", eval_every)
+    _checks.check_choice("keep", keep, KEEP)
+    if not isinstance(workload, Workload) and not callable(workload):
+        resolve(workload, None)
+    if not callable(make_optimizer):
+        raise _checks.ArgumentTypeError(
+            "make_optimizer must be a function of the point that returns an Optax transformation, "
+            f"got {make_optimizer!r}."
+        )
+    eval_every = min(eval_every, num_steps)
+    eval_steps = evaluation_steps(num_steps, eval_every)
+    num_evals = len(eval_steps)
+
+    def optimizer(point: Point) -> optax.GradientTransformationExtraArgs:
+        if make_schedule is not None:
+            with _user_code("make_schedule", point):
+                schedule = make_schedule(point, num_steps)
+            point = {**point, "learning_rate": schedule}
+        with _user_code("make_optimizer", point):
+            transform = make_optimizer(point)
+        if not isinstance(transform, optax.GradientTransformation):
+            raise _checks.ArgumentTypeError(
+                "make_optimizer must return an optax.GradientTransformation, got "
+                f"{type(transform).__name__}."
+            )
+        return optax.with_extra_args_support(transform)
+
+    def evaluate(work: Workload, params: Any, model_state: Any, data: Any) -> dict[str, Any]:
+        with _user_code("evaluate"):
+            metrics = work.evaluate(params, model_state, data)
+        if not isinstance(metrics, dict) or not metrics:
+            raise ValueError(
+                "evaluate must return a non-empty dict of scalar metrics, got "
+                f"{type(metrics).__name__}."
+            )
+        return {str(name): _scalar(f"metric {name!r}", value) for name, value in metrics.items()}
+
+    def objective_value(work: Workload, metrics: dict[str, chex.Array]) -> chex.Array:
+        if work.objective not in metrics:
+            raise ValueError(
+                f"objective {work.objective!r} is not among the metrics: "
+                f"{_checks.nearest(work.objective, metrics)}"
+            )
+        return metrics[work.objective]
+
+    def init(point: Point, key: chex.PRNGKey, data: Any, batches: Any = None) -> TrialState:
+        check_key("key", key)
+        work = resolve(workload, point)
+        with _user_code("init"):
+            made = work.init(jax.random.fold_in(key, _INIT_STREAM))
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise ValueError(
+                "init must return a pair (params, model_state), with {} for no state, got "
+                f"{type(made).__name__}."
+            )
+        params, model_state = made
+        _check_init(params)
+        params, model_state = jax.tree.map(jnp.asarray, (params, model_state))
+        with _user_code("optimizer.init"):
+            opt_state = optimizer(point).init(params)
+        opt_state = jax.tree.map(jnp.asarray, opt_state)
+        batch_shapes = jax.eval_shape(lambda: _batch(work, data, key, jnp.int32(0), batches, 0))
+        _, shapes = jax.eval_shape(
+            lambda p, s, b, k: _loss(work, p, s, b, k)[1], params, model_state, batch_shapes, key
+        )
+        _warn_zero_gradient(work, params, model_state, batch_shapes, key)
+        names = [f"step/{name}" for name in shapes]
+        evaluated = evaluate(work, params, model_state, data)
+        clash = sorted(set(names) & set(evaluated))
+        if clash:
+            raise ValueError(f"evaluate returns {clash[0]!r}, the name of a metric of the loss.")
+        first = {**evaluated, **{name: jnp.float32(jnp.nan) for name in names}}
+        metrics = {
+            name: jnp.full((num_evals,), jnp.nan, value.dtype).at[0].set(value)
+            for name, value in first.items()
+        }
+        value = objective_value(work, first)
+        reducer = reducers.best(maximize=work.maximize)
+        best = reducer.update(reducer.init(), value, jnp.int32(0))
+        zero, nan = jnp.float32(0), jnp.float32(jnp.nan)
+        return TrialState(
+            step=jnp.int32(0),
+            point=jax.tree.map(jnp.asarray, dict(point)),
+            key=key,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            metrics=metrics,
+            peaks=jnp.full((num_evals,), jnp.nan, jnp.float32),
+            sums=dict.fromkeys(names, zero),
+            num_summed=jnp.int32(0),
+            first_loss=nan,
+            smooth_loss=nan,
+            peak=nan,
+            norms=norms.init_record("gradient"),
+            best=best,
+            best_params=(params, model_state) if keep == "best" else None,
+            infeasible_step=jnp.int32(-1),
+            infeasible_reason=jnp.int8(0),
+        )
+
+    def update(state: TrialState, data: Any, step: chex.Array, batch: Any) -> TrialState:
+        work = resolve(workload, state.point)
+        loss_key = jax.random.fold_in(jax.random.fold_in(state.key, _LOSS_STREAM), step)
+        (loss, (model_state, step_metrics)), grads = jax.value_and_grad(
+            lambda params: _loss(work, params, state.model_state, batch, loss_key), has_aux=True
+        )(state.params)
+        transform = optimizer(state.point)
+        with _user_code("optimizer.update"):
+            updates, opt_state = transform.update(
+                grads, state.opt_state, state.params, value=loss, grad=grads
+            )
+        _tree.check_matching(updates, state.params, what="params")
+        params = optax.apply_updates(state.params, updates)
+        _check_same("the optimizer's state", state.opt_state, opt_state)
+        alive = state.infeasible_step < 0
+        loss_ok = jnp.isfinite(loss)
+        good = alive & loss_ok & _tree.all_finite(params)
+        reason = jnp.where(
+            loss_ok,
+            jnp.int8(_feasibility.NONFINITE_PARAMS),
+            jnp.int8(_feasibility.NONFINITE_LOSS),
+        )
+        broke = alive & ~good
+        new = (params, model_state, opt_state)
+        old = (state.params, state.model_state, state.opt_state)
+        params, model_state, opt_state = _tree.select(good, new, old)
+        starting = jnp.isnan(state.smooth_loss)
+        smooth = jnp.where(starting, loss, _SMOOTHING * state.smooth_loss + (1 - _SMOOTHING) * loss)
+        record = norms.update_record(state.norms, _tree.global_norm(grads))
+        return state._replace(
+            step=step + 1,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            sums={
+                f"step/{name}": jnp.where(
+                    good, state.sums[f"step/{name}"] + value, state.sums[f"step/{name}"]
+                )
+                for name, value in step_metrics.items()
+            },
+            num_summed=state.num_summed + good.astype(jnp.int32),
+            first_loss=jnp.where(starting & alive, loss, state.first_loss),
+            smooth_loss=jnp.where(good, smooth, state.smooth_loss),
+            peak=jnp.where(good, jnp.fmax(state.peak, smooth), state.peak),
+            norms=_tree.select(alive, record, state.norms),
+            infeasible_step=jnp.where(broke, step, state.infeasible_step),
+            infeasible_reason=jnp.where(broke, reason, state.infeasible_reason),
+        )
+
+    def record(state: TrialState, data: Any, index: chex.Array) -> TrialState:
+        work = resolve(workload, state.point)
+        values = evaluate(work, state.params, state.model_state, data)
+        alive = state.infeasible_step < 0
+        count = jnp.maximum(state.num_summed, 1).astype(jnp.float32)
+        for name, total in state.sums.items():
+            values[name] = jnp.where(state.num_summed > 0, total / count, jnp.float32(jnp.nan))
+        values = {
+            name: jnp.where(alive, value, jnp.asarray(jnp.nan, value.dtype))
+            for name, value in values.items()
+        }
+        reducer = reducers.best(maximize=work.maximize)
+        best = reducer.update(state.best, objective_value(work, values), state.step)
+        improved = reducer.compute(best).step != reducer.compute(state.best).step
+        best_params = state.best_params
+        if keep == "best":
+            best_params = _tree.select(improved, (state.params, state.model_state), best_params)
+        return state._replace(
+            metrics={
+                name: buffer.at[index].set(values[name]) for name, buffer in state.metrics.items()
+            },
+            peaks=state.peaks.at[index].set(jnp.where(alive, state.peak, jnp.nan)),
+            sums=jax.tree.map(jnp.zeros_like, state.sums),
+            num_summed=jnp.int32(0),
+            peak=jnp.float32(jnp.nan),
+            best=best,
+            best_params=best_params,
+        )
+
+    def advance(
+        state: TrialState,
+        data: Any,
+        start: chex.Numeric,
+        stop: chex.Numeric,
+        batches: Any = None,
+    ) -> TrialState:
+        # The trip counts are data, so that every segment is the same program and the same bits.
+        start, stop = jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
+        stop = jnp.minimum(stop, num_steps)
+
+        def period(carry: tuple[chex.Array, TrialState]) -> tuple[chex.Array, TrialState]:
+            step, state = carry
+            done = step // eval_every
+            until_next = eval_every - (step - done * eval_every)
+            target = step + jnp.minimum(until_next, stop - step)
+
+            def one(step: chex.Array, state: TrialState) -> TrialState:
+                work = resolve(workload, state.point)
+                return update(
+                    state, data, step, _batch(work, data, state.key, step, batches, start)
+                )
+
+            state = jax.lax.fori_loop(step, target, one, state)
+            due = (target - done * eval_every == eval_every) | (target == num_steps)
+            state = jax.lax.cond(due, lambda s: record(s, data, done + 1), lambda s: s, state)
+            return target, state
+
+        return jax.lax.while_loop(lambda c: c[0] < stop, period, (start, state))[1]
+
+    def result(state: TrialState) -> TrialResult:
+        work = resolve(workload, state.point)
+        high, first_high = _judge(work, state)
+        broke = state.infeasible_step >= 0
+        before_high = jnp.asarray(eval_steps)[jnp.maximum(first_high, 0)] - 1
+        best = reducers.best(maximize=work.maximize).compute(state.best)
+        params, model_state = None, None
+        if keep == "best":
+            params, model_state = state.best_params
+        elif keep == "final":
+            params, model_state = state.params, state.model_state
+        return TrialResult(
+            metrics=state.metrics,
+            step=jnp.asarray(eval_steps),
+            best_value=best.value,
+            best_step=best.step,
+            infeasible=broke | high,
+            infeasible_step=jnp.where(
+                broke, state.infeasible_step, jnp.where(high, before_high, jnp.int32(-1))
+            ),
+            infeasible_reason=jnp.where(
+                broke,
+                state.infeasible_reason,
+                jnp.where(high, jnp.int8(_feasibility.HIGH_LOSS), jnp.int8(0)),
+            ),
+            norms=norms.record_info(state.norms),
+            params=params,
+            model_state=model_state,
+        )
+
+    return Trial(init, advance, result, num_steps, eval_steps)
+
+
+@_checks.named_arguments
+def make_train(
+    workload: WorkloadLike,
+    make_optimizer: MakeOptimizer,
+    num_steps: int,
+    eval_every: int,
+    *,
+    keep: str = "none",
+    make_schedule: MakeSchedule | None = None,
+) -> Callable[[Any, chex.PRNGKey, Any], TrialResult]:
+    """Builds ``train(point, key, data) -> TrialResult``, the whole run of one trial.
+
+    The function is pure and never donates its arguments. A learning-rate sweep is your own line:
+    ``jax.jit(jax.vmap(train, in_axes=(0, None, None)))(points, key, workload.data)``.
+
+    Args:
+      workload: as in `make_trial`.
+      make_optimizer: as in `make_trial`.
+      num_steps: updates in the whole run.
+      eval_every: updates between evaluations.
+      keep: ``"none"``, ``"best"`` or ``"final"``: which weights come back.
+      make_schedule: as in `make_trial`.
+
+    Returns:
+      The function.
+
+    Raises:
+      ValueError: as `make_trial`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import playbook_optax as pbx
+      >>> workload = pbx.Workload(
+      ...     name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+      ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+      ...     evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()}, objective="valid/loss")
+      >>> train = pbx.make_train(workload, lambda p: pbx.sgd(p["learning_rate"]), 20, 10)
+      >>> sweep = jax.jit(jax.vmap(train, in_axes=(0, None, None)))
+      >>> result = sweep({"learning_rate": jnp.array([0.1, 1.5])}, jax.random.key(0), None)
+      >>> result.infeasible.tolist()
+      [False, True]
+
+    Source: playbook, "Deciding how long to train when training is not compute-bound".
+    """
+    trial = make_trial(
+        workload, make_optimizer, num_steps, eval_every, keep=keep, make_schedule=make_schedule
+    )
+
+    def train(point: Any, key: chex.PRNGKey, data: Any) -> TrialResult:
+        return trial.result(trial.advance(trial.init(point, key, data), data, 0, num_steps))
+
+    return train
+
+
+def _batch(
+    work: Workload, data: Any, key: chex.PRNGKey, step: chex.Array, batches: Any, start: Any
+) -> Any:
+    """The batch of a step: from the data, or from a chunk of host batches beginning at `start`."""
+    if batches is not None:
+        return jax.tree.map(lambda leaf: leaf[step - start], batches)
+    if work.batch is None:
+        raise ValueError(
+            f"workload {work.name!r} is fed from the host (host_batches); only run_study trains it."
+        )
+    with _user_code("batch"):
+        return work.batch(data, jax.random.fold_in(key, _BATCH_STREAM), step)
+
+
+def _loss(
+    work: Workload, params: Any, model_state: Any, batch: Any, key: chex.PRNGKey
+) -> tuple[chex.Array, tuple[Any, dict[str, chex.Array]]]:
+    """The loss in float32 or better, the new model state, and its metrics with the loss itself."""
+    with _user_code("loss"):
+        out = work.loss(params, model_state, batch, key)
+    promise = "loss must return (loss, (model_state, metrics))"
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise ValueError(f"{promise}, got {_describe(out)}.")
+    loss, rest = out
+    if not isinstance(rest, tuple) or len(rest) != 2 or not isinstance(rest[1], dict):
+        raise ValueError(
+            f"{promise} with a dict of metrics, got {_describe(rest)} beside the loss."
+        )
+    new_state, metrics = rest
+    loss = _scalar("loss", loss, floating=True)
+    _check_same("the model state", model_state, new_state)
+    if "loss" in metrics:
+        raise ValueError("the loss's metrics may not be called 'loss': it is recorded already.")
+    values = {str(name): _scalar(f"metric {name!r}", value) for name, value in metrics.items()}
+    # Sums of step metrics are float32 whatever the loss is.
+    values = {name: value.astype(jnp.float32) for name, value in values.items()}
+    return loss, (new_state, {"loss": jax.lax.stop_gradient(loss).astype(jnp.float32), **values})
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    if hasattr(value, "shape"):
+        return f"an array of shape {value.shape}"
+    return f"{type(value).__name__}"
+
+
+def _scalar(name: str, value: Any, *, floating: bool = False) -> chex.Array:
+    """A real scalar in float32 or better, or an error that names what it was."""
+    if not isinstance(value, (int, float, complex, np.number, np.ndarray, jax.Array)):
+        raise _checks.ArgumentTypeError(
+            f"{name} must be a real scalar array, got {type(value).__name__}."
+        )
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != ():
+        raise ValueError(f"{name} must be a scalar, got shape {shape}; take its mean.")
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(f"{name} must be real, got dtype {dtype}; take its real part or modulus.")
+    if floating and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point, got dtype {dtype}: it has no gradient.")
+    return jnp.asarray(value).astype(jnp.promote_types(dtype, jnp.float32))
+
+
+def _check_init(params: Any) -> None:
+    if not jax.tree.leaves(params):
+        raise ValueError(
+            "init returned empty params: there is nothing to train. A Flax model has none until it "
+            "is given an input."
+        )
+    _tree.check_params(params)
+    narrow = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)} & {
+        "bfloat16",
+        "float16",
+    }
+    if narrow:
+        warnings.warn(
+            f"params are {', '.join(sorted(narrow))}: updates much smaller than a weight are lost "
+            "to rounding. Keep float32 params and cast inside the model.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_same(what: str, old: Any, new: Any) -> None:
+    """Raises when a carried state changes its structure, a shape or a dtype."""
+    before, before_tree = jax.tree_util.tree_flatten_with_path(old)
+    after, after_tree = jax.tree_util.tree_flatten_with_path(new)
+    if str(before_tree) != str(after_tree):
+        raise ValueError(
+            f"{what} changed its structure, from {before_tree} to {after_tree}; it must be the "
+            "same before and after a step."
+        )
+    for (path, one), (_, other) in zip(before, after, strict=True):
+        first = (jnp.shape(one), jnp.result_type(one))
+        second = (jnp.shape(other), jnp.result_type(other))
+        if first != second:
+            raise ValueError(
+                f"{what} changed at {_tree.path_name(path)!r} from shape {first[0]} and dtype "
+                f"{first[1]} to {second[0]} and {second[1]}; it must be the same before and after "
+                "a step. A traced float32 hyperparameter does this to low-precision parameters in "
+                "several Optax optimizers; ours keep their dtypes."
+            )
+
+
+@contextlib.contextmanager
+def _user_code(what: str, point: Any = None) -> Iterator[None]:
+    """Lets the user's own errors through, and explains those of tracing and of unknown names."""
+    try:
+        yield
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            f"{what} gives a traced value to NumPy; use jnp (jax.numpy) instead of np there."
+        ) from error
+    except jax.errors.TracerBoolConversionError as error:
+        raise ValueError(
+            f"{what} uses a Python `if`, `while` or `bool` on a traced value, which has no value "
+            "yet; use jnp.where or jax.lax.cond."
+        ) from error
+    except (jax.errors.TracerIntegerConversionError, jax.errors.ConcretizationTypeError) as error:
+        raise ValueError(
+            f"{what} needs the number behind a traced value, for a shape or an `int()`. Shapes and "
+            "structure may not depend on the key or the point; a structural choice is another "
+            "study."
+        ) from error
+    except KeyError as error:
+        name = error.args[0] if error.args else None
+        if point is not None and isinstance(name, str) and name not in point:
+            raise KeyError(
+                f"the point has no hyperparameter {name!r}: {_checks.nearest(name, point)}"
+            ) from error
+        raise
+
+
+def _warn_zero_gradient(
+    work: Workload, params: Any, model_state: Any, batch: Any, key: chex.PRNGKey
+) -> None:
+    """Warns when no path leads from the parameters to the loss."""
+    traced = jax.make_jaxpr(lambda p, s, b, k: _loss(work, p, s, b, k)[0])(
+        params, model_state, batch, key
+    ).jaxpr
+    reached = set(traced.invars[: len(jax.tree.leaves(params))])
+    for equation in traced.eqns:
+        # A literal has a value and no identity; a stopped gradient ends the path.
+        inputs = [v for v in equation.invars if not hasattr(v, "val")]
+        if equation.primitive.name != "stop_gradient" and any(v in reached for v in inputs):
+            reached.update(equation.outvars)
+    if not any(v in reached for v in traced.outvars if not hasattr(v, "val")):
+        warnings.warn(
+            f"the loss of workload {work.name!r} does not depend on the params: every gradient is "
+            "zero and no trial can learn.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _judge(work: Workload, state: TrialState) -> tuple[chex.Array, chex.Array]:
+    """Whether the trial's own loss is uncharacteristically high, and from which evaluation on."""
+    name = work.training_loss or ("train/loss" if "train/loss" in state.metrics else STEP_LOSS)
+    if name not in state.metrics:
+        raise ValueError(
+            f"training_loss {name!r} is not among the metrics: "
+            f"{_checks.nearest(name, state.metrics)}"
+        )
+    curve = state.metrics[name]
+    margin = _feasibility.EVALUATION_MARGIN
+    if name == STEP_LOSS:
+        curve = curve.at[0].set(state.first_loss)
+        margin = _feasibility.BATCH_MARGIN
+    # Peaks are in units of the training loss, the curve perhaps in others (a sum, a penalty). Where
+    # they decide, the trial ended about where it began, so its last mean loss converts them.
+    window_means = state.metrics[STEP_LOSS]
+    indices = jnp.arange(window_means.shape[0], dtype=jnp.int32)
+    last = jnp.max(jnp.where(jnp.isfinite(window_means), indices, 0))
+    reference = window_means[last]
+    rise = (state.peaks - reference) / jnp.maximum(jnp.abs(reference), jnp.finfo(jnp.float32).tiny)
+    peaks = curve[0] + rise.astype(curve.dtype) * jnp.abs(curve[0])
+    return _feasibility.high_loss(curve, peaks, margin=margin)

@@ -114,7 +114,10 @@ class Float:
         """Values at positions in [0, 1]: float32, the shape of `unit`, rising with `unit`."""
         unit = jnp.asarray(unit, jnp.float32)
         if self.scale == "linear":
-            value = np.float32(self.low) + _product(unit, self.high - self.low)
+            # In units of a power of two, where no product of parts is too small for float32.
+            size = self._size()
+            value = np.float32(self.low / size) + _product(unit, (self.high - self.low) / size)
+            value = value * np.float32(size)
         elif self.scale == "log":
             value = _exp2_between(unit, math.log2(self.low), math.log2(self.high))
         else:
@@ -126,13 +129,20 @@ class Float:
         """Positions in [0, 1] of values: float32, the shape of `value`; inverse of `from_unit`."""
         value = jnp.asarray(value, jnp.float32)
         if self.scale == "linear":
-            unit = (value - np.float32(self.low)) / np.float32(self.high - self.low)
+            size = self._size()
+            value = value * np.float32(1 / size) - np.float32(self.low / size)
+            unit = value / np.float32((self.high - self.low) / size)
         else:
             ends = (self.low, self.high)
             if self.scale == "reverse_log":
                 value, ends = 1 - value, (1 - self.low, 1 - self.high)
             unit = _log_position(value, *ends)
         return jnp.clip(unit, 0, 1)
+
+    def _size(self) -> float:
+        # 2**-126 to 2**126, because its inverse must be a float32 as well.
+        exponent = math.frexp(max(abs(self.low), abs(self.high)))[1] - 1
+        return 2.0 ** min(max(exponent, -126), 126)
 
     def grid(self, num: int) -> np.ndarray:
         """`num` values evenly spaced on the scale, both ends included (one value: the middle)."""
@@ -316,13 +326,14 @@ class Categorical:
         if not choices:
             raise ValueError("values must hold at least one choice, got none.")
         object.__setattr__(self, "values", choices)
+        dtype = self._dtype
         if self.numeric:
             for value in choices:
                 check_number("values", value, fix="Give finite numbers, or strings as labels.")
-                inside = _INT_MIN <= value <= _INT_MAX if self._integers else True
+                inside = _INT_MIN <= value <= _INT_MAX or dtype is np.float32
                 if not inside or abs(value) > _FLOAT_MAX:
                     raise ValueError(
-                        f"values must fit into {self._codes().dtype}, got {value!r}. Use smaller "
+                        f"values must fit into {dtype.__name__}, got {value!r}. Use smaller "
                         "numbers, or strings as labels."
                     )
         seen: set[Any] = set()
@@ -345,13 +356,14 @@ class Categorical:
         return tuple(_label(v) for v in self.values)
 
     @property
-    def _integers(self) -> bool:
-        return all(isinstance(v, int) for v in self.values)
+    def _dtype(self) -> type[np.int32] | type[np.float32]:
+        numbers = self.numeric and not all(isinstance(v, int) for v in self.values)
+        return np.float32 if numbers else np.int32
 
     def _codes(self) -> np.ndarray:
         if not self.numeric:
             return np.arange(len(self.values), dtype=np.int32)
-        return np.array(self.values).astype(np.int32 if self._integers else np.float32)
+        return np.array(self.values, self._dtype)
 
     def __eq__(self, other: object) -> bool:
         # Labels tell True from 1 and 1.0, which Python's == does not.
@@ -778,12 +790,17 @@ def _label(value: Any) -> str:
 
 
 def _float32_inside(low: float, high: float) -> tuple[np.float32, np.float32]:
-    """The smallest and the largest float32 in [low, high]."""
+    """The first and the last float32 in [low, high] that no device flushes to 0."""
     first, last = np.float32(low), np.float32(high)
     if float(first) < low:
         first = np.nextafter(first, np.float32(np.inf))
     if float(last) > high:
         last = np.nextafter(last, np.float32(-np.inf))
+    tiny = np.float32(_FLOAT_TINY)
+    if 0 < abs(first) < tiny:
+        first = tiny if first > 0 else np.float32(0)
+    if 0 < abs(last) < tiny:
+        last = -tiny if last < 0 else np.float32(0)
     return first, last
 
 
@@ -860,8 +877,11 @@ def _exp2_between(unit: chex.Array, low: float, high: float) -> chex.Array:
 
 def _log_position(value: chex.Array, low: float, high: float) -> chex.Array:
     """Where log(value) is between log(low) and log(high): 0 at low, 1 at high."""
-    middle = (math.log(low) + math.log(high)) / 2
-    span = math.log(high) - math.log(low)
-    # Relative to the middle, so that float32 rounds numbers as small as they can be.
-    centre = np.float32(math.exp(middle))
-    return 0.5 + jnp.log(value / centre) / np.float32(span)
+    # Relative to the middle, so that float32 rounds logarithms as small as they can be; moved where
+    # a ratio would leave float32.
+    middle = math.exp((math.log(low) + math.log(high)) / 2)
+    middle = min(max(middle, high / _FLOAT_MAX), low / _FLOAT_TINY)
+    middle = min(max(middle, 2.0**-126), 2.0**126)
+    first, last = math.log(low / middle), math.log(high / middle)
+    ratio = value * np.float32(1 / middle)
+    return (jnp.log(ratio) - np.float32(first)) / np.float32(last - first)

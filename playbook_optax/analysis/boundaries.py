@@ -139,7 +139,10 @@ def _propose(parameter: Any, line: Axis, edge: str) -> tuple[float, float, Any]:
     if (new_low, new_high) == (low, high):
         return line.low, line.high, None
     ends = {"low": new_low} if edge == "low" else {"high": new_high}
-    wider = dataclasses.replace(parameter, **ends)
+    try:
+        wider = dataclasses.replace(parameter, **ends)
+    except ValueError:  # beyond what float32 or int32 can hold
+        return line.low, line.high, None
     return (line.low if edge == "high" else new_low), new_high, wider
 
 

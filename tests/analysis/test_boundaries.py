@@ -81,6 +81,13 @@ def test_integers_widen_to_integers(parameter, values, proposal):
     assert boundary_findings(info)
 
 
+def test_a_range_that_float32_ends_cannot_widen():
+    values = np.logspace(30, 38, 8)
+    info = boundary_info(sweep(values, np.arange(8)[::-1], Float(1.0, 3e38, scale="log")))
+    assert info.rows[0].proposal is None
+    assert "cannot grow there" in boundary_findings(info)[0].suggestion
+
+
 def test_categoricals_have_no_edge_and_a_missing_space_is_said():
     record = sweep(np.array([1, 2]), [0, 1], Categorical([1, 2]))
     assert boundary_info(record).skipped == "the search space has no dimension with two ends"

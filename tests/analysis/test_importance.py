@@ -86,3 +86,19 @@ def test_false_alarm_rate_of_sensitive_under_no_effect():
         )
         alarms += importance_info(study).rows[0].verdict == "sensitive"
     assert alarms <= 18  # 10 are expected at 5%; 18 is 2.6 deviations above
+
+
+def test_an_effect_at_the_limit_is_seldom_called_insensitive():
+    """The confidence limit keeps its word: 5% at most for a true share of 0.2."""
+    rng = np.random.default_rng(11)
+    found = []
+    for _ in range(300):
+        x = rng.random(40)
+        effect = (x - 0.5) * np.sqrt(12 * 0.25)  # variance 1/4 beside a noise of 1: share 1/5
+        loss = effect + rng.normal(size=40)
+        study = Study.from_arrays({"x": x}, {"loss": loss[:, None]}, [0], objective="loss")
+        info = importance_info(study)
+        assert info.num_trials >= info.num_needed
+        found.append(info.rows[0].verdict)
+    assert found.count("insensitive") <= 22  # 15 are expected; 22 is 1.9 deviations above
+    assert {"sensitive", "cannot tell"} <= set(found)

@@ -126,20 +126,20 @@ def test_permutations_are_uniform_and_independent():
 
 @ALL
 def test_moments_and_range(sampler):
-    points = np.asarray(sampler(KEY, 4096, 6), np.float64)
+    points = np.asarray(sampler(KEY, 1500, 6), np.float64)
     assert points.min() >= 0
     assert points.max() < 1
-    # Four standard errors of 4096 independent points; Halton is far inside.
-    assert abs(points.mean(0) - 1 / 2).max() < 4 * (1 / 12) ** 0.5 / 64
-    assert abs((points**2).mean(0) - 1 / 3).max() < 4 * (4 / 45) ** 0.5 / 64
+    # Four standard errors of 1500 independent points; Halton is far inside.
+    assert abs(points.mean(0) - 1 / 2).max() < 4 * (1 / 12 / 1500) ** 0.5
+    assert abs((points**2).mean(0) - 1 / 3).max() < 4 * (4 / 45 / 1500) ** 0.5
     correlation = np.corrcoef(points.T) - np.eye(6)
-    assert abs(correlation).max() < 4 / 64
+    assert abs(correlation).max() < 4 / 1500**0.5
 
 
 @ALL
 def test_largest_values_stay_below_one(sampler):
     # Base 2, all ones: 1 - 2**-31 rounds to 1 in float32.
-    assert float(jnp.max(sampler(KEY, 64, 6, start=2**31 - 64))) < 1
+    assert float(jnp.max(sampler(KEY, 64, 3, start=2**31 - 64))) < 1
     last = samplers.halton(KEY, 1, 1, start=2**31 - 1, scramble="none")
     assert float(last[0, 0]) == 1 - 2**-24
 
@@ -148,8 +148,8 @@ def test_largest_values_stay_below_one(sampler):
 @given(data=st.data())
 def test_point_depends_on_key_index_and_dimension_alone(sampler, data):
     whole = np.asarray(sampler(KEY, 1500, 6))
-    num = data.draw(st.sampled_from([1, 64, 1400]))
-    dims = data.draw(st.sampled_from([2, 6]))
+    num = data.draw(st.sampled_from([1, 1400]))
+    dims = data.draw(st.sampled_from([3, 6]))
     start = data.draw(st.integers(0, 1500 - num))
     same(sampler(KEY, num, dims, start=start), whole[start : start + num, :dims])
 
@@ -157,12 +157,13 @@ def test_point_depends_on_key_index_and_dimension_alone(sampler, data):
 @ALL
 def test_added_dimensions_change_nothing_whatever_the_table(sampler):
     # Above 31 dimensions the tables of a long run have another size.
-    same(sampler(KEY, 600, 33)[:, :6], sampler(KEY, 600, 6))
-    same(sampler(KEY, 64, 33)[:, :6], sampler(KEY, 64, 6))
+    same(sampler(KEY, 600, 33)[:, :6], sampler(KEY, 1500, 6)[:600])
 
 
-@ALL
-@pytest.mark.parametrize("num_points", [64, 600])
+@pytest.mark.parametrize(
+    ("sampler", "num_points"),
+    [*((sampler, 64) for sampler in SAMPLERS.values()), (samplers.halton, 600)],
+)
 def test_jit_and_vmap_give_the_same_bits(sampler, num_points):
     want = sampler(KEY, num_points, 3, start=10)
     run = jax.jit(lambda key, start: sampler(key, num_points, 3, start=start))
@@ -189,19 +190,19 @@ def test_one_trace_for_all_starts(sampler):
 @pytest.mark.parametrize("function", [samplers._halton, samplers._uniform])
 def test_eager_starts_share_one_program(function):
     sampler = samplers.halton if function is samplers._halton else samplers.uniform
-    sampler(KEY, 61, 2)
+    sampler(KEY, 64, 3)
     before = function._cache_size()
-    sampler(KEY, 61, 2, start=5)
-    sampler(KEY, 61, 2, start=jnp.int32(9))
+    sampler(KEY, 64, 3, start=5)
+    sampler(KEY, 64, 3, start=jnp.int32(9))
     assert function._cache_size() == before
 
 
 @ALL
 def test_raw_keys_and_x64_give_the_same_bits(sampler):
-    want = sampler(jax.random.key(3), 600, 3)
-    same(sampler(jax.random.PRNGKey(3), 600, 3), want)
+    want = sampler(jax.random.key(3), 64, 3)
+    same(sampler(jax.random.PRNGKey(3), 64, 3), want)
     with jax.enable_x64(True):
-        wide = sampler(jax.random.key(3), 600, 3)
+        wide = sampler(jax.random.key(3), 64, 3)
     assert wide.dtype == jnp.float32
     same(wide, want)
 
@@ -248,7 +249,7 @@ def golden_points():
             for row in np.asarray(sampler(jax.random.key(0), num, dim, start=start), np.float64)
         ]
         for name, sampler in SAMPLERS.items()
-        for num, dim, start in [(8, 3, 0), (4, 5, 2**31 - 4)]
+        for num, dim, start in [(8, 4, 0), (8, 4, 2**31 - 8)]
     }
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from records_helpers import same, strict_json
+from records.helpers import same, strict_json
 
 from playbook_optax.records import storage
 
@@ -149,14 +149,18 @@ def test_bad_specs_are_refused_and_nothing_is_written(tmp_path, spec, message):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_spec_that_could_not_be_read_back_is_refused(tmp_path):
+def test_a_spec_that_could_not_be_read_back_is_refused(tmp_path, monkeypatch):
     deep = {}
     for _ in range(100):
         deep = {"a": deep}
     with pytest.raises(ValueError, match="nested deeper"):
         storage.write_spec(tmp_path, deep)
+    monkeypatch.setattr(storage, "_MAX_JSON_BYTES", 1000)
     with pytest.raises(ValueError, match="too much"):
-        storage.write_spec(tmp_path, {"a": "x" * (storage._MAX_JSON_BYTES // 2)})
+        storage.write_spec(tmp_path, {"a": "x" * 500})
+    with pytest.raises(ValueError, match="too large"):
+        storage.write_block(tmp_path, 0, {f"array {i}": np.zeros(1) for i in range(10)})
+    assert not list(tmp_path.rglob("*.*"))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def some_blocks(num_trials, num_seeds=1, width=3, kept=False):
     for start in range(0, runs, width):
         run = np.arange(start, start + width)
         trial, seed = run // num_seeds, run % num_seeds
-        curve = np.stack([2.0 - 0 * run, 1.0 + trial + 0.125 * seed, 1.5 + trial], axis=1)
+        curve = np.stack([9.0 + 0 * run, 1.0 + trial + 0.125 * seed, 1.5 + trial], axis=1)
         block = {
             "trial": trial.astype(np.int32),
             "seed": seed.astype(np.int32),

@@ -437,6 +437,12 @@ def test_any_tree_round_trips(tree, tmp_path_factory):
     equal_trees(weights.restore_like(tree, arrays), tree)
 
 
+def test_no_two_leaves_share_a_path():
+    inner = {"b": 1, "~1b": 2}
+    tree = {"": {"a": {"b": 0}}, "a": inner, "a/b": 3, "a~1b": 4, "~2": {"a": {"b": 5}}}
+    assert sorted(weights.flatten_tree(tree).values()) == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     ("description", "message"),
     [

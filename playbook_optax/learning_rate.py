@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from playbook_optax._checks import check_number, check_steps, named_arguments
-from playbook_optax._tree import check_params, moment_dtype
+from playbook_optax._tree import check_matching, check_params, moment_dtype
 from playbook_optax.schedules import as_steps, as_value
 
 
@@ -23,6 +23,12 @@ class ScaleByWarmupState(NamedTuple):
     """State of `scale_by_warmup`; the name keeps it apart from `step` in the same chain."""
 
     warmup_step: chex.Array  # int32, shape (): updates done so far; stops at 2**31 - 1.
+
+
+def _check_updates(updates: chex.ArrayTree, params: chex.ArrayTree | None) -> None:
+    check_params(updates, what="gradients")
+    if params is not None:
+        check_matching(updates, params, what="params")
 
 
 def _scale(updates: chex.ArrayTree, factor: chex.Array) -> Any:
@@ -90,8 +96,8 @@ def scale_by_learning_rate(
         params: chex.ArrayTree | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByLearningRateState]:
-        del params, extra_args
-        check_params(updates, what="gradients")
+        del extra_args
+        _check_updates(updates, params)
         rate = rate_at(state.step)
         return _scale(updates, -rate), ScaleByLearningRateState(
             optax.safe_increment(state.step), rate.astype(jnp.float32)
@@ -143,8 +149,8 @@ def scale_by_warmup(warmup_steps: Any) -> optax.GradientTransformationExtraArgs:
         params: chex.ArrayTree | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByWarmupState]:
-        del params, extra_args
-        check_params(updates, what="gradients")
+        del extra_args
+        _check_updates(updates, params)
         length = as_steps(warmup_steps)
         # The comparison is in int32: float32 cannot tell neighbouring counts past 2**24 apart.
         ratio = state.warmup_step.astype(jnp.float32) / jnp.maximum(length, 1).astype(jnp.float32)

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -116,7 +117,8 @@ def check_number(
     if is_traced(value):
         return
     number = value if isinstance(value, int) else float(value)
-    if not math.isfinite(number):
+    # Not math.isfinite: it raises on a Python integer that no float can hold.
+    if not abs(number) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {number}.{tail}")
     bounds = []
     good = True

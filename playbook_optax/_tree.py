@@ -150,8 +150,11 @@ def scaled_global_norm(tree: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
     info = jnp.finfo(dtype)
     half = info.maxexp // 2
     # 16 bits of room above for the number of elements; below, enough for all digits of the sum.
-    small, large = (
-        jnp.asarray(2.0**e, dtype) for e in (half - 32 - (info.nmant + 2) // 2, -half - 16)
+    exponents = (half - 32 - (info.nmant + 2) // 2, -half - 16)
+    # Behind a barrier, because XLA turns (x * c) * (x * c) for a constant c into (x * x) * (c * c),
+    # which is inf * 0 for just the gradients that this is for.
+    small, large = jax.lax.optimization_barrier(
+        tuple(jnp.asarray(2.0**exponent, dtype) for exponent in exponents)
     )
     at_small, at_large = (
         jnp.sqrt(sum(_sum_of_squares(leaf, scale) for leaf in leaves)) for scale in (small, large)

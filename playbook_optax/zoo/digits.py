@@ -1,0 +1,130 @@
+"""Workloads on scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels, ten classes.
+
+The split is fixed: 1197 examples to train, 300 to validate, 300 to test.
+"""
+
+import functools
+import itertools
+
+import numpy as np
+
+from playbook_optax import _checks
+from playbook_optax.trials.workload import Workload
+from playbook_optax.zoo import blocks
+
+NUM_TRAIN, NUM_VALID = 1197, 300
+NUM_CLASSES = 10
+_SPLIT_SEED = 0
+
+Split = tuple[np.ndarray, np.ndarray]
+
+
+@functools.cache
+def _digits() -> tuple[Split, Split, Split]:
+    """The three parts, (x, y) each; read-only, because every workload shares them."""
+    datasets = _checks.require("sklearn.datasets", "data", "The digits data set")
+    x, y = datasets.load_digits(return_X_y=True)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
+    x, y = x[order], y[order].astype(np.int32)
+    # One mean and one deviation for all pixels: some pixels are blank in every training image.
+    seen = x[:NUM_TRAIN]
+    x = ((x - seen.mean()) / seen.std()).astype(np.float32)
+    x.setflags(write=False)
+    y.setflags(write=False)
+    ends = (0, NUM_TRAIN, NUM_TRAIN + NUM_VALID, len(x))
+    train, valid, test = ((x[a:b], y[a:b]) for a, b in itertools.pairwise(ends))
+    return train, valid, test
+
+
+def _workload(module: object, name: str, batch_size: int) -> Workload:
+    train, valid, test = _digits()
+    return Workload.from_flax(
+        module,
+        train=train,
+        valid=valid,
+        test=test,
+        batch_size=_checks.check_count("batch_size", batch_size),
+        name=name,
+    )
+
+
+@_checks.named_arguments
+def digits_mlp(*, width: int = 128, num_hidden: int = 1, batch_size: int = 128) -> Workload:
+    """A plain MLP on digits, which trains in seconds and is hard to upset.
+
+    The objective is ``valid/error_rate``; pixels are standardized by mean and deviation of the
+    training part; test examples reach nothing but `Workload.final_evaluate`.
+
+    Args:
+      width: units of each hidden layer.
+      num_hidden: hidden layers.
+      batch_size: training examples in a batch.
+
+    Returns:
+      The workload; its data are NumPy arrays, x of shape (example, 64), y of shape (example,).
+
+    Raises:
+      ImportError: scikit-learn is not installed (the extra ``data``).
+      ValueError: a count that is not a positive integer, or too large a batch.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> zoo.digits_mlp().data["train"]["x"].shape
+      (1197, 64)
+
+    Source: playbook, "Choosing the model architecture" (start from a simple, known model).
+    """
+    width = _checks.check_count("width", width)
+    num_hidden = _checks.check_count("num_hidden", num_hidden)
+    return _workload(blocks.MLP((width,) * num_hidden, NUM_CLASSES), "digits_mlp", batch_size)
+
+
+@_checks.named_arguments
+def digits_resmlp(
+    norm: str = "post",
+    rezero: bool = False,
+    *,
+    num_blocks: int = 12,
+    width: int = 64,
+    batch_size: int = 64,
+) -> Workload:
+    """A deep residual MLP on digits, the unstable one.
+
+    Its default normalization, Norm(x + f(x)), is the placement that is known to cause trouble:
+    here it is the patient. The placement of a good design, x + f(Norm(x)), is ``norm="pre"``.
+    Objective, standardization and test examples are as in `digits_mlp`.
+
+    Args:
+      norm: ``"post"``: Norm(x + f(x)); ``"pre"``: x + f(Norm(x)); ``"none"``: x + f(x).
+      rezero: scale each residual branch by a parameter that starts at 0.
+      num_blocks: residual blocks.
+      width: units of the residual stream.
+      batch_size: training examples in a batch.
+
+    Returns:
+      The workload; its data are NumPy arrays, x of shape (example, 64), y of shape (example,).
+
+    Raises:
+      ImportError: scikit-learn is not installed (the extra ``data``).
+      ValueError: an unknown placement, `rezero` that is no bool, a count that is not a positive
+        integer, or too large a batch.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> zoo.digits_resmlp(norm="pre", num_blocks=2).objective
+      'valid/error_rate'
+
+    Source: playbook, "How can optimization failures be debugged and mitigated?"
+    """
+    _checks.check_choice("norm", norm, blocks.NORMS)
+    if not isinstance(rezero, bool):
+        raise _checks.ArgumentTypeError(f"rezero must be True or False, got {rezero!r}.")
+    module = blocks.ResidualMLP(
+        num_blocks=_checks.check_count("num_blocks", num_blocks),
+        width=_checks.check_count("width", width),
+        num_outputs=NUM_CLASSES,
+        norm=norm,
+        rezero=rezero,
+    )
+    placement = "" if norm == "post" else f"_{norm}"
+    return _workload(module, f"digits_resmlp{placement}{'_rezero' * rezero}", batch_size)

@@ -1,0 +1,131 @@
+"""The zoo's register: each workload with the optimizer, search space and budget to tune it by."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+from playbook_optax import _checks, optimizers
+from playbook_optax.search_space import Float, SearchSpace
+from playbook_optax.trials.workload import Workload
+from playbook_optax.zoo import digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One workload of the zoo, ready to be tuned.
+
+    Attributes:
+      name: its name.
+      summary: one line for people.
+      build: ``build() -> Workload``.
+      optimizer: name of the optimizer in `playbook_optax.optimizers`.
+      space: its hyperparameters: learning rate on a log scale, and momentum on a reverse_log one,
+        which searches 1 - momentum by orders of magnitude.
+      num_trials: trials of a study that finishes in about a minute on two cores.
+      num_steps: updates of each trial.
+      eval_every: updates between evaluations.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[], Workload]
+    optimizer: str
+    space: SearchSpace
+    num_trials: int
+    num_steps: int
+    eval_every: int
+
+    def make_optimizer(self, point: Mapping[str, Any]) -> optax.GradientTransformation:
+        """The optimizer at a point.
+
+        Args:
+          point: a value for each hyperparameter of `space`; numbers or traced scalars.
+
+        Returns:
+          The transformation.
+        """
+        transform: optax.GradientTransformation = getattr(optimizers, self.optimizer)(**point)
+        return transform
+
+
+def _momentum_space() -> SearchSpace:
+    return SearchSpace(
+        {
+            "learning_rate": Float(1e-4, 1.0, scale="log"),
+            "momentum": Float(0.5, 0.99, scale="reverse_log"),
+        }
+    )
+
+
+@functools.cache
+def _entries() -> dict[str, Entry]:
+    resmlp = digits.digits_resmlp
+    found = (
+        ("digits_mlp", "plain MLP, 1 hidden layer of 128", digits.digits_mlp),
+        ("digits_resmlp", "12-block residual MLP, Norm(x + f(x)): unstable", resmlp),
+        (
+            "digits_resmlp_pre",
+            "12-block residual MLP, x + f(Norm(x))",
+            functools.partial(resmlp, "pre"),
+        ),
+        (
+            "digits_resmlp_none",
+            "12-block residual MLP, x + f(x): the most unstable",
+            functools.partial(resmlp, "none"),
+        ),
+        (
+            "digits_resmlp_none_rezero",
+            "12-block residual MLP, x + s f(x), s from 0 (ReZero)",
+            functools.partial(resmlp, "none", True),
+        ),
+    )
+    return {
+        name: Entry(name, summary, build, "momentum", _momentum_space(), 32, 400, 20)
+        for name, summary, build in found
+    }
+
+
+def names() -> tuple[str, ...]:
+    """The names that `load` knows.
+
+    Returns:
+      The names.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> zoo.names()[:2]
+      ('digits_mlp', 'digits_resmlp')
+
+    Source: playbook, "Choosing the model architecture".
+    """
+    return tuple(_entries())
+
+
+@_checks.named_arguments
+def load(name: str) -> Entry:
+    """A workload of the zoo with what is needed to tune it.
+
+    Args:
+      name: one of `names`.
+
+    Returns:
+      The entry; its ``build()`` makes the workload.
+
+    Raises:
+      ValueError: there is no such name; the nearest is named.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> entry = zoo.load("digits_resmlp")
+      >>> entry.optimizer, list(entry.space)
+      ('momentum', ['learning_rate', 'momentum'])
+
+    Source: playbook, "Choosing the initial configuration".
+    """
+    entries = _entries()
+    if name not in entries:
+        raise ValueError(f"workload {name!r} is unknown: {_checks.nearest(name, entries)}")
+    return entries[name]

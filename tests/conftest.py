@@ -1,11 +1,18 @@
 """Settings of every test: warnings are errors, ranks never promote silently, seeds are fixed."""
 
+import pathlib
+
 import hypothesis
 import jax
 import matplotlib
 
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests train the same tiny program: it is compiled once.
+_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 hypothesis.settings.register_profile(
     "repeatable",
     deadline=None,

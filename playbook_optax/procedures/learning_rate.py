@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import numpy as np
 import optax
 
 from playbook_optax import _checks
-from playbook_optax.analysis import boundaries, diagnose
-from playbook_optax.analysis.findings import by_severity
+from playbook_optax.analysis import diagnose
+from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import run_study
@@ -56,7 +57,7 @@ def sweep_learning_rate(
 
     Returns:
       A `Verdict`: `answer` is the best learning rate, float, or None where every trial is
-      infeasible or the best is at the boundary of the sweep.
+      infeasible or the best is the smallest or largest of the sweep.
 
     Raises:
       ValueError: as `run_study`, or a space without ``learning_rate`` or with anything else.
@@ -104,13 +105,40 @@ def sweep_learning_rate(
         # A grid is a table to the runner; the analysis wants to know the range it covers.
         study = dataclasses.replace(study, spec={**study.spec, "space": space.to_dict()})
         cost = num_trials * num_seeds * num_steps
-    findings = tuple(by_severity(diagnose.diagnose(study)))
-    at_boundary = boundaries.boundary_findings(boundaries.boundary_info(study))
-    refused = any(f.code == "best_at_boundary" for f in at_boundary)
+    findings = diagnose.diagnose(study)
     answer = None
-    if not refused:
-        try:
-            answer = float(study.best().point[LEARNING_RATE])
-        except NoFeasibleTrial:
-            answer = None
-    return Verdict(answer, findings, {"learning_rate_sweep": study}, cost)
+    try:
+        best = study.best()
+    except NoFeasibleTrial:
+        best = None  # Diagnosed as all_infeasible.
+    if best is not None:
+        rates = study.points[LEARNING_RATE]
+        rate = float(best.point[LEARNING_RATE])
+        if rates.min() < rate < rates.max():
+            answer = rate
+        else:
+            findings.append(_at_end(rate, rates))
+    studies = {"learning_rate_sweep": study}
+    return Verdict(answer, tuple(by_severity(findings)), studies, cost)
+
+
+def _at_end(rate: float, rates: np.ndarray) -> Finding:
+    """The refusal: the best learning rate has no neighbour on one side, so it bounds nothing."""
+    edge = "smallest" if rate == rates.min() else "largest"
+    wider = rate / 10 if edge == "smallest" else rate * 10
+    return Finding(
+        code="best_at_end_of_sweep",
+        severity="warning",
+        message=(
+            f"The best learning rate, {rate:.4g}, is the {edge} of the sweep: the best one may lie "
+            "beyond it, so the sweep does not conclude."
+        ),
+        evidence={
+            "learning_rate": rate,
+            "low": float(rates.min()),
+            "high": float(rates.max()),
+        },
+        section="Algorithm for picking an initial candidate for max_train_steps using a learning "
+        "rate sweep",
+        suggestion=f"Sweep again with the range extended to {wider:.4g}.",
+    )

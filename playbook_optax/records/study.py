@@ -545,6 +545,21 @@ def load_study(
       NoStudy: there is no study.
       CorruptSpec, CorruptBlock: a file is damaged; nothing is read silently wrong.
       NewerFormat: a newer version of this package wrote it.
+
+    Example:
+      >>> import tempfile
+      >>> import numpy as np
+      >>> import playbook_optax as pbx
+      >>> study = pbx.Study.from_arrays(
+      ...     {"learning_rate": np.array([0.1, 0.2])}, {"valid/loss": np.array([[1.0], [0.5]])},
+      ...     np.array([10]), objective="valid/loss")
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     study.save(directory)
+      ...     pbx.load_study(directory).best().trial
+      1
+
+    Source: playbook, "How many trials are needed to get good results with quasi-random search?" (a
+    finished study is read again and again).
     """
     spec = storage.read_spec(directory)
     blocks = [storage.read_block(directory, index) for index in storage.finished_blocks(directory)]

@@ -37,6 +37,7 @@ class Engine:
       width: trials per block.
       independent: whether trials have randomness of their own.
       host_batches: ``host_batches(start_step) -> Iterator`` of batches, or None.
+      shapes: the result of one trial as `jax.ShapeDtypeStruct`s.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Engine:
         width: int,
         independent: bool,
         host_batches: Callable[[int], Iterator[Any]] | None,
+        shapes: train.TrialResult,
     ) -> None:
         self._trial = trial
+        self._shapes = shapes
         self._points = points
         self._width = width
         self._independent = independent

@@ -321,6 +321,11 @@ def check_resumable(stored: Mapping[str, Any], spec: Mapping[str, Any], director
         prefix = {name: values[: shorter.get(name, 0)] for name, values in mine.items()}
         if prefix != theirs and {k: v[: len(mine.get(k, ()))] for k, v in theirs.items()} != mine:
             differences.append("the points differ")
+    if stored.get("trials_per_block") != spec["trials_per_block"]:
+        differences.append(
+            f"trials_per_block is {stored.get('trials_per_block')} there and "
+            f"{spec['trials_per_block']} here, and the width decides bits (leave it out)"
+        )
     changed = [name for name in _ENVIRONMENT if stored.get(name) != spec.get(name)]
     if not changed and stored.get("program") != spec.get("program"):
         differences.append("the program differs: another model, loss, evaluation or optimizer")

@@ -191,12 +191,9 @@ class _Runner:
             self._spec["program"] = plan.fingerprint_program(whole, *arguments)
         if stored is not None:
             plan.check_resumable(stored, self._spec, directory)
-            if stored["trials_per_block"] != width:
-                raise ValueError(
-                    f"trials_per_block = {width}, but {str(directory)!r} was begun with "
-                    f"{stored['trials_per_block']}, and the width decides bits; leave it out."
-                )
-        self._engine = execute.Engine(trial, points, key, data, mesh, width, independent, host)
+        self._engine = execute.Engine(
+            trial, points, key, data, mesh, width, independent, host, self._shapes
+        )
 
     def run(self, num_trials: int, finished: Mapping[int, dict[str, np.ndarray]]) -> study.Study:
         """Trains whatever is missing of the first `num_trials` trials.
@@ -243,13 +240,12 @@ class _Runner:
     def _write_spec(self, spec: Mapping[str, Any]) -> None:
         """Stores the spec before the first block; a longer study replaces a shorter one's."""
         assert self._directory is not None
-        try:
-            stored = storage.read_spec(self._directory)
-        except storage.NoStudy:
-            stored = None
-        if stored is None:
-            storage.write_spec(self._directory, spec, replace=False)
-        elif stored["num_trials"] < spec["num_trials"]:
+        if storage.write_spec(self._directory, spec, replace=False):
+            return
+        stored = storage.read_spec(self._directory)
+        # Another process may have begun another study here since the first look.
+        plan.check_resumable(stored, spec, self._directory)
+        if stored["num_trials"] < spec["num_trials"]:
             kept = {"num_trials": spec["num_trials"], "points": spec["points"]}
             storage.write_spec(self._directory, {**stored, **kept})
 

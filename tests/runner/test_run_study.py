@@ -1,0 +1,375 @@
+"""Studies: bits across companions, order, length and devices; storage and resumption; host data."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_workloads as tiny
+
+import playbook_optax as pbx
+from playbook_optax.records import storage
+
+KEY = jax.random.key(0)
+SHORT = {"num_steps": 6, "eval_every": 3, "key": KEY, "progress": False}
+
+
+def study_of(points, num_trials=None, workload=None, make_optimizer=tiny.momentum, **arguments):
+    return pbx.run_study(
+        workload or tiny.mlp(),
+        make_optimizer,
+        points,
+        num_trials=num_trials,
+        **{**SHORT, **arguments},
+    )
+
+
+def bits(study, trial):
+    """Everything recorded of one trial, as bytes by name."""
+    one = study.data.isel(trial=trial)
+    return {
+        str(name): np.asarray(array.values).tobytes()
+        for name, array in {**one.data_vars, **one.coords}.items()
+        if name not in ("trial", "infeasible_reason")
+    }
+
+
+def rates(*values):
+    return {"learning_rate": np.array(values, np.float32)}
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_bits_depend_on_the_point_and_the_width_alone(width):
+    a, b, c, d, wild = 0.1, 0.02, 0.3, 0.05, 1e30
+    base = study_of(rates(a, b, c), trials_per_block=width)
+    longer = study_of(rates(a, b, c, d, wild), trials_per_block=width)
+    shuffled = study_of(rates(wild, c, a, d, b), trials_per_block=width)
+    for trial, place in enumerate((2, 4, 1)):
+        assert bits(base, trial) == bits(longer, trial) == bits(shuffled, place)
+    assert bool(longer.data["infeasible"][4])
+    alone = study_of(rates(b), trials_per_block=width)
+    assert bits(alone, 0) == bits(base, 1)
+
+
+def test_the_default_width_does_not_depend_on_the_number_of_trials():
+    short, long = study_of(tiny.SPACE, 3), study_of(tiny.SPACE, 9)
+    assert short.spec["trials_per_block"] == long.spec["trials_per_block"]
+    assert all(bits(short, i) == bits(long, i) for i in range(3))
+
+
+def test_extend_adds_points_and_keeps_bits():
+    space_study = study_of(tiny.SPACE, 5, trials_per_block=2)
+    longer = space_study.extend(4)
+    whole = study_of(tiny.SPACE, 9, trials_per_block=2)
+    assert longer.num_trials == 9
+    assert all(bits(longer, i) == bits(whole, i) for i in range(9))
+    assert longer.extend(1).num_trials == 10
+    with pytest.raises(ValueError, match="num_trials"):
+        space_study.extend(0)
+    with pytest.raises(ValueError, match="cannot train"):
+        study_of(rates(0.1)).extend(1)
+
+
+def test_a_study_reproduces_train_alone():
+    study = study_of(tiny.SPACE, 4, keep="final")
+    workload = tiny.mlp()
+    train = jax.jit(pbx.make_train(workload, tiny.momentum, 6, 3, keep="final"))
+    for i in range(4):
+        alone = train(study.point(i), pbx.trial_key(KEY), workload.data)
+        for name, curve in alone.metrics.items():
+            np.testing.assert_allclose(
+                study.data[name].values[i], curve, rtol=2e-5, atol=1e-6, err_msg=name
+            )
+        assert jax.tree.structure(study.params(i)) == jax.tree.structure(alone.params)
+
+
+def test_seeds_and_independence():
+    study = study_of(rates(0.1, 0.1), num_seeds=2, trials_per_block=1)
+    loss = study.data["valid/loss"].values
+    assert study.data["valid/loss"].dims == ("trial", "seed", "eval")
+    np.testing.assert_array_equal(loss[0], loss[1])  # common random numbers
+    assert not np.array_equal(loss[:, 0], loss[:, 1])
+    own = study_of(rates(0.1, 0.1), independent=True, trials_per_block=1).data["valid/loss"].values
+    assert not np.array_equal(own[0], own[1])
+    single = study_of(rates(0.1), trials_per_block=1).data["valid/loss"].values
+    np.testing.assert_array_equal(single[0], loss[0, 0])
+    train = jax.jit(pbx.make_train(tiny.mlp(), tiny.momentum, 6, 3))
+    for key, curve in ((pbx.trial_key(KEY, 1), loss[0, 1]), (pbx.trial_key(KEY, 0, 1), own[1])):
+        alone = train({"learning_rate": 0.1}, key, tiny.mlp().data).metrics["valid/loss"]
+        np.testing.assert_allclose(alone, curve, rtol=2e-5)
+
+
+def test_the_record_has_the_promised_layout():
+    study = study_of(tiny.SPACE, 4)
+    assert study.data["train/loss"].dims == ("trial", "eval")
+    assert study.data["step"].values.tolist() == [0, 3, 6]
+    assert study.data["infeasible"].dims == ("trial",)
+    assert study.data["learning_rate"].dims == ("trial",)
+    assert study.data["norms/counts"].values.sum() == 4 * 6
+    assert study.best().point.keys() == {"learning_rate"}
+    assert study.best("train/loss").objective == "train/loss"
+    assert study.space == tiny.SPACE
+
+
+def test_kept_weights_are_those_of_the_best_evaluation():
+    workload = tiny.mlp()
+    study = study_of(tiny.SPACE, 3, keep="best", num_steps=20, eval_every=2)
+    for i in range(3):
+        metrics = workload.evaluate(study.params(i), study.model_state(i), workload.data)
+        best = int(study.data["best_step"][i]) // 2
+        np.testing.assert_allclose(
+            metrics["valid/loss"], study.data["valid/loss"].values[i, best], rtol=1e-5
+        )
+
+
+def test_all_diverged_is_a_finding():  # 43
+    study = study_of(rates(1e30, 1e32, 1e34))
+    assert study.data["infeasible"].all()
+    with pytest.raises(pbx.NoFeasibleTrial):
+        study.best()
+    findings = pbx.diagnose(study)
+    assert findings[0].code == "all_infeasible"
+    assert "lower" in (findings[0].message + findings[0].suggestion).lower()
+
+
+def test_one_program_serves_every_call():
+    traces = []
+
+    def make_optimizer(point):
+        traces.append(1)
+        return tiny.momentum(point)
+
+    study_of(tiny.SPACE, 2, make_optimizer=make_optimizer, trials_per_block=1)
+    few = len(traces)
+    study_of(tiny.SPACE, 40, make_optimizer=make_optimizer, trials_per_block=1)
+    assert len(traces) == 2 * few
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"points": {}}, "points must be"),
+        ({"points": tiny.SPACE}, "num_trials must be given"),
+        ({"points": tiny.SPACE, "num_trials": 0}, "num_trials"),
+        ({"points": tiny.SPACE, "num_trials": 2.0}, "num_trials"),
+        ({"points": rates(0.1), "num_trials": 3}, "points hold 1 trials"),
+        ({"points": rates(0.1, np.nan)}, "not finite in trial 1"),
+        ({"points": {**rates(0.1), "b": np.ones(2)}}, "different numbers of trials"),
+        ({"points": {"learning_rate": ["a"]}}, "must hold numbers"),
+        ({"points": {"learning_rate": 0.1}}, r"shape \(trial,\)"),
+        ({"points": rates(0.1), "num_seeds": 0}, "num_seeds"),
+        ({"points": rates(0.1), "independent": 1}, "independent"),
+        ({"points": rates(0.1), "trials_per_block": 0}, "trials_per_block"),
+        ({"points": rates(0.1), "key": 3}, "key must be one random key"),
+        ({"points": rates(0.1), "mesh": "cpu"}, "mesh"),
+        ({"points": rates(-0.1)}, None),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    if message is None:  # A traced value flows; nothing to raise.
+        assert study_of(**arguments).num_trials == 1
+        return
+    with pytest.raises(ValueError, match=message):
+        study_of(**arguments)
+
+
+def test_unknown_arguments_suggest_the_nearest():
+    with pytest.raises(TypeError, match="did you mean 'num_trials'"):
+        study_of(tiny.SPACE, num_trails=3)
+
+
+def test_a_directory_is_continued(tmp_path, monkeypatch):
+    first = study_of(tiny.SPACE, 3, trials_per_block=2, directory=tmp_path, keep="best")
+    assert storage.finished_blocks(tmp_path) == [0, 1]
+    longer = study_of(tiny.SPACE, 5, directory=tmp_path, keep="best")
+    assert storage.finished_blocks(tmp_path) == [0, 1, 2]
+    fresh = study_of(tiny.SPACE, 5, trials_per_block=2, keep="best")
+    assert all(bits(longer, i) == bits(fresh, i) for i in range(5))
+    assert all(bits(longer, i) == bits(first, i) for i in range(3))
+    moved = tmp_path.with_name("moved")
+    os.rename(tmp_path, moved)
+    loaded = pbx.load_study(moved)
+    assert all(bits(loaded, i) == bits(fresh, i) for i in range(5))
+    # A corrupt block is trained again, not read wrong.
+    block = sorted((moved / "blocks").iterdir())[1]
+    raw = bytearray(block.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    block.write_bytes(raw)
+    again = study_of(tiny.SPACE, 5, directory=moved, keep="best")
+    assert all(bits(again, i) == bits(fresh, i) for i in range(5))
+    assert all(bits(pbx.load_study(moved), i) == bits(fresh, i) for i in range(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 7}, "num_steps is 6 there and 7 here"),
+        ({"key": jax.random.key(1)}, "key is"),
+        ({"keep": "final"}, "keep is"),
+        ({"workload": tiny.mlp(batch_size=8)}, "the program differs"),
+        ({"make_optimizer": tiny.sgd}, "the program differs"),
+        ({"workload": tiny.mlp(name="other")}, "name is 'tiny'"),
+        ({"points": pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 1.0)})}, "space is"),
+        ({"trials_per_block": 3}, "width decides bits"),
+    ],
+)
+def test_another_study_is_refused(tmp_path, change, message):  # 67
+    stored = tmp_path / "stored"
+    study_of(tiny.SPACE, 1, trials_per_block=1, directory=stored)
+    arguments = {"points": tiny.SPACE, "num_trials": 1, **change}
+    with pytest.raises(ValueError, match=message):
+        study_of(directory=stored, **arguments)
+    assert pbx.load_study(stored).num_trials == 1
+
+
+def test_other_data_are_another_study(tmp_path):
+    study_of(tiny.SPACE, 1, directory=tmp_path)
+    changed = tiny.mlp()
+    changed.data["train"]["x"][0, 0] += 1.0
+    with pytest.raises(ValueError, match="data is"):
+        study_of(tiny.SPACE, 1, workload=changed, directory=tmp_path)
+
+
+def test_another_version_of_jax_warns(tmp_path):  # 68
+    study_of(tiny.SPACE, 1, directory=tmp_path)
+    spec = storage.read_spec(tmp_path)
+    spec["versions"]["jax"] = "0.0.1"
+    storage.write_spec(tmp_path, spec)
+    with pytest.warns(UserWarning, match="not bit-exact"):
+        study_of(tiny.SPACE, 1, directory=tmp_path)
+
+
+def test_an_unwritable_directory_stops_before_the_first_step(tmp_path):  # 63
+    place = tmp_path / "file"
+    place.write_text("not a directory")
+    with pytest.raises(storage.NotWritable, match="file"):
+        study_of(tiny.SPACE, 1, directory=place)
+
+
+def test_a_bad_workload_writes_nothing(tmp_path):
+    def raises(point):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        study_of(tiny.SPACE, 1, make_optimizer=raises, directory=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def host_workload(num_batches=None):
+    """The quadratic again, its batches from a Python iterator."""
+    device = tiny.quadratic()
+
+    def batches(start):
+        steps = itertools.count(start) if num_batches is None else range(start, num_batches)
+        return (np.float32(1.0 + 0.1 * step) * device.data for step in steps)
+
+    return pbx.Workload(
+        **{**vars(device), "batch": None, "host_batches": batches, "version": "one"}
+    )
+
+
+@pytest.mark.parametrize("num_steps", [5, 64, 150])
+def test_host_batches_train_as_device_batches(num_steps):
+    device = tiny.quadratic()
+    device = pbx.Workload(
+        **{**vars(device), "batch": lambda data, key, step: (1.0 + 0.1 * step) * data}
+    )
+    arguments = {"num_steps": num_steps, "eval_every": 4, "trials_per_block": 2}
+    points = rates(0.001, 0.01, 0.03)
+    host = study_of(points, workload=host_workload(), make_optimizer=tiny.sgd, **arguments)
+    ours = study_of(points, workload=device, make_optimizer=tiny.sgd, **arguments)
+    np.testing.assert_allclose(host.data["valid/loss"], ours.data["valid/loss"], rtol=1e-4)
+
+
+def test_host_batches_that_end_are_an_error():
+    with pytest.raises(ValueError, match=r"ended after 3 batches; the run needs num_steps = 6"):
+        study_of(rates(0.1), workload=host_workload(3), make_optimizer=tiny.sgd)
+    workload = host_workload()
+    train = pbx.make_train(workload, tiny.sgd, 3, 3)
+    with pytest.raises(ValueError, match="only run_study"):
+        train({"learning_rate": 0.1}, KEY, workload.data)
+
+
+DEVICES = """
+import sys, hashlib, numpy as np, jax
+sys.path.insert(0, {tests!r})
+import playbook_optax as pbx
+count = pbx.use_cpu_cores({devices})
+import tiny_workloads as tiny
+study = pbx.run_study(tiny.mlp(), tiny.momentum, tiny.SPACE, num_trials=5, num_steps=6,
+                      eval_every=3, key=jax.random.key(0), trials_per_block={width}, keep="best")
+digest = hashlib.sha256()
+for name in sorted(map(str, study.data.data_vars)):
+    if study.data[name].dtype.kind != "U" and study.data[name].dtype.kind != "O":
+        digest.update(np.ascontiguousarray(study.data[name].values).tobytes())
+for leaf in jax.tree.leaves(study.params(4)):
+    digest.update(np.asarray(leaf).tobytes())
+try:
+    pbx.use_cpu_cores(count + 1)
+except RuntimeError as error:
+    print("late:", error)
+print(len(jax.devices()), digest.hexdigest())
+"""
+
+
+def in_subprocess(devices, width):
+    script = DEVICES.format(tests=os.path.dirname(tiny.__file__), devices=devices, width=width)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    late, last = out.stdout.strip().splitlines()
+    assert late.startswith(f"late: use_cpu_cores({devices + 1})")
+    return last.split()
+
+
+def test_eight_forced_devices_and_padding_change_no_bit_of_the_count():  # 82
+    # More devices than cores may change bits of wide products; these are small.
+    one = in_subprocess(1, 2)
+    many = in_subprocess(8, 2)
+    assert (one[0], many[0]) == ("1", "8")
+    assert one[1] == many[1]
+
+
+def test_progress_is_silent_without_a_terminal(capfd):
+    study_of(tiny.SPACE, 2, progress=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "160")
+    study_of(rates(0.1, 1e30), progress=True, trials_per_block=1)
+    shown = capsys.readouterr().err
+    assert "tiny" in shown
+    assert "2/2 blocks" in shown
+    assert "1 of 2 infeasible" in shown
+    assert "steps/s" in shown
+
+
+def test_a_mesh_is_used():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("anything",))
+    assert bits(study_of(rates(0.1), mesh=mesh), 0) == bits(study_of(rates(0.1)), 0)
+    two = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("a", "b"))
+    with pytest.raises(ValueError, match="one axis"):
+        study_of(rates(0.1), mesh=two)
+
+
+def test_large_steps_train_one_after_another_and_small_ones_side_by_side():
+    assert study_of(rates(0.1)).spec["trials_per_block"] > 1
+    wide = pbx.Workload.from_arrays(
+        lambda key: jax.random.normal(key, (4, 20000)) * 0.01,
+        lambda w, x: (x @ w)[:, :2] + jnp.sum(x @ w, axis=1, keepdims=True) * 1e-6,
+        *tiny.blobs(),
+        batch_size=16,
+    )
+    assert study_of(rates(1e-3), workload=wide).spec["trials_per_block"] == 1

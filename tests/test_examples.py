@@ -1,0 +1,67 @@
+"""Examples that people copy: doctests, the README's Python blocks, and the notebooks."""
+
+import doctest
+import importlib
+import inspect
+import os
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+
+import playbook_optax
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+MODULES = sorted(
+    info.name
+    for info in pkgutil.walk_packages(playbook_optax.__path__, "playbook_optax.")
+    if not info.name.endswith("__main__")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+def test_every_public_function_has_an_example_and_a_source():
+    missing = []
+    for name in playbook_optax.__all__:
+        value = getattr(playbook_optax, name)
+        if not inspect.isfunction(value):
+            continue
+        missing += [f"{name}: {part}" for part in ("Source:", ">>>") if part not in value.__doc__]
+    assert not missing
+
+
+def test_readme_blocks_run_in_order(tmp_path):
+    assert len(BLOCKS) >= 4
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(BLOCKS))
+    out = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_execute(path, tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    notebook = nbformat.read(path, as_version=4)
+    assert any(cell.cell_type == "code" for cell in notebook.cells)
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()

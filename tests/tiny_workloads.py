@@ -1,0 +1,66 @@
+"""Workloads so small that a test compiles and trains one in a second or two."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import playbook_optax as pbx
+
+
+def quadratic(curvature=(1.0, 0.1)):
+    """Half the curvature times the square, without noise: stable below 2 / max(curvature)."""
+
+    def value(params, data):
+        return 0.5 * jnp.sum(data * params["w"] ** 2)
+
+    return pbx.Workload(
+        name="quadratic",
+        init=lambda key: ({"w": jax.random.normal(key, (len(curvature),)) + 3.0}, {}),
+        loss=lambda params, state, batch, key: (value(params, batch), (state, {})),
+        batch=lambda data, key, step: data,
+        evaluate=lambda params, state, data: {"valid/loss": value(params, data)},
+        objective="valid/loss",
+        data=np.asarray(curvature, np.float32),
+    )
+
+
+def blobs(num_examples=96, num_valid=32, seed=0):
+    """Two noisy Gaussian blobs in four dimensions: (train, valid)."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, num_examples + num_valid)
+    x = rng.normal(size=(len(y), 4)) + 1.5 * (2 * y[:, None] - 1) * np.array([1.0, 0, 0, 0])
+    x = x.astype(np.float32)
+    return (x[:num_examples], y[:num_examples]), (x[num_examples:], y[num_examples:])
+
+
+def mlp_init(key):
+    one, two = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    return {
+        "hidden": 0.5 * jax.random.normal(one, (4, 8)),
+        "bias": jnp.zeros((8,)),
+        "out": 0.3 * jax.random.normal(two, (8, 2)),
+    }
+
+
+def mlp_apply(params, x):
+    hidden = jax.nn.relu(x @ params["hidden"] + params["bias"][None])
+    return hidden @ params["out"]
+
+
+def mlp(**arguments):
+    train, valid = blobs()
+    return pbx.Workload.from_arrays(
+        mlp_init, mlp_apply, train, valid, **{"batch_size": 16, "name": "tiny", **arguments}
+    )
+
+
+def sgd(point):
+    return pbx.sgd(point["learning_rate"])
+
+
+def momentum(point):
+    return pbx.momentum(point["learning_rate"], 0.9)
+
+
+LEARNING_RATES = {"learning_rate": np.array([0.03, 0.3, 3000.0, 0.1], np.float32)}
+SPACE = pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 1e4, scale="log")})

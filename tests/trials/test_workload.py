@@ -1,0 +1,165 @@
+"""Workloads from arrays and from Flax: their metrics, state, dropout, and test data."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_workloads as tiny
+from flax import nnx
+
+import playbook_optax as pbx
+
+TRAIN, VALID = tiny.blobs()
+KEY = jax.random.key(0)
+
+
+def test_metrics_match_a_numpy_reference():
+    workload = tiny.mlp(eval_batch_size=10, num_train_eval=20)
+    params, state = workload.init(KEY)
+    metrics = workload.evaluate(params, state, workload.data)
+    for split, (x, y) in {"train": [a[:20] for a in TRAIN], "valid": VALID}.items():
+        logits = np.asarray(tiny.mlp_apply(params, x), np.float64)
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        np.testing.assert_allclose(
+            metrics[f"{split}/loss"], -log_p[np.arange(len(y)), y].mean(), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            metrics[f"{split}/error_rate"], (logits.argmax(axis=1) != y).mean(), rtol=1e-6
+        )
+
+
+def test_mse_takes_a_last_axis_of_one():
+    x, y = TRAIN[0], TRAIN[0][:, 0] * 2
+    workload = pbx.Workload.from_arrays(
+        lambda key: jnp.ones((4, 1)),
+        lambda w, x: x @ w,
+        (x, y),
+        (VALID[0], VALID[0][:, 0]),
+        batch_size=8,
+        loss="mse",
+    )
+    assert workload.objective == "valid/loss"
+    metrics = workload.evaluate(*workload.init(KEY), workload.data)
+    np.testing.assert_allclose(metrics["train/loss"], np.mean((x.sum(1) - y) ** 2), rtol=1e-5)
+
+
+def test_test_data_are_only_for_the_final_call():
+    workload = tiny.mlp(test=VALID)
+    params, state = workload.init(KEY)
+    assert set(workload.data) == {"train", "valid"}
+    final = workload.final_evaluate(params, state)
+    assert set(final) == {"test/loss", "test/error_rate"}
+    with pytest.raises(ValueError, match="no test data"):
+        tiny.mlp().final_evaluate(params, state)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("init", None, "init must be a function"),
+        ("objective", "", "objective must name"),
+        ("batch", None, "exactly one of batch"),
+        ("maximize", 1, "maximize must be"),
+        ("name", "", "name must be"),
+    ],
+)
+def test_bad_workloads(field, value, message):
+    good = {
+        "name": "w",
+        "init": lambda key: ({"w": jnp.ones(1)}, {}),
+        "loss": lambda p, s, b, k: (p["w"][0], (s, {})),
+        "batch": lambda d, k, i: (),
+        "evaluate": lambda p, s, d: {"valid/loss": p["w"][0]},
+        "objective": "valid/loss",
+    }
+    with pytest.raises(ValueError, match=message):
+        pbx.Workload(**{**good, field: value})
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.Dense(8)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+        return nn.Dense(2)(x)
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.out = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+
+def flax_workload(module):
+    return pbx.Workload.from_flax(module, train=TRAIN, valid=VALID, batch_size=16)
+
+
+@pytest.mark.parametrize(
+    "module", [LinenNet(), NnxNet, NnxNet(nnx.Rngs(0))], ids=["linen", "class", "instance"]
+)
+def test_flax_batch_norm_and_dropout(module):
+    workload = flax_workload(module)
+    params, state = workload.init(KEY)
+    batch = workload.batch(workload.data, KEY, 0)
+    _, (new_state, _) = workload.loss(params, state, batch, KEY)
+    old, new = jax.tree.leaves(state), jax.tree.leaves(new_state)
+    assert old
+    assert any(not np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+    # Dropout: another key gives another loss, the same key the same; evaluation has none.
+    losses = [float(workload.loss(params, state, batch, jax.random.key(k))[0]) for k in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+    one = workload.evaluate(params, state, workload.data)
+    two = workload.evaluate(params, state, workload.data)
+    assert one["valid/loss"] == two["valid/loss"]
+    # Evaluation uses the running statistics, so other statistics change it.
+    other = workload.evaluate(params, new_state, workload.data)
+    assert one["valid/loss"] != other["valid/loss"]
+    train = jax.jit(pbx.make_train(workload, tiny.sgd, 30, 30, keep="final"))
+    result = train({"learning_rate": 0.1}, KEY, workload.data)
+    assert result.metrics["train/loss"][-1] < result.metrics["train/loss"][0]
+    assert jax.tree.structure(result.params) == jax.tree.structure(params)
+
+
+def test_flax_seeds_differ_except_from_an_nnx_instance():
+    def same(module):
+        workload = flax_workload(module)
+        one, two = (jax.tree.leaves(workload.init(jax.random.key(k))[0]) for k in (0, 1))
+        return all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+    assert not same(LinenNet())
+    assert not same(NnxNet)
+    assert not same(lambda rngs: NnxNet(rngs))
+    assert same(NnxNet(nnx.Rngs(0)))
+
+
+def test_flax_linen_gradient_matches_flax_by_hand():
+    module = nn.Dense(2)
+    workload = flax_workload(module)
+    params, state = workload.init(KEY)
+    batch = workload.batch(workload.data, KEY, 3)
+    grads = jax.grad(lambda p: workload.loss(p, state, batch, KEY)[0])(params)
+
+    def by_hand(p):
+        logits = module.apply({"params": p}, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    for a, b in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(jax.grad(by_hand)(params)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_not_a_flax_module():
+    with pytest.raises(ValueError, match="give an instance"):
+        flax_workload(LinenNet)
+    with pytest.raises(ValueError, match=r"flax\.linen module"):
+        flax_workload(3)

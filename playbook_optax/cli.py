@@ -1,0 +1,560 @@
+"""The command line, ``playbook-optax sweep | tune | report | diagnose | zoo``; extra ``cli``."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+from playbook_optax import _checks, optimizers, report
+from playbook_optax.analysis.diagnose import diagnose
+from playbook_optax.analysis.findings import Finding
+from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.procedures.learning_rate import sweep_learning_rate
+from playbook_optax.records.storage import StorageError
+from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
+from playbook_optax.runner.devices import use_cpu_cores
+from playbook_optax.runner.run import run_study
+from playbook_optax.search_space import Float, SearchSpace
+from playbook_optax.trials.workload import Workload, WorkloadLike
+
+PROG = "playbook-optax"
+_COMMAND_FILE = "command.json"
+_MAX_COMMAND_BYTES = 1 << 16
+_NUM_SHOWN = 5
+_WIDTH = 88
+
+OptimizerName = Literal[
+    "sgd", "momentum", "nesterov", "rmsprop", "adam", "nadam", "adamw", "nadamw"
+]
+
+
+class _Range(NamedTuple):
+    """Where to search for an optimizer's hyperparameters when nothing better is known."""
+
+    low: float
+    high: float
+    beta: str | None
+
+
+_RANGES: dict[str, _Range] = {
+    "sgd": _Range(1e-3, 10.0, None),
+    "momentum": _Range(1e-4, 1.0, "momentum"),
+    "nesterov": _Range(1e-4, 1.0, "momentum"),
+    "rmsprop": _Range(1e-5, 1e-1, "momentum"),
+    "adam": _Range(1e-5, 1e-1, "b1"),
+    "nadam": _Range(1e-5, 1e-1, "b1"),
+    "adamw": _Range(1e-5, 1e-1, "b1"),
+    "nadamw": _Range(1e-5, 1e-1, "b1"),
+}
+_BETA_LOW, _BETA_HIGH = 0.5, 0.99
+_LEARNING_RATE = "learning_rate"
+
+
+class UsageError(Exception):
+    """What the person at the terminal can put right; told in one line."""
+
+
+class _Loaded(NamedTuple):
+    """A workload with what it is tuned by unless options say otherwise."""
+
+    workload: WorkloadLike
+    optimizer: str
+    space: SearchSpace | None
+    num_trials: int
+    num_steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Training:
+    """The options of every command that trains."""
+
+    workload: str
+    """A name of `playbook-optax zoo`, or your own as package.module:attribute, where the attribute
+    is a Workload or a function that returns one."""
+    num_trials: int | None = None
+    """Trials; 24 to sweep, 32 to tune."""
+    num_steps: int | None = None
+    """Optimizer updates of each trial; 400."""
+    eval_every: int | None = None
+    """Updates between evaluations; a twentieth of the steps."""
+    optimizer: OptimizerName | None = None
+    """The optimizer; momentum for the zoo, adam for your own."""
+    low: float | None = None
+    """Smallest learning rate."""
+    high: float | None = None
+    """Largest learning rate."""
+    seed: int = 0
+    """The only source of randomness."""
+    directory: Path | None = None
+    """Where to write; runs/WORKLOAD/COMMAND. A study that is there already is continued."""
+    trials_per_block: int | None = None
+    """Trials that one program trains side by side; chosen by the machine and the model's size."""
+
+    def folder(self, command: str) -> Path:
+        """The directory to write to."""
+        if self.directory is not None:
+            return self.directory
+        return Path("runs") / re.sub(r"[^\w.-]", "_", self.workload.replace(":", ".")) / command
+
+    def space(self, loaded: _Loaded, optimizer: str) -> SearchSpace:
+        """Learning rate on a log scale, and momentum (b1 of Adam) searched as 1 - momentum."""
+        default = _RANGES[optimizer]
+        known: Mapping[str, Any] = {}
+        if loaded.space is not None and optimizer == loaded.optimizer:
+            known = loaded.space
+        elif default.beta is None:
+            known = {_LEARNING_RATE: Float(default.low, default.high, scale="log")}
+        else:
+            known = {
+                _LEARNING_RATE: Float(default.low, default.high, scale="log"),
+                default.beta: Float(_BETA_LOW, _BETA_HIGH, scale="reverse_log"),
+            }
+        rate = known[_LEARNING_RATE]
+        return SearchSpace({**known, _LEARNING_RATE: _narrowed(rate, self.low, self.high)})
+
+
+def _narrowed(parameter: Any, low: float | None, high: float | None) -> Float:
+    return Float(
+        parameter.low if low is None else low,
+        parameter.high if high is None else high,
+        scale=parameter.scale,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep(_Training):
+    """Sweep the learning rate on a grid and name the best, if the sweep can be trusted."""
+
+    def run(self) -> int:
+        """Trains, diagnoses, writes and tells."""
+        loaded, optimizer, seed = _prepare(self)
+        rate = self.space(loaded, optimizer)[_LEARNING_RATE]
+        space = SearchSpace({_LEARNING_RATE: rate})
+        folder = self.folder("sweep")
+        verdict = sweep_learning_rate(
+            loaded.workload,
+            functools.partial(_make_optimizer, optimizer),
+            space,
+            key=jax.random.key(seed),
+            num_trials=24 if self.num_trials is None else self.num_trials,
+            num_steps=loaded.num_steps if self.num_steps is None else self.num_steps,
+            eval_every=self.eval_every,
+            trials_per_block=self.trials_per_block,
+            directory=folder,
+        )
+        study = verdict.studies["learning_rate_sweep"]
+        _write_command(folder, "sweep", self.workload, optimizer, space)
+        return _finish(study, verdict.findings, optimizer, folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tune(_Training):
+    """Search learning rate and 1 - momentum (1 - b1) quasi-randomly; say what to use, what next."""
+
+    b1_low: float | None = None
+    """Smallest momentum, which is b1 of Adam."""
+    b1_high: float | None = None
+    """Largest momentum, which is b1 of Adam; below 1."""
+
+    def space(self, loaded: _Loaded, optimizer: str) -> SearchSpace:
+        """As for every command, with the range of the momentum as given."""
+        space, beta = super().space(loaded, optimizer), _RANGES[optimizer].beta
+        if self.b1_low is None and self.b1_high is None:
+            return space
+        if beta is None:
+            raise UsageError(f"--b1-low and --b1-high do not apply: {optimizer} has no momentum.")
+        return SearchSpace({**space, beta: _narrowed(space[beta], self.b1_low, self.b1_high)})
+
+    def run(self) -> int:
+        """Trains, diagnoses, writes and tells."""
+        loaded, optimizer, seed = _prepare(self)
+        space = self.space(loaded, optimizer)
+        folder = self.folder("tune")
+        num_steps = loaded.num_steps if self.num_steps is None else self.num_steps
+        num_steps = _checks.check_count("num_steps", num_steps)
+        study = run_study(
+            loaded.workload,
+            functools.partial(_make_optimizer, optimizer),
+            space,
+            num_trials=loaded.num_trials if self.num_trials is None else self.num_trials,
+            num_steps=num_steps,
+            eval_every=max(1, num_steps // 20) if self.eval_every is None else self.eval_every,
+            key=jax.random.key(seed),
+            trials_per_block=self.trials_per_block,
+            directory=folder,
+        )
+        _write_command(folder, "tune", self.workload, optimizer, space)
+        return _finish(study, diagnose(study), optimizer, folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write the report of a stored study again; nothing stored is executed."""
+
+    study: Path
+    """The directory of the study."""
+    directory: Path | None = None
+    """Where to write; the study's own directory."""
+
+    def run(self) -> int:
+        """Reads, writes and tells."""
+        study, optimizer = _stored(self.study)
+        return _finish(study, diagnose(study), optimizer, self.directory or self.study)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnose:
+    """Say what a stored study shows, and write nothing."""
+
+    study: Path
+    """The directory of the study."""
+
+    def run(self) -> int:
+        """Reads and tells."""
+        study, optimizer = _stored(self.study)
+        _tell(study, diagnose(study), recipe_source(study, optimizer))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Zoo:
+    """List the workloads that come with the package."""
+
+    def run(self) -> int:
+        """Lists."""
+        from playbook_optax import zoo  # Importing flax takes a second.
+
+        rows = []
+        for name in zoo.names():
+            entry = zoo.load(name)
+            budget = f"{entry.num_trials} x {entry.num_steps}"
+            rows.append([name, entry.summary, entry.optimizer, budget])
+        _print_table(["name", "what it is", "optimizer", "trials x steps"], rows)
+        return 0
+
+
+def _make_optimizer(optimizer: str, point: Mapping[str, Any]) -> optax.GradientTransformation:
+    transform: optax.GradientTransformation = getattr(optimizers, optimizer)(**point)
+    return transform
+
+
+def _prepare(options: _Training) -> tuple[_Loaded, str, int]:
+    """What a command needs before it trains; whatever is missing is said now, not at the end."""
+    _checks.require("jinja2", "report", "The report")
+    _checks.require("matplotlib.pyplot", "plots", "Plotting")
+    seed = _checks.check_count("seed", options.seed, at_least=0)
+    loaded = load_workload(options.workload)
+    return loaded, options.optimizer or loaded.optimizer, seed
+
+
+def load_workload(name: str) -> _Loaded:
+    """Finds a workload by what was typed.
+
+    Args:
+      name: a zoo name or ``package.module:attribute``; the current directory is searched first.
+
+    Returns:
+      The workload and its defaults.
+
+    Raises:
+      UsageError: there is no such name, module or attribute, or it is no workload.
+    """
+    if ":" not in name:
+        from playbook_optax import zoo  # Importing flax takes a second.
+
+        try:
+            entry = zoo.load(name)
+        except ValueError as error:
+            raise UsageError(f"{error}; or give your own as package.module:attribute.") from None
+        return _Loaded(
+            entry.build(), entry.optimizer, entry.space, entry.num_trials, entry.num_steps
+        )
+    module_name, _, attribute = name.partition(":")
+    value: Any = _import(module_name)
+    for part in attribute.split("."):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            known = _workload_names(value)
+            raise UsageError(
+                f"module {module_name!r} has no {attribute!r}: {_checks.nearest(attribute, known)}"
+            ) from None
+    return _Loaded(_as_workload(name, value), "adam", None, 32, 400)
+
+
+def _import(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"{name!r} is no module name; write package.module:attribute.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A module that the user's own module fails to find is told with its traceback.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        here = [module.name for module in pkgutil.iter_modules([os.getcwd()])]
+        raise UsageError(
+            f"there is no module {error.name!r} here or installed: "
+            f"{_checks.nearest(error.name, here)}"
+        ) from None
+
+
+def _workload_names(module: Any) -> list[str]:
+    """Names in a module that could be meant: workloads, and functions defined there."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, Workload)
+        or (inspect.isfunction(value) and value.__module__ == getattr(module, "__name__", None))
+    ]
+
+
+def _as_workload(name: str, value: Any) -> WorkloadLike:
+    """A Workload, what a function without arguments returns, or a function of the point."""
+    if callable(value):
+        parameters = inspect.signature(value).parameters.values()
+        needed = [
+            p
+            for p in parameters
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if len(needed) == 1:
+            function: Callable[[Any], Workload] = value
+            return function
+        if not needed:
+            value = value()
+    if not isinstance(value, Workload):
+        raise UsageError(
+            f"{name!r} is {type(value).__name__}; it must be a playbook_optax.Workload, a function "
+            "without arguments that returns one, or a function of the point."
+        )
+    return value
+
+
+def _write_command(
+    folder: Path, command: str, workload: str, optimizer: str, space: SearchSpace
+) -> None:
+    """Keeps beside the study what its record does not hold and a later `report` shows."""
+    kept = {"command": command, "workload": workload, "optimizer": optimizer}
+    text = json.dumps({**kept, "space": space.to_dict()}, indent=1)
+    report.write_file(folder / _COMMAND_FILE, text.encode())
+
+
+def _stored(folder: Path) -> tuple[Study, str | None]:
+    """A stored study, and its optimizer's name if that is known; both may be of unknown origin."""
+    study = load_study(folder)
+    try:
+        with open(folder / _COMMAND_FILE, "rb") as file:
+            command = json.loads(file.read(_MAX_COMMAND_BYTES))
+        optimizer = command["optimizer"]
+        space = SearchSpace.from_dict(command["space"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return study, None
+    if study.space is None and set(space) == set(study.points):
+        study = dataclasses.replace(study, spec={**study.spec, "space": space.to_dict()})
+    return study, optimizer if isinstance(optimizer, str) and optimizer in _RANGES else None
+
+
+def recipe_source(study: Study, optimizer: str | None) -> str | None:
+    """The best trial as Python source.
+
+    Args:
+      study: the study.
+      optimizer: name of an optimizer of this package; None if it is not known.
+
+    Returns:
+      The source; None without an optimizer, a usable trial, or points that the optimizer takes.
+    """
+    if optimizer is None:
+        return None
+    try:
+        best = study.best()
+    except NoFeasibleTrial:
+        return None
+    if not set(best.point) <= set(inspect.signature(getattr(optimizers, optimizer)).parameters):
+        return None
+    # A NumPy scalar's text is the shortest that gives the same bits back.
+    arguments = ", ".join(f"{name}={value!s}" for name, value in best.point.items())
+    value = report.shown_number(best.value)
+    return (
+        "import playbook_optax as pbx\n\n"
+        f"optimizer = pbx.{optimizer}({arguments})\n"
+        f"num_steps = {int(study.data['step'].values[-1])}  "
+        f"# {_printable(best.objective)} was best, {value}, at step {best.step}: keep checkpoints"
+    )
+
+
+def _finish(study: Study, findings: Sequence[Finding], optimizer: str | None, folder: Path) -> int:
+    """Writes the report and tells what it says."""
+    recipe = recipe_source(study, optimizer)
+    page = report.write_report(study, folder, findings=findings, recipe=recipe)
+    _tell(study, findings, recipe)
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    print(f"\nReport   {page}\nPlots    {', '.join(pictures) or 'none'}, beside it")
+    return 0
+
+
+def _tell(study: Study, findings: Sequence[Finding], recipe: str | None) -> None:
+    """The best trials, the findings and the recipe, on the terminal."""
+    for sentence in report.verdict(study, findings):
+        _print_text(sentence)
+    if study.num_trials:
+        out = outcomes(study)
+        best = [int(trial) for trial in out.order[:_NUM_SHOWN]]
+        if best:
+            print()
+            _print_table(
+                ["trial", *report.shown_point(study, best[0]), out.objective, "at step"],
+                [
+                    [
+                        str(trial),
+                        *report.shown_point(study, trial).values(),
+                        report.shown_number(out.value[trial]),
+                        str(int(out.best_step[trial])),
+                    ]
+                    for trial in best
+                ],
+            )
+    print("\nFindings")
+    for finding in findings:
+        _print_text(f"{finding.severity}: {finding.message} {finding.suggestion}", "- ")
+    if recipe is not None:
+        print("\nRecipe")
+        print(textwrap.indent(recipe, "  "))
+
+
+def _printable(text: str) -> str:
+    """Text without control characters, which could command a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _print_text(text: str, bullet: str = "") -> None:
+    print(
+        textwrap.fill(
+            _printable(text.strip()),
+            _WIDTH,
+            initial_indent=bullet,
+            subsequent_indent=" " * len(bullet),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table: by rich on a terminal, aligned columns otherwise."""
+    header = [_printable(cell) for cell in header]
+    rows = [[_printable(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        try:
+            rich_table = _checks.require("rich.table", "cli", "The table")
+            rich_text = _checks.require("rich.text", "cli", "The table")
+            rich_console = _checks.require("rich.console", "cli", "The table")
+        except ImportError:
+            pass
+        else:
+            table = rich_table.Table(*map(rich_text.Text, header), box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*map(rich_text.Text, row))
+            rich_console.Console().print(table)
+            return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+
+_COMMANDS = {"sweep": Sweep, "tune": Tune, "report": Report, "diagnose": Diagnose, "zoo": Zoo}
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Does what the arguments say, on the devices that JAX has.
+
+    Args:
+      arguments: the words after the program's name; those of this process if None.
+
+    Returns:
+      The exit code: 0, or 2 for what the person at the terminal can put right, which is told in
+      one line on standard error. Errors inside the user's workload are raised as they are.
+
+    Raises:
+      SystemExit: words that cannot be parsed (code 2), or ``--help`` (code 0).
+    """
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        tyro = _checks.require("tyro", "cli", "The command line")
+        command = tyro.extras.subcommand_cli_from_dict(
+            _COMMANDS,
+            prog=PROG,
+            description="The Deep Learning Tuning Playbook, on your workload.",
+            args=arguments,
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
+        code: int = command.run()
+        return code
+    except UsageError as error:
+        return _complain(error)
+    except (ValueError, TypeError, ImportError, StorageError) as error:
+        if not _told_by_us(error):
+            raise
+        return _complain(error)
+
+
+def _complain(error: Exception) -> int:
+    print(f"{PROG}: error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
+    return 2
+
+
+def _told_by_us(error: Exception) -> bool:
+    """Whether an error is this package's word on its input, with no code of the user's involved."""
+    files, traceback = [], error.__traceback__
+    while traceback is not None:
+        files.append(Path(traceback.tb_frame.f_code.co_filename))
+        traceback = traceback.tb_next
+    ours = Path(__file__).resolve().parent
+    installed = [
+        Path(jax.__file__).resolve().parents[1],
+        *(Path(sysconfig.get_path(p)) for p in ("stdlib", "purelib", "platlib")),
+    ]
+    resolved = [file.resolve() for file in files if not str(file).startswith("<")]
+    theirs = [
+        file
+        for file in resolved
+        if not any(file.is_relative_to(place) for place in (ours, *installed))
+    ]
+    return not theirs and resolved[-1].is_relative_to(ours)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program ``playbook-optax``: makes each CPU core a device, then `run`.
+
+    Args:
+      arguments: the words after the program's name; those of this process if None.
+
+    Returns:
+      The exit code.
+    """
+    use_cpu_cores()
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; the same command continues the study.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the pieces cost, side by side: `python -m benchmarks [--quick]`."""

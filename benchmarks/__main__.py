@@ -1,0 +1,35 @@
+"""Runs every benchmark and stores what they print: `python -m benchmarks [--quick]`."""
+
+import json
+import pathlib
+import platform
+import sys
+
+import jax
+
+import playbook_optax as pbx
+from benchmarks import norms, samplers, studies, transforms
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def main():
+    quick = "--quick" in sys.argv
+    pbx.use_cpu_cores()
+    report = {
+        "machine": platform.machine(),
+        "device": jax.local_devices()[0].device_kind,
+        "devices": jax.local_device_count(),
+        "versions": {"jax": jax.__version__, "playbook_optax": pbx.__version__},
+    }
+    for module in (transforms, norms, samplers, studies):
+        print(f"== {module.__name__}")
+        report[module.__name__.removeprefix("benchmarks.")] = module.run(quick=quick)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{report['device'].lower().replace(' ', '_')}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

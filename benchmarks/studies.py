@@ -1,4 +1,4 @@
-"""A study of learning rates against the loop people write: one jitted step called per trial and step.
+"""A study of learning rates against the loop people write: one jitted step per trial and step.
 
 Both train the same trials of the MLP 64-128-10, batch 128, on random data, in turns; a ratio is
 (time of the loop / time of the study) in one round, compile time apart.

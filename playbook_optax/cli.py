@@ -20,10 +20,12 @@ import jax
 import optax
 
 from playbook_optax import _checks, optimizers, report
+from playbook_optax.analysis.axes import hyperparameters
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
+from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.storage import StorageError
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
 from playbook_optax.runner.devices import use_cpu_cores
@@ -76,6 +78,14 @@ class _Loaded(NamedTuple):
     space: SearchSpace | None
     num_trials: int
     num_steps: int
+
+
+class _Judged(NamedTuple):
+    """A study with what is said about it."""
+
+    study: Study
+    findings: Sequence[Finding]
+    recipe: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +168,7 @@ class Sweep(_Training):
         )
         study = verdict.studies["learning_rate_sweep"]
         _write_command(folder, "sweep", self.workload, optimizer, space)
-        return _finish(study, verdict.findings, optimizer, folder)
+        return _finish(_judged_sweep(study, verdict, optimizer), folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +208,7 @@ class Tune(_Training):
             directory=folder,
         )
         _write_command(folder, "tune", self.workload, optimizer, space)
-        return _finish(study, diagnose(study), optimizer, folder)
+        return _finish(_judged(study, optimizer), folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,8 +222,7 @@ class Report:
 
     def run(self) -> int:
         """Reads, writes and tells."""
-        study, optimizer = _stored(self.study)
-        return _finish(study, diagnose(study), optimizer, self.directory or self.study)
+        return _finish(_stored(self.study), self.directory or self.study)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,8 +234,7 @@ class Diagnose:
 
     def run(self) -> int:
         """Reads and tells."""
-        study, optimizer = _stored(self.study)
-        _tell(study, diagnose(study), recipe_source(study, optimizer))
+        _tell(_stored(self.study))
         return 0
 
 
@@ -355,19 +363,42 @@ def _write_command(
     report.write_file(folder / _COMMAND_FILE, text.encode())
 
 
-def _stored(folder: Path) -> tuple[Study, str | None]:
-    """A stored study, and its optimizer's name if that is known; both may be of unknown origin."""
+def _judged(study: Study, optimizer: str | None) -> _Judged:
+    return _Judged(study, diagnose(study), recipe_source(study, optimizer))
+
+
+def _judged_sweep(study: Study, verdict: Verdict, optimizer: str | None) -> _Judged:
+    """A sweep that refuses to answer gives no recipe."""
+    recipe = None if verdict.answer is None else recipe_source(study, optimizer)
+    return _Judged(study, verdict.findings, recipe)
+
+
+def _stored(folder: Path) -> _Judged:
+    """Judges a stored study by the rules of the command that made it; trusts nothing it reads."""
     study = load_study(folder)
+    if not (folder / _COMMAND_FILE).is_file():  # A pipe in its place would wait for ever.
+        return _judged(study, None)
     try:
         with open(folder / _COMMAND_FILE, "rb") as file:
             command = json.loads(file.read(_MAX_COMMAND_BYTES))
-        optimizer = command["optimizer"]
+        name, optimizer = command["command"], command["optimizer"]
         space = SearchSpace.from_dict(command["space"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return study, None
-    if study.space is None and set(space) == set(study.points):
-        study = dataclasses.replace(study, spec={**study.spec, "space": space.to_dict()})
-    return study, optimizer if isinstance(optimizer, str) and optimizer in _RANGES else None
+        return _judged(study, None)
+    if not (isinstance(optimizer, str) and optimizer in _RANGES):
+        optimizer = None
+    if name != "sweep" or list(space) != [_LEARNING_RATE] or set(study.points) != set(space):
+        return _judged(study, optimizer)
+    if not study.num_trials:
+        return _judged(study, optimizer)
+    # The points of a grid are stored as a table, the range they cover beside it.
+    study = dataclasses.replace(study, spec={**study.spec, "space": space.to_dict()})
+    verdict = sweep_learning_rate(_never, _never, study, key=jax.random.key(0))
+    return _judged_sweep(study, verdict, optimizer)
+
+
+def _never(point: Any) -> Any:
+    raise AssertionError("A finished study is judged, not trained.")
 
 
 def recipe_source(study: Study, optimizer: str | None) -> str | None:
@@ -389,7 +420,7 @@ def recipe_source(study: Study, optimizer: str | None) -> str | None:
     if not set(best.point) <= set(inspect.signature(getattr(optimizers, optimizer)).parameters):
         return None
     # A NumPy scalar's text is the shortest that gives the same bits back.
-    arguments = ", ".join(f"{name}={value!s}" for name, value in best.point.items())
+    arguments = ", ".join(f"{name}={best.point[name]!s}" for name in hyperparameters(study))
     value = report.shown_number(best.value)
     return (
         "import playbook_optax as pbx\n\n"
@@ -399,18 +430,18 @@ def recipe_source(study: Study, optimizer: str | None) -> str | None:
     )
 
 
-def _finish(study: Study, findings: Sequence[Finding], optimizer: str | None, folder: Path) -> int:
+def _finish(judged: _Judged, folder: Path) -> int:
     """Writes the report and tells what it says."""
-    recipe = recipe_source(study, optimizer)
-    page = report.write_report(study, folder, findings=findings, recipe=recipe)
-    _tell(study, findings, recipe)
+    page = report.write_report(judged.study, folder, findings=judged.findings, recipe=judged.recipe)
+    _tell(judged)
     pictures = sorted(path.name for path in folder.glob("*.png"))
     print(f"\nReport   {page}\nPlots    {', '.join(pictures) or 'none'}, beside it")
     return 0
 
 
-def _tell(study: Study, findings: Sequence[Finding], recipe: str | None) -> None:
+def _tell(judged: _Judged) -> None:
     """The best trials, the findings and the recipe, on the terminal."""
+    study, findings, recipe = judged
     for sentence in report.verdict(study, findings):
         _print_text(sentence)
     if study.num_trials:

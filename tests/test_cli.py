@@ -1,0 +1,215 @@
+"""The command line, in this process where JAX's devices do not matter, and once as a program."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from playbook_optax import cli, zoo
+from playbook_optax.records.study import load_study
+from playbook_optax.search_space import Float, SearchSpace
+
+MODULE = """
+    import jax, jax.numpy as jnp
+    import playbook_optax as pbx
+
+    def _square(scale):
+        return pbx.Workload(
+            name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+            loss=lambda p, s, b, k: (scale * (p["w"] ** 2).sum(), (s, {})),
+            batch=lambda d, k, i: (),
+            evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()}, objective="valid/loss")
+
+    square = _square(1.0)
+
+    def build():
+        return square
+
+    def of_point(point):
+        return square
+
+    def two(a, b):
+        return square
+
+    number = 3
+
+    def _fail(p, s, b, k):
+        raise ValueError("my own mistake")
+
+    broken = pbx.Workload(
+        name="broken", init=square.init, loss=_fail, batch=square.batch,
+        evaluate=square.evaluate, objective="valid/loss")
+    unscaled = pbx.Workload(
+        name="unscaled", init=square.init, loss=lambda p, s, b, k: (p["w"], (s, {})),
+        batch=square.batch, evaluate=square.evaluate, objective="valid/loss")
+"""
+SPACE = SearchSpace({"learning_rate": Float(0.1, 1.0)}).to_dict()
+TINY = ["--num-trials", "12", "--num-steps", "20", "--eval-every", "5"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "own_workloads.py").write_text(textwrap.dedent(MODULE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_workloads", raising=False)
+    return tmp_path
+
+
+def complaint(capsys, *arguments):
+    """The one line that a user error prints."""
+    assert cli.run(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("playbook-optax: error: ")
+    return line
+
+
+def test_zoo_lists_every_workload(capsys):
+    assert cli.run(["zoo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(zoo.names())
+
+
+def test_tune_writes_study_report_and_plots_then_continues_and_reports_again(folder, capsys):
+    command = ["tune", "own_workloads:square", "--optimizer", "momentum", *TINY]
+    assert cli.run(command) == 0
+    said = capsys.readouterr().out
+    place = folder / "runs" / "own_workloads.square" / "tune"
+    names = {p.name for p in place.iterdir()}
+    assert {"study.json", "report.html", "axis_0.png", "axis_1.png", "curves.png"} <= names
+    study = load_study(place)
+    best = study.best()
+    assert set(best.point) == {"learning_rate", "momentum"}
+    assert f"The best of 12 trials is trial {best.trial}" in said
+    call = next(line for line in said.splitlines() if "pbx.momentum(" in line)
+    arguments = dict(part.split("=") for part in call.split("(")[1].rstrip(")").split(", "))
+    for name, value in best.point.items():
+        assert np.float32(arguments[name]) == value  # The printed recipe is the trial, bit for bit.
+    table = said[said.index("\ntrial ") + 1 :].splitlines()
+    assert table[1].split()[0] == str(best.trial)
+
+    blocks = {p: p.read_bytes() for p in (place / "blocks").iterdir()}
+    assert cli.run([*command, "--num-trials", "14"]) == 0
+    assert load_study(place).num_trials == 14
+    assert all(p.read_bytes() == content for p, content in blocks.items())
+
+    (place / "report.html").unlink()
+    assert cli.run(["report", str(place)]) == 0
+    assert "pbx.momentum(" in (place / "report.html").read_text()
+    capsys.readouterr()
+    assert cli.run(["diagnose", str(place)]) == 0
+    assert "Findings" in capsys.readouterr().out
+
+
+def test_sweep_is_a_grid_between_low_and_high_and_its_report_knows_the_range(folder, capsys):
+    command = ["sweep", "own_workloads:build", "--optimizer", "sgd", *TINY]
+    assert cli.run([*command, "--low", "0.001", "--high", "0.1", "--directory", "out"]) == 0
+    told = capsys.readouterr().out
+    study = load_study("out")
+    np.testing.assert_allclose(study.points["learning_rate"], np.geomspace(1e-3, 0.1, 12), 1e-5)
+    assert "high edge of [0.001, 0.1]" in " ".join(told.split())
+    # The best rate is the largest of the sweep, so that it refuses to answer.
+    assert "does not conclude" in " ".join(told.split())
+    assert "Recipe" not in told
+    assert cli.run(["diagnose", "out"]) == 0
+    again = capsys.readouterr().out
+    assert again.strip() == told[: told.index("\nReport ")].strip()
+
+
+@pytest.mark.parametrize("attribute", ["square", "build", "of_point"])
+def test_workloads_functions_and_functions_of_the_point_load(folder, attribute):
+    loaded = cli.load_workload(f"own_workloads:{attribute}")
+    assert callable(loaded.workload) == (attribute == "of_point")
+    assert loaded.optimizer == "adam"
+
+
+def test_user_errors_are_one_line(folder, capsys):
+    assert "did you mean 'digits_mlp'" in complaint(capsys, "tune", "digit_mlp")
+    assert "did you mean 'own_workloads'" in complaint(capsys, "tune", "own_workload:square")
+    assert "did you mean 'square'" in complaint(capsys, "tune", "own_workloads:squrae")
+    assert "is int" in complaint(capsys, "tune", "own_workloads:number")
+    assert "is function" in complaint(capsys, "tune", "own_workloads:two")
+    assert "no module name" in complaint(capsys, "tune", "own-workloads:square")
+    own = "own_workloads:square"
+    assert "num_trials must be >= 1" in complaint(capsys, "tune", own, "--num-trials", "0")
+    assert "num_steps must be >= 1" in complaint(capsys, "tune", own, "--num-steps", "0")
+    assert "seed must be >= 0" in complaint(capsys, "sweep", own, "--seed", "-1")
+    assert "low" in complaint(capsys, "tune", own, "--low", "1", "--high", "0.1")
+    assert "no momentum" in complaint(capsys, "tune", own, "--optimizer", "sgd", "--b1-high", "0.9")
+    assert "scalar" in complaint(capsys, "tune", "own_workloads:unscaled")
+    assert "nowhere" in complaint(capsys, "report", "nowhere")
+    assert not (folder / "runs").exists()
+    assert not (folder / "nowhere").exists()
+
+
+def test_another_study_in_the_directory_is_a_user_error(folder, capsys):
+    command = ["tune", "own_workloads:square", *TINY, "--directory", "out"]
+    assert cli.run(command) == 0
+    capsys.readouterr()
+    assert "holds another study: key is" in complaint(capsys, *command, "--seed", "1")
+
+
+def test_an_error_in_the_users_workload_is_raised_as_it_is(folder):
+    with pytest.raises(ValueError, match="my own mistake"):
+        cli.run(["tune", "own_workloads:broken", *TINY])
+    (folder / "needs_more.py").write_text("import a_module_that_is_not_there\n")
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        cli.run(["tune", "needs_more:workload"])
+
+
+def test_bad_words_exit_with_two(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.run(["tune", "digits_mlp", "--num-trials", "many"])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(("module", "extra"), [("tyro", "cli"), ("jinja2", "report")])
+def test_a_missing_extra_is_named(folder, capsys, monkeypatch, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"playbook-optax[{extra}]" in complaint(capsys, "tune", "own_workloads:square")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 60000,
+        json.dumps({"command": "tune", "optimizer": "__import__", "space": SPACE}),
+        json.dumps({"command": "tune", "optimizer": ["sgd"], "space": SPACE}),
+        "not json",
+    ],
+)
+def test_a_strange_command_file_costs_the_recipe_only(folder, capsys, content):
+    assert cli.run(["sweep", "own_workloads:square", *TINY, "--directory", "out"]) == 0
+    (folder / "out" / "command.json").write_text(content)
+    capsys.readouterr()
+    assert cli.run(["report", "out"]) == 0
+    assert "Recipe" not in capsys.readouterr().out
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    cli._print_table(["a\x1b[31m"], [["b\x07"]])
+    assert "\x1b" not in (said := capsys.readouterr().out)
+    assert "\x07" not in said
+
+
+def test_the_program_tunes_a_users_own_module(tmp_path):
+    (tmp_path / "mymodule.py").write_text(textwrap.dedent(MODULE))
+    code = "import sys; from playbook_optax.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "tune", "mymodule:square", *TINY]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pbx.adam(learning_rate=" in done.stdout
+    page = tmp_path / "runs" / "mymodule.square" / "tune" / "report.html"
+    assert page.is_file()
+    failed = subprocess.run(
+        [sys.executable, "-c", code, "tune", "mymodule:broken"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert failed.returncode == 1
+    assert "my own mistake" in failed.stderr
+    assert "mymodule.py" in failed.stderr

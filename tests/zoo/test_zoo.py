@@ -1,0 +1,133 @@
+"""The zoo: its data, its models' arithmetic, and its register."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import playbook_optax as pbx
+from playbook_optax import zoo
+from playbook_optax.zoo import blocks
+
+
+def test_importing_starts_no_backend():
+    code = (
+        "from playbook_optax import zoo; from jax._src import xla_bridge; zoo.load('digits_mlp');"
+        "assert not xla_bridge._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_digits_are_split_once_and_standardized_by_the_training_part():
+    from sklearn.datasets import load_digits
+
+    workload = zoo.digits_mlp()
+    parts = (workload.data["train"], workload.data["valid"], workload.test_data)
+    assert [len(part["x"]) for part in parts] == [1197, 300, 300]
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(workload.data))
+    train = parts[0]["x"].astype(np.float64)
+    np.testing.assert_allclose([train.mean(), train.std()], [0, 1], atol=1e-6)
+    # Every image is in exactly one part: undo the standardization and compare as multisets.
+    x, y = load_digits(return_X_y=True)
+    scale = 16 / (train.max() - train.min())
+    pixels = np.rint((np.concatenate([p["x"] for p in parts]) - train.min()) * scale)
+    labels = np.concatenate([p["y"] for p in parts])
+    ours = np.column_stack([pixels, labels])
+    theirs = np.column_stack([x, y])
+    assert sorted(map(tuple, ours)) == sorted(map(tuple, theirs))
+
+
+def test_only_the_final_evaluation_sees_test_data():
+    workload = zoo.digits_mlp(width=4)
+    params, state = workload.init(jax.random.key(0))
+    assert set(workload.evaluate(params, state, workload.data)) == {
+        "train/loss",
+        "train/error_rate",
+        "valid/loss",
+        "valid/error_rate",
+    }
+    assert set(workload.data) == {"train", "valid"}
+    assert set(workload.final_evaluate(params, state)) == {"test/loss", "test/error_rate"}
+
+
+@pytest.mark.parametrize("norm", blocks.NORMS)
+@pytest.mark.parametrize("rezero", [False, True])
+def test_residual_block_is_its_formula(norm, rezero):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 6)).astype(np.float32)
+    block = blocks.ResidualBlock(norm=norm, rezero=rezero)
+    params = block.init(jax.random.key(1), jnp.asarray(x))["params"]
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+
+    def normalized(v):
+        v = (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-6)
+        return v * params["norm"]["scale"] + params["norm"]["bias"]
+
+    def dense(v, name):
+        return v @ params[name]["kernel"].astype(np.float64) + params[name]["bias"]
+
+    inner = normalized(x.astype(np.float64)) if norm == "pre" else x.astype(np.float64)
+    branch = dense(np.maximum(dense(inner, "expand"), 0), "project")
+    branch = branch * (params["branch_scale"] if rezero else 1.0)
+    want = normalized(x + branch) if norm == "post" else x + branch
+    assert ("norm" in params) == (norm != "none")
+    got = block.apply({"params": params}, jnp.asarray(x))
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+def test_resmlp_has_twelve_blocks_of_the_placement_that_was_asked_for():
+    def block_leaves(**arguments):
+        params, _ = zoo.digits_resmlp(width=4, **arguments).init(jax.random.key(0))
+        return [set(params[name]) for name in params if name.startswith("block_")]
+
+    assert block_leaves() == [{"expand", "project", "norm"}] * 12
+    assert block_leaves(norm="none", num_blocks=2) == [{"expand", "project"}] * 2
+    assert block_leaves(norm="none", rezero=True, num_blocks=1) == [
+        {"expand", "project", "branch_scale"}
+    ]
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"norm = 'past' is unknown: did you mean 'post'"):
+        zoo.digits_resmlp("past")
+    with pytest.raises(ValueError, match="rezero must be True or False"):
+        zoo.digits_resmlp(rezero=1)
+    with pytest.raises(ValueError, match="num_blocks"):
+        zoo.digits_resmlp(num_blocks=0)
+    with pytest.raises(TypeError, match="did you mean 'width'"):
+        zoo.digits_mlp(widht=3)
+    with pytest.raises(ValueError, match="did you mean 'digits_mlp'"):
+        zoo.load("digit_mlp")
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_entry_builds_and_has_an_optimizer_for_its_space(name):
+    entry = zoo.load(name)
+    assert entry.build().name == name
+    assert entry.space["learning_rate"].scale == "log"
+    assert entry.space["momentum"].scale == "reverse_log"
+    point = {n: values[0] for n, values in entry.space.sample(jax.random.key(0), 1).items()}
+    params = {"w": jnp.ones(2)}
+    optimizer = entry.make_optimizer(point)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -point["learning_rate"] * np.ones(2), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_resmlp_is_unstable_at_large_rates_and_learns_at_small_ones():
+    rates = np.geomspace(1e-3, 1.0, 7).astype(np.float32)
+    study = pbx.run_study(
+        zoo.digits_resmlp(),
+        lambda point: pbx.momentum(point["learning_rate"], 0.9),
+        {"learning_rate": rates},
+        num_steps=400,
+        eval_every=20,
+        key=jax.random.key(0),
+    )
+    assert study.data["infeasible"].values[-1]
+    assert not study.data["infeasible"].values[:3].any()
+    assert study.best().value <= 0.03
+    assert study.best().point["learning_rate"] < 0.1

@@ -289,7 +289,7 @@ def load_workload(name: str) -> _Loaded:
         except ValueError as error:
             raise UsageError(f"{error}; or give your own as package.module:attribute.") from None
         return _Loaded(
-            entry.build(), entry.optimizer, entry.space, entry.num_trials, entry.num_steps
+            entry.workload, entry.optimizer, entry.space, entry.num_trials, entry.num_steps
         )
     module_name, _, attribute = name.partition(":")
     value: Any = _import(module_name)

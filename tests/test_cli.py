@@ -155,6 +155,10 @@ def test_another_study_in_the_directory_is_a_user_error(folder, capsys):
 def test_an_error_in_the_users_workload_is_raised_as_it_is(folder):
     with pytest.raises(ValueError, match="my own mistake"):
         cli.run(["tune", "own_workloads:broken", *TINY])
+    # Said by this package, but about a line of the user's, which only the traceback shows.
+    (folder / "misuses.py").write_text("import playbook_optax as pbx\npbx.sgd(-1.0)\n")
+    with pytest.raises(ValueError, match="learning_rate must be"):
+        cli.run(["tune", "misuses:workload"])
     (folder / "needs_more.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         cli.run(["tune", "needs_more:workload"])

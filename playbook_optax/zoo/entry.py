@@ -20,7 +20,6 @@ class Entry:
     Attributes:
       name: its name.
       summary: one line for people.
-      build: ``build() -> Workload``.
       optimizer: name of the optimizer in `playbook_optax.optimizers`.
       space: its hyperparameters: learning rate on a log scale, and momentum on a reverse_log one,
         which searches 1 - momentum by orders of magnitude.
@@ -31,12 +30,21 @@ class Entry:
 
     name: str
     summary: str
-    build: Callable[[], Workload]
+    _build: Callable[[], Workload] = dataclasses.field(repr=False)
     optimizer: str
     space: SearchSpace
     num_trials: int
     num_steps: int
     eval_every: int
+
+    @property
+    def workload(self) -> Workload:
+        """The workload, built when asked for.
+
+        Raises:
+          ImportError: scikit-learn is not installed (the extra ``data``).
+        """
+        return self._build()
 
     def make_optimizer(self, point: Mapping[str, Any]) -> optax.GradientTransformation:
         """The optimizer at a point.
@@ -51,10 +59,10 @@ class Entry:
         return transform
 
 
-def _momentum_space() -> SearchSpace:
+def _momentum_space(largest_rate: float) -> SearchSpace:
     return SearchSpace(
         {
-            "learning_rate": Float(1e-4, 1.0, scale="log"),
+            "learning_rate": Float(1e-4, largest_rate, scale="log"),
             "momentum": Float(0.5, 0.99, scale="reverse_log"),
         }
     )
@@ -64,27 +72,30 @@ def _momentum_space() -> SearchSpace:
 def _entries() -> dict[str, Entry]:
     resmlp = digits.digits_resmlp
     found = (
-        ("digits_mlp", "plain MLP, 1 hidden layer of 128", digits.digits_mlp),
-        ("digits_resmlp", "12-block residual MLP, Norm(x + f(x)): unstable", resmlp),
+        ("digits_mlp", "plain MLP, 1 hidden layer of 128", digits.digits_mlp, 10.0),
+        ("digits_resmlp", "12-block residual MLP, Norm(x + f(x)): unstable", resmlp, 1.0),
         (
             "digits_resmlp_pre",
             "12-block residual MLP, x + f(Norm(x))",
             functools.partial(resmlp, "pre"),
+            1.0,
         ),
         (
             "digits_resmlp_none",
             "12-block residual MLP, x + f(x): the most unstable",
             functools.partial(resmlp, "none"),
+            1.0,
         ),
         (
             "digits_resmlp_none_rezero",
             "12-block residual MLP, x + s f(x), s from 0 (ReZero)",
             functools.partial(resmlp, "none", True),
+            1.0,
         ),
     )
     return {
-        name: Entry(name, summary, build, "momentum", _momentum_space(), 32, 400, 20)
-        for name, summary, build in found
+        name: Entry(name, summary, build, "momentum", _momentum_space(largest), 32, 400, 20)
+        for name, summary, build, largest in found
     }
 
 
@@ -112,7 +123,7 @@ def load(name: str) -> Entry:
       name: one of `names`.
 
     Returns:
-      The entry; its ``build()`` makes the workload.
+      The entry; its ``workload`` is built when asked for.
 
     Raises:
       ValueError: there is no such name; the nearest is named.

@@ -106,7 +106,7 @@ def test_bad_arguments_are_named():
 @pytest.mark.parametrize("name", zoo.names())
 def test_every_entry_builds_and_has_an_optimizer_for_its_space(name):
     entry = zoo.load(name)
-    assert entry.build().name == name
+    assert entry.workload.name == name
     assert entry.space["learning_rate"].scale == "log"
     assert entry.space["momentum"].scale == "reverse_log"
     point = {n: values[0] for n, values in entry.space.sample(jax.random.key(0), 1).items()}

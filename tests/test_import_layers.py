@@ -117,7 +117,7 @@ assert pbx.diagnose(study)
 from playbook_optax import cli, plots, report, zoo
 for use, extra in (
     (lambda: plots.plot_axes(study), "plots"),
-    (lambda: zoo.load("digits_mlp").workload, "data"),
+    (lambda: zoo.digits_mlp(), "data"),
     (lambda: report.write_report(study, "unused"), "report"),
 ):
     try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from playbook_optax import _feasibility
-from playbook_optax._checks import check_count, named_arguments, nearest
+from playbook_optax._checks import ArgumentTypeError, check_count, named_arguments, nearest
 from playbook_optax.records import storage, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 _POINT, _METRIC, _NORM = "point/", "metrics/", "norms/"
 _OUTCOMES = ("infeasible", "infeasible_step", "infeasible_reason", "best_value", "best_step")
-_NORMS = ("norms/last", "norms/max", "norms/counts")
+_NORMS = (
+    "norms/last",
+    "norms/max",
+    "norms/num_steps",
+    "norms/num_clipped",
+    "norms/threshold",
+    "norms/counts",
+)
 _DIMENSIONS = ("trial", "seed", "eval", "norm_bin")
 _COORDINATES = (*_DIMENSIONS, "step", "norm_low", "norm_high")
 _RISING_WORDS = ("accuracy", "score", "auc", "precision", "recall", "reward", "return")
@@ -77,7 +84,9 @@ class Study:
         ``trial``, ``norm_low`` and ``norm_high`` on ``norm_bin``. Variables: every metric under its
         own name, then ``infeasible``, ``infeasible_step`` (−1 if feasible), ``infeasible_reason``
         ("" if feasible), ``best_value``, ``best_step``, and where norms were recorded
-        ``norms/last``, ``norms/max`` and ``norms/counts``.
+        ``norms/last``, ``norms/max``, ``norms/num_steps`` and ``norms/counts``, and of the clipper
+        in the optimizer ``norms/threshold`` (the last one; infinite without one) and
+        ``norms/num_clipped``.
       spec: what the study is: objective, number of steps, space and so on; JSON values. In a study
         that is not finished ``num_trials`` counts the complete trials, and ``planned_trials`` says
         how many there will be. ``unchecked``, if there, maps what was not judged to the reason.
@@ -93,6 +102,7 @@ class Study:
     _rows: np.ndarray | None = None
     _weights_like: Mapping[str, Any] | None = None
     _extend: "Callable[[int], Study] | None" = None
+    _replay: "Callable[..., xarray.Dataset] | None" = None
 
     @property
     def num_trials(self) -> int:
@@ -263,6 +273,66 @@ class Study:
                 f"stored study, the same workload and num_trials={total}."
             )
         return self._extend(total)
+
+    @named_arguments
+    def replay(
+        self,
+        trial: int,
+        from_step: int = 0,
+        *,
+        num_steps: int | None = None,
+        seed: int | None = None,
+        per_layer: bool = False,
+    ) -> "xarray.Dataset":
+        """Trains one trial of the study again, bit for bit, and records every step.
+
+        The steps before `from_step` are trained without a record, those from it on one at a time
+        by the same program. What is evaluated on the way is compared with the study bit for bit.
+
+        Args:
+          trial: its index.
+          from_step: the first update to record, 0-based.
+          num_steps: how many updates to record, at most; to the end of the run if None.
+          seed: which seed's run, needed when the study has several.
+          per_layer: also record the norms of each layer, an array of the parameters; its
+            gradient is computed once more for that, equal up to rounding.
+
+        Returns:
+          An `xarray.Dataset` with dimension ``step``, the 0-based index of the update, ending at
+          the update at which the trial broke, if it did: ``loss`` of the batch, ``gradient_norm``
+          before any clipping, ``update_norm`` of the change of the parameters (NaN for the update
+          that broke, which is not applied), ``param_norm`` before the update; with `per_layer`
+          also ``layer_gradient_norm``, ``layer_update_norm`` and ``layer_param_norm`` of dimension
+          (step, layer). Attributes: ``trial``, ``seed``, ``infeasible_step``,
+          ``infeasible_reason``, and ``bit_exact``: whether everything that the study recorded up
+          to the last step of the replay came out the same to the last bit; otherwise there is a
+          warning.
+
+        Raises:
+          ValueError: the steps are not in the run, `seed` is missing or out of range, or this
+            record cannot train.
+          IndexError: there is no such trial.
+
+        Source: playbook, "How can optimization failures be debugged and mitigated?" (look at the
+        training just when it becomes unstable).
+        """
+        index = self._check_trial(trial)
+        if self._replay is None:
+            raise ValueError(
+                "This study is a record and cannot train: call run_study with directory= of the "
+                "stored study and the same workload; what it returns can replay."
+            )
+        chosen = self._check_seed(seed)
+        total = int(self.spec["num_steps"])
+        first = check_count("from_step", from_step, at_least=0)
+        if first >= total:
+            raise ValueError(
+                f"from_step = {first} is not in the run, whose updates are 0 to {total - 1}."
+            )
+        count = total - first if num_steps is None else check_count("num_steps", num_steps)
+        if not isinstance(per_layer, bool):
+            raise ArgumentTypeError(f"per_layer must be True or False, got {per_layer!r}.")
+        return self._replay(self, index, chosen, first, min(first + count, total), per_layer)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Stores the study; `load_study` returns it bit for bit, kept weights included.
@@ -470,6 +540,13 @@ class Study:
             raise IndexError(f"trial = {trial} is not in 0 … {self.num_trials - 1}.")
         return int(trial)
 
+    def _check_seed(self, seed: int | None) -> int:
+        if seed is None and self.num_seeds > 1:
+            raise ValueError(f"seed must be given, 0 to {self.num_seeds - 1}: each is a run.")
+        if seed is not None and check_count("seed", seed, at_least=0) >= self.num_seeds:
+            raise ValueError(f"seed must be < {self.num_seeds}, got {seed}.")
+        return seed or 0
+
     def _with_seeds(self, name: str) -> np.ndarray:
         """A variable as (trial, seed, ...), also where there is one seed."""
         values = self.data[name].values
@@ -492,11 +569,7 @@ class Study:
                 f"No {kind} were kept in this study (keep={self.spec.get('keep', 'none')!r}): run "
                 'it with keep="best" or keep="final".'
             )
-        if seed is None and self.num_seeds > 1:
-            raise ValueError(f"seed must be given, 0 to {self.num_seeds - 1}: each has weights.")
-        if seed is not None and check_count("seed", seed, at_least=0) >= self.num_seeds:
-            raise ValueError(f"seed must be < {self.num_seeds}, got {seed}.")
-        block, row = self._rows[index * self.num_seeds + (seed or 0)]
+        block, row = self._rows[index * self.num_seeds + self._check_seed(seed)]
         prefix = f"{kind}/"
         arrays = {
             name.removeprefix(prefix): array[row]
@@ -577,13 +650,14 @@ def study_from_blocks(
     *,
     weights_like: Mapping[str, Any] | None = None,
     extend: Callable[[int], Study] | None = None,
+    replay: "Callable[..., xarray.Dataset] | None" = None,
 ) -> Study:
     """Assembles a study from its finished blocks.
 
     A block is a flat mapping of host arrays with a leading axis of runs (a run is one trial with
     one seed): ``trial``, ``seed``, ``point/<name>``, ``metrics/<name> (run, eval)``,
     ``infeasible``, ``infeasible_step``, ``infeasible_reason`` (index into the reasons),
-    ``best_value``, ``best_step``, ``norms/last``, ``norms/max``, ``norms/counts (run, norm_bin)``
+    ``best_value``, ``best_step``, ``norms/<name>`` with ``norms/counts (run, norm_bin)``
     and for kept weights ``params/<path>`` and ``model_state/<path>``.
 
     Args:
@@ -593,6 +667,7 @@ def study_from_blocks(
         trials before the first incomplete one are the study.
       weights_like: see `load_study`.
       extend: trains the study up to a number of trials; what `Study.extend` calls.
+      replay: trains one trial again; what `Study.replay` calls.
 
     Returns:
       The Study.
@@ -614,7 +689,7 @@ def study_from_blocks(
     else:
         plan.pop("planned_trials", None)
     data = _dataset(plan, _gather(blocks, rows))
-    return Study(data, MappingProxyType(plan), blocks, rows, weights_like, extend)
+    return Study(data, MappingProxyType(plan), blocks, rows, weights_like, extend, replay)
 
 
 def _check_spec(spec: Mapping[str, Any]) -> dict[str, Any]:

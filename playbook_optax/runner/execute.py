@@ -1,5 +1,6 @@
 """Blocks of trials as one compiled program, sharded over the devices of a mesh."""
 
+import functools
 import itertools
 import queue
 import threading
@@ -26,11 +27,10 @@ P = jax.sharding.PartitionSpec
 
 
 class Engine:
-    """Trains blocks; one compiled program serves every call, whatever the number of trials.
+    """Trains blocks; one compiled program serves every call, whatever the points and their number.
 
     Args:
       trial: the stepper.
-      points: where points come from.
       key: the study's key.
       data: the workload's data.
       mesh: one-dimensional mesh over ``trials``.
@@ -43,7 +43,6 @@ class Engine:
     def __init__(
         self,
         trial: train.Trial,
-        points: Points,
         key: chex.PRNGKey,
         data: Any,
         mesh: jax.sharding.Mesh,
@@ -54,7 +53,6 @@ class Engine:
     ) -> None:
         self._trial = trial
         self._shapes = shapes
-        self._points = points
         self._width = width
         self._independent = independent
         self._host_batches = host_batches
@@ -92,16 +90,26 @@ class Engine:
                 )
             )
 
+        self._step_block: tuple[Any, Any] | None = None
+
+    @property
+    def data(self) -> Any:
+        """The workload's data, on the devices."""
+        return self._data
+
     @property
     def blocks_per_call(self) -> int:
         """How many blocks one call of the program can train."""
         return self._num_devices * self._calls
 
-    def run(self, blocks: Sequence[Block]) -> Iterator[list[tuple[int, dict[str, np.ndarray]]]]:
+    def run(
+        self, blocks: Sequence[Block], points: Points
+    ) -> Iterator[list[tuple[int, dict[str, np.ndarray]]]]:
         """Trains blocks and yields them as they finish, a call's worth at a time.
 
         Args:
           blocks: the blocks to train, in order.
+          points: where their points come from.
 
         Yields:
           Pairs of a block's index and its arrays, as `records.study_from_blocks` takes them.
@@ -113,14 +121,14 @@ class Engine:
         pending: tuple[Sequence[Block], Any] | None = None
         for call in calls:
             # The next call is on its way while this one's results are fetched and stored.
-            started = (call, self._start(call))
+            started = (call, self._start(call, points))
             if pending is not None:
-                yield self._fetch(*pending)
+                yield self._fetch(*pending, points)
             pending = started
         if pending is not None:
-            yield self._fetch(*pending)
+            yield self._fetch(*pending, points)
 
-    def _inputs(self, blocks: Sequence[Block]) -> dict[str, Any]:
+    def _inputs(self, blocks: Sequence[Block], points: Points) -> dict[str, Any]:
         """Points, trials and seeds of one call, leading axis (device * block), sharded.
 
         Block i of a call goes to device i modulo the number of devices, so that the last call of a
@@ -133,7 +141,7 @@ class Engine:
             for position in range(self._calls)
         ]
         filled = [blocks[min(i, len(blocks) - 1)] for i in order]
-        rows = [self._points.rows(block.trials) for block in filled]
+        rows = [points.rows(block.trials) for block in filled]
         used = np.array([i < len(blocks) for i in order]).reshape(self._num_devices, self._calls)
         inputs = {
             "points": {name: np.stack([row[name] for row in rows]) for name in rows[0]},
@@ -144,14 +152,14 @@ class Engine:
         assert len(filled) == slots
         return jax.device_put(inputs, self._sharded)
 
-    def _start(self, blocks: Sequence[Block]) -> Any:
-        inputs = self._inputs(blocks)
+    def _start(self, blocks: Sequence[Block], points: Points) -> Any:
+        inputs = self._inputs(blocks, points)
         if self._host_batches is None:
             return self._program(inputs, self._key, self._data)
         return self._train_from_host(inputs)
 
     def _fetch(
-        self, blocks: Sequence[Block], results: Any
+        self, blocks: Sequence[Block], results: Any, points: Points
     ) -> list[tuple[int, dict[str, np.ndarray]]]:
         host = jax.device_get(results)
         out = []
@@ -159,20 +167,25 @@ class Engine:
             device, position = number % self._num_devices, number // self._num_devices
             place = device * self._calls + position
             result = jax.tree.map(lambda leaf, place=place: leaf[place], host)
-            arrays = block_arrays(block, self._points.rows(block.trials), result)
+            arrays = block_arrays(block, points.rows(block.trials), result)
             out.append((block.index, arrays))
         return out
 
-    def _over_trials(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of one point and one trial number over a block's, leading axis (width,)."""
+    def _over_trials(
+        self, function: Callable[..., Any], first_axes: Any = 0, out_axes: Any = 0
+    ) -> Callable[..., Any]:
+        """A function of one point and one trial number over a block's, leading axis (width,).
+
+        The axes are `jax.vmap`'s, of the first argument and of the result.
+        """
 
         def mapped(points: Any, trials: chex.Array, *shared: Any) -> Any:
             if self._width == 1:
                 # No vmap at all: a batch of one is not the same program.
                 one = function(jax.tree.map(lambda leaf: leaf[0], points), trials[0], *shared)
                 return jax.tree.map(lambda leaf: leaf[None], one)
-            in_axes = (0, 0, *(None for _ in shared))
-            return jax.vmap(function, in_axes=in_axes)(points, trials, *shared)
+            in_axes = (first_axes, 0, *(None for _ in shared))
+            return jax.vmap(function, in_axes, out_axes)(points, trials, *shared)
 
         return mapped
 
@@ -219,14 +232,86 @@ class Engine:
         return jax.tree.map(lambda leaf: leaf[None], states)
 
     def _advance_local(self, states: Any, data: Any, start: Any, stop: Any, batches: Any) -> Any:
+        local = jax.tree.map(lambda leaf: leaf[0], states)
+        advanced = self._advance_states(local, data, start, stop, batches, axes=0)
+        return jax.tree.map(lambda leaf: leaf[None], advanced)
+
+    def _advance_states(
+        self, states: Any, data: Any, start: Any, stop: Any, batches: Any, axes: Any
+    ) -> Any:
         def one(state: Any, number: chex.Array, *shared: Any) -> Any:
             del number
             return self._trial.advance(state, *shared)
 
-        local = jax.tree.map(lambda leaf: leaf[0], states)
         unused = jnp.zeros((self._width,), jnp.int32)
-        advanced = self._over_trials(one)(local, unused, data, start, stop, batches)
-        return jax.tree.map(lambda leaf: leaf[None], advanced)
+        over = self._over_trials(one, axes, axes)
+        return over(states, unused, data, start, stop, batches)
+
+    def init_block(self, block: Block, points: Points, chunk: Any) -> Any:
+        """The states of a block's trials before the first update, leading axis (width,).
+
+        Args:
+          block: the block.
+          points: where its points come from.
+          chunk: the first of `feed`.
+        """
+        init, _ = self._stepper()
+        rows, trials = points.rows(block.trials), jnp.asarray(block.trials)
+        return init(rows, trials, jnp.int32(block.seed), self._key, self._data, chunk)
+
+    def advance_block(self, states: Any, start: int, stop: int, chunk: Any) -> Any:
+        """The states after the updates start, ..., stop - 1: the bits that `run` computes.
+
+        Args:
+          states: from `init_block`.
+          start: the first update.
+          stop: the update before which to stop.
+          chunk: host batches that begin with that of `start`, or None.
+        """
+        _, advance = self._stepper()
+        return advance(states, self._data, jnp.int32(start), jnp.int32(stop), chunk)
+
+    def _stepper(self) -> tuple[Any, Any]:
+        if self._step_block is None:
+            axes = self.state_axes
+            start = self._over_trials(self._start_trial, out_axes=axes)
+            advance = functools.partial(self._advance_states, axes=axes)
+            self._step_block = (jax.jit(start), jax.jit(advance))
+        return self._step_block
+
+    @property
+    def state_axes(self) -> Any:
+        """The axis of trials in `init_block`'s states, a prefix of their tree.
+
+        None where the trials of `run` share a value, because what is shared is computed once, by
+        another program than for each.
+        """
+        shared = self._host_batches is None and self._width > 1
+        fields = dict.fromkeys(train.TrialState._fields, 0)
+        if shared:
+            fields["step"] = None
+            fields["key"] = 0 if self._independent else None
+        return train.TrialState(**fields)
+
+    def feed(self, num_steps: int) -> Iterator[Any]:
+        """What to give to `init_block`, and then to `advance_block` for each step in turn.
+
+        Args:
+          num_steps: how many steps.
+
+        Yields:
+          A chunk whose first batch is that of the step, of the length that `run` uses; None where
+          batches are made on the device.
+        """
+        if self._host_batches is None:
+            yield from itertools.repeat(None, num_steps + 1)
+            return
+        length = _chunk_length(self._trial.num_steps)
+        for step, batch in enumerate(itertools.islice(self._host_batches(0), num_steps)):
+            chunk = jax.device_put(_stack([batch] * length), self._replicated)
+            if step == 0:
+                yield chunk
+            yield chunk
 
     def _result_local(self, states: Any) -> Any:
         local = jax.tree.map(lambda leaf: leaf[0], states)
@@ -272,6 +357,9 @@ def block_arrays(
         "best_value": result.best_value,
         "best_step": result.best_step,
         "norms/last": result.norms.last_norm,
+        "norms/num_steps": result.norms.num_steps,
+        "norms/num_clipped": result.norms.num_clipped,
+        "norms/threshold": result.norms.threshold,
         "norms/max": result.norms.max_norm,
         "norms/counts": result.norms.counts,
     }

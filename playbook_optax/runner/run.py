@@ -10,7 +10,7 @@ import numpy as np
 
 from playbook_optax import _checks
 from playbook_optax.records import storage, study
-from playbook_optax.runner import devices, execute, plan
+from playbook_optax.runner import devices, execute, plan, replay
 from playbook_optax.runner.progress import Progress
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials import train
@@ -88,16 +88,11 @@ def run_study(
     trials are needed to get good results with quasi-random search?"
     """
     train.check_key("key", key)
-    table, count = plan.make_points(points, num_trials, key)
-    num_seeds = _checks.check_count("num_seeds", num_seeds)
-    if not isinstance(independent, bool):
-        raise _checks.ArgumentTypeError(f"independent must be True or False, got {independent!r}.")
-    if trials_per_block is not None:
-        trials_per_block = _checks.check_count("trials_per_block", trials_per_block)
-    runner = _Runner(
+    plan.make_points(points, num_trials, key)
+    runner = StudyRunner(
         workload,
         make_optimizer,
-        table,
+        points,
         num_steps=num_steps,
         eval_every=eval_every,
         key=key,
@@ -106,34 +101,68 @@ def run_study(
         keep=keep,
         make_schedule=make_schedule,
         trials_per_block=trials_per_block,
-        mesh=devices.trial_mesh(mesh),
-        directory=directory,
+        mesh=mesh,
         progress=progress,
     )
-    return runner.run(count, {})
+    return runner.run(points, num_trials=num_trials, directory=directory)
 
 
-class _Runner:
-    """A study that can be run, and run further: what `Study.extend` calls."""
+class StudyRunner:
+    """What trains studies of one workload and optimizer: compiled once, run with any points.
+
+    A procedure that refines its answer in rounds runs each as a study of its own, without compiling
+    again.
+
+    Args:
+      workload: as in `run_study`, as are all others.
+      make_optimizer: makes the optimizer of a point.
+      points_like: a `SearchSpace`, or name to array (trial,), with the names and dtypes of the
+        points that will be run.
+      num_steps: updates of each trial.
+      eval_every: updates between evaluations.
+      key: the only source of randomness.
+      num_seeds: repetitions of each trial.
+      independent: give each trial randomness of its own.
+      keep: weights to keep.
+      make_schedule: makes the schedule of a point.
+      trials_per_block: width of a block.
+      mesh: mesh to shard trials over.
+      progress: show a progress bar.
+
+    Raises:
+      ValueError: a bad argument; a workload or optimizer that breaks its promise, before anything
+        is compiled or written.
+    """
 
     def __init__(
         self,
         workload: WorkloadLike,
         make_optimizer: train.MakeOptimizer,
-        points: plan.Points,
+        points_like: SearchSpace | Mapping[str, Any],
         *,
         num_steps: int,
         eval_every: int,
         key: chex.PRNGKey,
-        num_seeds: int,
-        independent: bool,
-        keep: str,
-        make_schedule: train.MakeSchedule | None,
-        trials_per_block: int | None,
-        mesh: jax.sharding.Mesh,
-        directory: str | os.PathLike[str] | None,
-        progress: bool,
+        num_seeds: int = 1,
+        independent: bool = False,
+        keep: str = "none",
+        make_schedule: train.MakeSchedule | None = None,
+        trials_per_block: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        progress: bool = True,
     ) -> None:
+        train.check_key("key", key)
+        num_seeds = _checks.check_count("num_seeds", num_seeds)
+        if not isinstance(independent, bool):
+            raise _checks.ArgumentTypeError(
+                f"independent must be True or False, got {independent!r}."
+            )
+        if trials_per_block is not None:
+            trials_per_block = _checks.check_count("trials_per_block", trials_per_block)
+        self._mesh = devices.trial_mesh(mesh)
+        likeness = 1 if isinstance(points_like, SearchSpace) else None
+        points, _ = plan.make_points(points_like, likeness, key)
+        self._like = points.rows(np.arange(1))
         trial = train.make_trial(
             workload,
             make_optimizer,
@@ -142,9 +171,11 @@ class _Runner:
             keep=keep,
             make_schedule=make_schedule,
         )
-        self._points, self._num_seeds = points, num_seeds
-        self._directory, self._progress = directory, progress
-        first = {name: values[0] for name, values in points.rows(np.arange(1)).items()}
+        self._workload, self._trial, self._key = workload, trial, key
+        self._num_seeds, self._independent, self._keep = num_seeds, independent, keep
+        self._eval_every, self._progress = eval_every, progress
+        self._trials_per_block = trials_per_block
+        first = {name: values[0] for name, values in self._like.items()}
         self._work = resolve(workload, first)
         data = self._work.data
         own_key = train.trial_key(key)
@@ -157,8 +188,39 @@ class _Runner:
             return trial.result(state)
 
         # Traced before anything is compiled or written, so that a bad workload says so first.
-        arguments = (first, own_key, data, batches)
-        self._shapes = jax.eval_shape(whole, *arguments)
+        self._arguments = (first, own_key, data, batches)
+        self._whole = whole
+        self._shapes = jax.eval_shape(whole, *self._arguments)
+        self._fingerprints: dict[str, str] = {}
+        self._engines: dict[int, execute.Engine] = {}
+
+    def run(
+        self,
+        points: SearchSpace | Mapping[str, Any],
+        *,
+        num_trials: int | None = None,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> study.Study:
+        """Runs one study.
+
+        Args:
+          points: as in `run_study`, with the names and dtypes of `points_like`.
+          num_trials: as in `run_study`.
+          directory: as in `run_study`.
+
+        Returns:
+          The study.
+
+        Raises:
+          ValueError: other names or dtypes, or a directory that holds another study.
+          NotWritable: the directory cannot be written, before the first step.
+        """
+        rows, count = plan.make_points(points, num_trials, self._key)
+        first = rows.rows(np.arange(1))
+        wanted = {name: values.dtype for name, values in self._like.items()}
+        given = {name: values.dtype for name, values in first.items()}
+        if wanted != given:
+            raise ValueError(f"points have {given}, but the program was made for {wanted}.")
         stored = None
         if directory is not None:
             storage.check_writable(directory)
@@ -167,57 +229,73 @@ class _Runner:
                 stored = storage.read_spec(directory)
             except storage.NoStudy:
                 stored = None
-        width = trials_per_block
+        width = self._trials_per_block
         if width is None and stored is not None:
             width = int(stored["trials_per_block"])
         if width is None:
-            width = plan.choose_width(workload, *arguments)
-        self._width = width
-        self._spec = plan.make_spec(
+            width = self._trials_per_block = plan.choose_width(self._workload, *self._arguments)
+        spec = plan.make_spec(
             work=self._work,
-            trial=trial,
-            points=points,
+            trial=self._trial,
+            points=rows,
             num_trials=0,
-            num_seeds=num_seeds,
-            eval_every=eval_every,
-            independent=independent,
-            keep=keep,
-            key=key,
+            num_seeds=self._num_seeds,
+            eval_every=self._eval_every,
+            independent=self._independent,
+            keep=self._keep,
+            key=self._key,
             width=width,
             shapes=self._shapes,
         )
         if directory is not None:
-            self._spec["data"] = plan.fingerprint_data(data)
-            self._spec["program"] = plan.fingerprint_program(whole, *arguments)
+            if not self._fingerprints:
+                self._fingerprints = {
+                    "data": plan.fingerprint_data(self._work.data),
+                    "program": plan.fingerprint_program(self._whole, *self._arguments),
+                }
+            spec |= self._fingerprints
         if stored is not None:
-            plan.check_resumable(stored, self._spec, directory)
-        self._engine = execute.Engine(
-            trial, points, key, data, mesh, width, independent, host, self._shapes
-        )
+            plan.check_resumable(stored, spec, directory)
+        return self._train(rows, count, width, spec, directory, {})
 
-    def run(self, num_trials: int, finished: Mapping[int, dict[str, np.ndarray]]) -> study.Study:
-        """Trains whatever is missing of the first `num_trials` trials.
+    def _engine(self, width: int) -> execute.Engine:
+        if width not in self._engines:
+            self._engines[width] = execute.Engine(
+                self._trial,
+                self._key,
+                self._work.data,
+                self._mesh,
+                width,
+                self._independent,
+                self._work.host_batches,
+                self._shapes,
+            )
+        return self._engines[width]
 
-        Args:
-          num_trials: number of trials.
-          finished: blocks by index that need no training.
-
-        Returns:
-          The study.
-        """
-        blocks = plan.blocks_of(num_trials, self._num_seeds, self._width)
-        spec = {**self._spec, "num_trials": num_trials}
+    def _train(
+        self,
+        points: plan.Points,
+        num_trials: int,
+        width: int,
+        spec: Mapping[str, Any],
+        directory: str | os.PathLike[str] | None,
+        finished: Mapping[int, dict[str, np.ndarray]],
+    ) -> study.Study:
+        """Trains whatever is missing of the first `num_trials` trials."""
+        blocks = plan.blocks_of(num_trials, self._num_seeds, width)
+        spec = {**spec, "num_trials": num_trials}
         done = dict(finished)
-        if self._directory is not None:
-            self._write_spec(spec)
-            done |= self._read_blocks({block.index for block in blocks} - set(done))
+        if directory is not None:
+            _write_spec(directory, spec)
+            done |= _read_blocks(directory, {block.index for block in blocks} - set(done))
         missing = [block for block in blocks if block.index not in done]
-        steps = self._width * int(self._spec["num_steps"])
+        steps = width * self._trial.num_steps
+        engine = self._engine(width)
         with Progress(self._progress, self._work.name, len(missing), steps) as progress:
-            for batch in self._engine.run(missing):
+            for batch in engine.run(missing, points):
                 for index, arrays in batch:
-                    if self._directory is not None:
-                        storage.write_block(self._directory, index, arrays)
+                    if directory is not None:
+                        storage.write_block(directory, index, arrays)
                     done[index] = arrays
                 real = [arrays["trial"] < num_trials for _, arrays in batch]
                 progress.update(
@@ -228,33 +306,49 @@ class _Runner:
                         for rows, (_, arrays) in zip(real, batch, strict=True)
                     ),
                 )
-        kept = self._spec["keep"] != "none"
+        kept = self._keep != "none"
         like = {k: getattr(self._shapes, k) for k in ("params", "model_state")} if kept else None
         extend = None
-        if self._points.space is not None:
-            extend = lambda total: self.run(total, done)  # noqa: E731
+        if points.space is not None:
+
+            def extend(total: int) -> study.Study:
+                return self._train(points, total, width, spec, directory, done)
+
+        def replay_run(
+            record: study.Study, trial: int, seed: int, start: int, stop: int, per_layer: bool
+        ) -> Any:
+            block = plan.blocks_of(trial + 1, self._num_seeds, width)[seed - self._num_seeds]
+            program = replay.Replayer(engine, self._workload, trial % width, per_layer)
+            return program.run(record, block, points, trial, start, stop)
+
         return study.study_from_blocks(
-            spec, [done[block.index] for block in blocks], weights_like=like, extend=extend
+            spec,
+            [done[block.index] for block in blocks],
+            weights_like=like,
+            extend=extend,
+            replay=replay_run,
         )
 
-    def _write_spec(self, spec: Mapping[str, Any]) -> None:
-        """Stores the spec before the first block; a longer study replaces a shorter one's."""
-        assert self._directory is not None
-        if storage.write_spec(self._directory, spec, replace=False):
-            return
-        stored = storage.read_spec(self._directory)
-        # Another process may have begun another study here since the first look.
-        plan.check_resumable(stored, spec, self._directory)
-        if stored["num_trials"] < spec["num_trials"]:
-            kept = {"num_trials": spec["num_trials"], "points": spec["points"]}
-            storage.write_spec(self._directory, {**stored, **kept})
 
-    def _read_blocks(self, wanted: set[int]) -> dict[int, dict[str, np.ndarray]]:
-        assert self._directory is not None
-        found = {}
-        for index in wanted & set(storage.finished_blocks(self._directory)):
-            try:
-                found[index] = storage.read_block(self._directory, index)
-            except storage.CorruptBlock:
-                continue  # Trained again, and replaced.
-        return found
+def _write_spec(directory: str | os.PathLike[str], spec: Mapping[str, Any]) -> None:
+    """Stores the spec before the first block; a longer study replaces a shorter one's."""
+    if storage.write_spec(directory, spec, replace=False):
+        return
+    stored = storage.read_spec(directory)
+    # Another process may have begun another study here since the first look.
+    plan.check_resumable(stored, spec, directory)
+    if stored["num_trials"] < spec["num_trials"]:
+        kept = {"num_trials": spec["num_trials"], "points": spec["points"]}
+        storage.write_spec(directory, {**stored, **kept})
+
+
+def _read_blocks(
+    directory: str | os.PathLike[str], wanted: set[int]
+) -> dict[int, dict[str, np.ndarray]]:
+    found = {}
+    for index in wanted & set(storage.finished_blocks(directory)):
+        try:
+            found[index] = storage.read_block(directory, index)
+        except storage.CorruptBlock:
+            continue  # Trained again, and replaced.
+    return found

@@ -1,6 +1,8 @@
 """The training of one trial: a stepper, and the pure function composed of it."""
 
 import contextlib
+import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +22,11 @@ MakeSchedule = Callable[[Any, int], optax.Schedule]
 
 KEEP = ("none", "best", "final")
 STEP_LOSS = "step/loss"
+# What is recorded of every step beside the loss's own metrics: means and maxima since the last
+# evaluation, so that what happens between two evaluations is seen.
+GRADIENT_NORM = "step/gradient_norm"
+PEAK_GRADIENT_NORM = "step/peak_gradient_norm"
+PEAK_LOSS = "step/peak_loss"
 
 # Folds of the study's key: training and points never share a stream.
 _TRAINING_STREAM, _POINT_STREAM = 0, 1
@@ -34,7 +41,10 @@ class TrialResult(NamedTuple):
     """What a finished trial gives back. Under vmap every array has a leading axis of trials.
 
     Attributes:
-      metrics: by name, float arrays (eval,), NaN after `infeasible_step`.
+      metrics: by name, float arrays (eval,), NaN after `infeasible_step`. Beside those of the
+        workload, over the steps since the previous evaluation: ``step/loss`` and
+        ``step/gradient_norm``, means; ``step/peak_gradient_norm``, the largest; ``step/peak_loss``,
+        the largest of the loss smoothed over about ten steps.
       step: number of updates done before each evaluation, int32 (eval,).
       best_value: retrospective best of the objective, float scalar, NaN if never finite.
       best_step: its step, int32 scalar, -1 if never finite.
@@ -42,7 +52,8 @@ class TrialResult(NamedTuple):
       infeasible_step: 0-based update whose loss or result was first bad, int32 scalar, -1 if none;
         for a high loss, the last update before the first evaluation that was high.
       infeasible_reason: int8 scalar, an index into ``pbx.INFEASIBLE_REASONS``.
-      norms: `NormInfo` of the gradient before any clipping.
+      norms: `NormInfo` of the gradient before any clipping; threshold and number of clipped steps
+        are those of the clipper in the optimizer's state, if there is one.
       params: the weights that `keep` asked for, or None.
       model_state: the model state that belongs to them, or None.
     """
@@ -69,12 +80,13 @@ class TrialState(NamedTuple):
     model_state: Any
     opt_state: Any
     metrics: dict[str, chex.Array]  # (eval,) each
-    peaks: chex.Array  # (eval,), peak of the smoothed loss since the previous evaluation
     sums: dict[str, chex.Array]  # sums of step metrics since the last evaluation
     num_summed: chex.Array  # int32 (), steps in `sums`
     first_loss: chex.Array  # float (), loss of update 0
     smooth_loss: chex.Array  # float (), exponentially smoothed loss
     peak: chex.Array  # float (), its peak since the last evaluation
+    norm_peak: chex.Array  # float (), peak of the gradient norm since the last evaluation
+    last_loss: chex.Array  # float (), loss of the last update, non-finite ones included
     norms: norms.NormRecordState
     best: Any  # state of reducers.best
     best_params: Any  # (params, model_state) at the best evaluation, None unless kept
@@ -285,12 +297,13 @@ def make_trial(
             lambda p, s, b, k: _loss(work, p, s, b, k)[1], params, model_state, batch_shapes, key
         )
         _warn_zero_gradient(work, params, model_state, batch_shapes, key)
-        names = [f"step/{name}" for name in shapes]
+        names = [*(f"step/{name}" for name in shapes), GRADIENT_NORM]
+        peaks = [PEAK_GRADIENT_NORM, PEAK_LOSS]
         evaluated = evaluate(work, params, model_state, data)
-        clash = sorted(set(names) & set(evaluated))
+        clash = sorted({*names, *peaks} & set(evaluated))
         if clash:
             raise ValueError(f"evaluate returns {clash[0]!r}, the name of a metric of the loss.")
-        first = {**evaluated, **{name: jnp.float32(jnp.nan) for name in names}}
+        first = {**evaluated, **{name: jnp.float32(jnp.nan) for name in (*names, *peaks)}}
         metrics = {
             name: jnp.full((num_evals,), jnp.nan, value.dtype).at[0].set(value)
             for name, value in first.items()
@@ -307,12 +320,13 @@ def make_trial(
             model_state=model_state,
             opt_state=opt_state,
             metrics=metrics,
-            peaks=jnp.full((num_evals,), jnp.nan, jnp.float32),
             sums=dict.fromkeys(names, zero),
             num_summed=jnp.int32(0),
             first_loss=nan,
             smooth_loss=nan,
             peak=nan,
+            norm_peak=nan,
+            last_loss=nan,
             norms=norms.init_record("gradient"),
             best=best,
             best_params=(params, model_state) if keep == "best" else None,
@@ -320,12 +334,12 @@ def make_trial(
             infeasible_reason=jnp.int8(0),
         )
 
-    def update(state: TrialState, data: Any, step: chex.Array, batch: Any) -> TrialState:
-        work = resolve(workload, state.point)
-        loss_key = jax.random.fold_in(jax.random.fold_in(state.key, _LOSS_STREAM), step)
-        (loss, (model_state, step_metrics)), grads = jax.value_and_grad(
-            lambda params: _loss(work, params, state.model_state, batch, loss_key), has_aux=True
-        )(state.params)
+    def update(
+        state: TrialState, data: Any, step: chex.Array, batches: Any, start: chex.Array
+    ) -> TrialState:
+        (loss, (model_state, step_metrics)), grads = gradient(
+            workload, state, data, step, batches, start
+        )
         transform = optimizer(state.point)
         with _user_code("optimizer.update"):
             updates, opt_state = transform.update(
@@ -348,7 +362,11 @@ def make_trial(
         params, model_state, opt_state = _tree.select(good, new, old)
         starting = jnp.isnan(state.smooth_loss)
         smooth = jnp.where(starting, loss, _SMOOTHING * state.smooth_loss + (1 - _SMOOTHING) * loss)
-        record = norms.update_record(state.norms, _tree.global_norm(grads))
+        norm = _tree.global_norm(grads)
+        record = norms.update_record(state.norms, norm)
+        # Saturated, not cast: a float64 norm may exceed what these float32 records hold.
+        norm = jnp.minimum(norm, jnp.finfo(jnp.float32).max).astype(jnp.float32)
+        summed = {**step_metrics, "gradient_norm": norm}
         return state._replace(
             step=step + 1,
             params=params,
@@ -358,12 +376,14 @@ def make_trial(
                 f"step/{name}": jnp.where(
                     good, state.sums[f"step/{name}"] + value, state.sums[f"step/{name}"]
                 )
-                for name, value in step_metrics.items()
+                for name, value in summed.items()
             },
             num_summed=state.num_summed + good.astype(jnp.int32),
             first_loss=jnp.where(starting & alive, loss, state.first_loss),
             smooth_loss=jnp.where(good, smooth, state.smooth_loss),
             peak=jnp.where(good, jnp.fmax(state.peak, smooth), state.peak),
+            norm_peak=jnp.where(good, jnp.fmax(state.norm_peak, norm), state.norm_peak),
+            last_loss=jnp.where(alive, loss.astype(jnp.float32), state.last_loss),
             norms=_tree.select(alive, record, state.norms),
             infeasible_step=jnp.where(broke, step, state.infeasible_step),
             infeasible_reason=jnp.where(broke, reason, state.infeasible_reason),
@@ -376,6 +396,7 @@ def make_trial(
         count = jnp.maximum(state.num_summed, 1).astype(jnp.float32)
         for name, total in state.sums.items():
             values[name] = jnp.where(state.num_summed > 0, total / count, jnp.float32(jnp.nan))
+        values[PEAK_GRADIENT_NORM], values[PEAK_LOSS] = state.norm_peak, state.peak
         values = {
             name: jnp.where(alive, value, jnp.asarray(jnp.nan, value.dtype))
             for name, value in values.items()
@@ -390,10 +411,10 @@ def make_trial(
             metrics={
                 name: buffer.at[index].set(values[name]) for name, buffer in state.metrics.items()
             },
-            peaks=state.peaks.at[index].set(jnp.where(alive, state.peak, jnp.nan)),
             sums=jax.tree.map(jnp.zeros_like, state.sums),
             num_summed=jnp.int32(0),
             peak=jnp.float32(jnp.nan),
+            norm_peak=jnp.float32(jnp.nan),
             best=best,
             best_params=best_params,
         )
@@ -416,10 +437,7 @@ def make_trial(
             target = step + jnp.minimum(until_next, stop - step)
 
             def one(step: chex.Array, state: TrialState) -> TrialState:
-                work = resolve(workload, state.point)
-                return update(
-                    state, data, step, _batch(work, data, state.key, step, batches, start)
-                )
+                return update(state, data, step, batches, start)
 
             state = jax.lax.fori_loop(step, target, one, state)
             due = (target - done * eval_every == eval_every) | (target == num_steps)
@@ -453,7 +471,7 @@ def make_trial(
                 state.infeasible_reason,
                 jnp.where(high, jnp.int8(_feasibility.HIGH_LOSS), jnp.int8(0)),
             ),
-            norms=norms.record_info(state.norms),
+            norms=_with_clipping(norms.record_info(state.norms), state.opt_state),
             params=params,
             model_state=model_state,
         )
@@ -515,6 +533,35 @@ def make_train(
     return train
 
 
+def gradient(
+    workload: WorkloadLike,
+    state: TrialState,
+    data: Any,
+    step: chex.Array,
+    batches: Any,
+    start: chex.Array,
+) -> tuple[Any, Any]:
+    """The loss and its gradient at a trial's state, on the batch and with the key of a step.
+
+    Args:
+      workload: the workload.
+      state: the trial's state before the update.
+      data: the workload's data.
+      step: the update, int32 scalar.
+      batches: a chunk of host batches, or None.
+      start: the step whose batch begins the chunk.
+
+    Returns:
+      ((loss, (model_state, metrics)), gradient).
+    """
+    work = resolve(workload, state.point)
+    batch = _batch(work, data, state.key, step, batches, start)
+    loss_key = jax.random.fold_in(jax.random.fold_in(state.key, _LOSS_STREAM), step)
+    return jax.value_and_grad(
+        lambda params: _loss(work, params, state.model_state, batch, loss_key), has_aux=True
+    )(state.params)
+
+
 def _batch(
     work: Workload, data: Any, key: chex.PRNGKey, step: chex.Array, batches: Any, start: Any
 ) -> Any:
@@ -546,8 +593,12 @@ def _loss(
     new_state, metrics = rest
     loss = _scalar("loss", loss, floating=True)
     _check_same("the model state", model_state, new_state)
-    if "loss" in metrics:
-        raise ValueError("the loss's metrics may not be called 'loss': it is recorded already.")
+    for taken in (STEP_LOSS, GRADIENT_NORM, PEAK_GRADIENT_NORM, PEAK_LOSS):
+        if taken.removeprefix("step/") in metrics:
+            raise ValueError(
+                f"the loss's metrics may not be called {taken.removeprefix('step/')!r}: it is "
+                "recorded already."
+            )
     values = {str(name): _scalar(f"metric {name!r}", value) for name, value in metrics.items()}
     # Sums of step metrics are float32 whatever the loss is.
     values = {name: value.astype(jnp.float32) for name, value in values.items()}
@@ -670,6 +721,24 @@ def _warn_zero_gradient(
         )
 
 
+def _with_clipping(info: norms.NormInfo, opt_state: Any) -> norms.NormInfo:
+    """Adds the threshold and the count of the clipper in the optimizer's state, if there is one."""
+
+    def is_record(node: Any) -> bool:
+        return isinstance(node, norms.NormRecordState)
+
+    records = [r for r in jax.tree.leaves(opt_state, is_leaf=is_record) if is_record(r)]
+    if not records:
+        return info
+    clippers = [norms.record_info(record) for record in records]
+    # A monitor among them never clips: its threshold is infinite and its count 0.
+    return dataclasses.replace(
+        info,
+        threshold=functools.reduce(jnp.minimum, [one.threshold for one in clippers]),
+        num_clipped=functools.reduce(jnp.maximum, [one.num_clipped for one in clippers]),
+    )
+
+
 def _judge(work: Workload, state: TrialState) -> tuple[chex.Array, chex.Array]:
     """Whether the trial's own loss is uncharacteristically high, and from which evaluation on."""
     name = work.training_loss or ("train/loss" if "train/loss" in state.metrics else STEP_LOSS)
@@ -689,6 +758,8 @@ def _judge(work: Workload, state: TrialState) -> tuple[chex.Array, chex.Array]:
     indices = jnp.arange(window_means.shape[0], dtype=jnp.int32)
     last = jnp.max(jnp.where(jnp.isfinite(window_means), indices, 0))
     reference = window_means[last]
-    rise = (state.peaks - reference) / jnp.maximum(jnp.abs(reference), jnp.finfo(jnp.float32).tiny)
+    rise = (state.metrics[PEAK_LOSS] - reference) / jnp.maximum(
+        jnp.abs(reference), jnp.finfo(jnp.float32).tiny
+    )
     peaks = curve[0] + rise.astype(curve.dtype) * jnp.abs(curve[0])
     return _feasibility.high_loss(curve, peaks, margin=margin)

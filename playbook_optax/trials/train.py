@@ -361,11 +361,11 @@ def make_trial(
         old = (state.params, state.model_state, state.opt_state)
         params, model_state, opt_state = _tree.select(good, new, old)
         starting = jnp.isnan(state.smooth_loss)
-        smooth = jnp.where(starting, loss, _SMOOTHING * state.smooth_loss + (1 - _SMOOTHING) * loss)
+        seen = _saturate(loss)
+        smooth = jnp.where(starting, seen, _SMOOTHING * state.smooth_loss + (1 - _SMOOTHING) * seen)
         norm = _tree.global_norm(grads)
         record = norms.update_record(state.norms, norm)
-        # Saturated, not cast: a float64 norm may exceed what these float32 records hold.
-        norm = jnp.minimum(norm, jnp.finfo(jnp.float32).max).astype(jnp.float32)
+        norm = _saturate(norm)
         summed = {**step_metrics, "gradient_norm": norm}
         return state._replace(
             step=step + 1,
@@ -379,11 +379,11 @@ def make_trial(
                 for name, value in summed.items()
             },
             num_summed=state.num_summed + good.astype(jnp.int32),
-            first_loss=jnp.where(starting & alive, loss, state.first_loss),
+            first_loss=jnp.where(starting & alive, seen, state.first_loss),
             smooth_loss=jnp.where(good, smooth, state.smooth_loss),
             peak=jnp.where(good, jnp.fmax(state.peak, smooth), state.peak),
             norm_peak=jnp.where(good, jnp.fmax(state.norm_peak, norm), state.norm_peak),
-            last_loss=jnp.where(alive, loss.astype(jnp.float32), state.last_loss),
+            last_loss=jnp.where(alive, seen, state.last_loss),
             norms=_tree.select(alive, record, state.norms),
             infeasible_step=jnp.where(broke, step, state.infeasible_step),
             infeasible_reason=jnp.where(broke, reason, state.infeasible_reason),
@@ -560,6 +560,13 @@ def gradient(
     return jax.value_and_grad(
         lambda params: _loss(work, params, state.model_state, batch, loss_key), has_aux=True
     )(state.params)
+
+
+def _saturate(value: chex.Array) -> chex.Array:
+    """A scalar as the float32 of our records; what is finite stays finite."""
+    largest = jnp.asarray(jnp.finfo(jnp.float32).max, value.dtype)
+    finite = jnp.clip(value, -largest, largest)
+    return jnp.where(jnp.isfinite(value), finite, value).astype(jnp.float32)
 
 
 def _batch(

@@ -1,5 +1,7 @@
 """One trial: closed forms, bits across cuts, divergence as data, and the API rows of the faults."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -432,3 +434,64 @@ def test_trial_keys():
     assert np.array_equal(pbx.trial_key(raw, 1), jax.random.key_data(pbx.trial_key(KEY, 1)))
     with pytest.raises(ValueError, match="key must be one random key"):
         pbx.trial_key(0)
+
+
+def clipped(point):
+    return optax.chain(
+        pbx.monitor_norms(), pbx.clip_by_global_norm(point["max_norm"]), tiny.sgd(point)
+    )
+
+
+def test_norms_and_peaks_between_evaluations_are_recorded():
+    points = {"learning_rate": jnp.float32([0.1, 0.1]), "max_norm": jnp.float32([0.5, 1e30])}
+    one, whole = (
+        jax.jit(jax.vmap(pbx.make_train(tiny.mlp(), clipped, 12, every), in_axes=(0, None, None)))(
+            points, jax.random.key(0), tiny.mlp().data
+        )
+        for every in (1, 5)
+    )
+    loss, norm = (
+        np.asarray(one.metrics[f"step/{n}"], np.float64) for n in ("loss", "gradient_norm")
+    )
+    smooth = [loss[:, 1]]
+    for step in range(2, 13):
+        smooth.append(0.9 * smooth[-1] + 0.1 * loss[:, step])
+    smooth = np.stack(smooth, axis=1)
+    for index, (start, stop) in enumerate(((0, 5), (5, 10), (10, 12)), start=1):
+        span = slice(start + 1, stop + 1)
+        for name, want in (
+            ("step/gradient_norm", norm[:, span].mean(axis=1)),
+            ("step/peak_gradient_norm", norm[:, span].max(axis=1)),
+            ("step/peak_loss", smooth[:, start:stop].max(axis=1)),
+        ):
+            np.testing.assert_allclose(whole.metrics[name][:, index], want, rtol=1e-4)
+    assert np.isnan(whole.metrics["step/peak_loss"][:, 0]).all()
+    # The clipper's count and threshold, beside a monitor that never clips.
+    assert whole.norms.threshold.tolist() == [0.5, np.float32(1e30)]
+    assert whole.norms.num_clipped.tolist() == [int((norm[0, 1:] > 0.5).sum()), 0]
+    assert 0 < int(whole.norms.num_clipped[0]) <= 12
+
+
+def test_the_names_of_our_own_records_are_taken():
+    def loss(params, state, batch, key):
+        return jnp.sum(params["w"] ** 2), (state, {"peak_loss": jnp.float32(0)})
+
+    workload = dataclasses.replace(tiny.quadratic(), loss=loss)
+    train = pbx.make_train(workload, tiny.sgd, 2, 1)
+    with pytest.raises(ValueError, match="may not be called 'peak_loss'"):
+        train({"learning_rate": 0.1}, jax.random.key(0), workload.data)
+
+
+def test_float64_trains_in_float64_and_records_in_float32():
+    jax.config.update("jax_enable_x64", True)
+    try:
+        train = pbx.make_train(tiny.quadratic(), tiny.sgd, 3, 1)
+        result = train({"learning_rate": 1e-3}, jax.random.key(0), np.asarray([1e3, 1.0]))
+        losses = np.asarray(result.metrics["valid/loss"])
+        assert losses.dtype == np.float64
+        # w0 is solved by one step of 1 / curvature, w1 shrinks by 0.999.
+        np.testing.assert_allclose(losses[2:] / losses[1:-1], 0.999**2, rtol=1e-12)
+        assert result.metrics["step/peak_loss"].dtype == jnp.float32
+        assert not result.infeasible
+    finally:
+        jax.config.update("jax_enable_x64", False)

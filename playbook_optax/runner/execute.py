@@ -287,7 +287,7 @@ class Engine:
         another program than for each.
         """
         shared = self._host_batches is None and self._width > 1
-        fields = dict.fromkeys(train.TrialState._fields, 0)
+        fields: dict[str, Any] = dict.fromkeys(train.TrialState._fields, 0)
         if shared:
             fields["step"] = None
             fields["key"] = 0 if self._independent else None

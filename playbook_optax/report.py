@@ -20,7 +20,6 @@ from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.records.study import Study
 
 REPORT = "report.html"
-_TEMPLATE = "report.html"
 _NUM_CURVES = 5
 _DPI = 130
 
@@ -34,17 +33,85 @@ class Figure:
       title: heading above it.
       alt: what it shows, for those who do not see it.
       png: the picture.
+      wide: whether it takes the whole width of the page.
     """
 
     file: str
     title: str
     alt: str
     png: bytes
+    wide: bool = False
 
     @property
     def data_uri(self) -> str:
         """The picture as a ``data:`` URI."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+      header: names of the columns.
+      rows: as many cells each; the first one names the row.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """One decision of a chapter: what was asked, seen and decided.
+
+    Attributes:
+      title: heading.
+      asked: the question, in a sentence.
+      decided: the answer, in a sentence.
+      section: heading of the playbook's section that asks for it.
+      findings: what was seen.
+      figures: plots of it.
+      table: numbers of it.
+    """
+
+    title: str
+    asked: str
+    decided: str
+    section: str
+    findings: Sequence[Finding] = ()
+    figures: Sequence[Figure] = ()
+    table: Table | None = None
+
+
+def draw_figure(
+    file: str, title: str, alt: str, draw: Callable[[], Any], wide: bool = False
+) -> Figure:
+    """Draws one figure of a report.
+
+    Args:
+      file: name of its file.
+      title: heading above it.
+      alt: what it shows.
+      draw: makes the matplotlib Figure or Axes.
+      wide: whether it takes the whole width of the page.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    matplotlib = _checks.require("matplotlib", "plots", "Plotting")
+    pyplot = _checks.require("matplotlib.pyplot", "plots", "Plotting")
+    picture = io.BytesIO()
+    # A name is text, never a formula, which could be a bad one.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        drawn = draw()
+        figure = getattr(drawn, "figure", None) or drawn
+        figure.savefig(picture, dpi=_DPI, format="png")
+        pyplot.close(figure)
+    return Figure(file, title, alt, picture.getvalue(), wide)
 
 
 def shown_number(value: Any) -> str:
@@ -119,21 +186,12 @@ def draw_plots(study: Study) -> list[Figure]:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    matplotlib = _checks.require("matplotlib", "plots", "Plotting")
-    pyplot = _checks.require("matplotlib.pyplot", "plots", "Plotting")
     if not study.num_trials:
         return []
     out, figures = outcomes(study), []
 
-    def add(file: str, title: str, alt: str, draw: Callable[[], Any]) -> None:
-        picture = io.BytesIO()
-        # A name is text, never a formula, which could be a bad one.
-        with matplotlib.rc_context({"text.parse_math": False}):
-            drawn = draw()
-            figure = getattr(drawn, "figure", None) or drawn
-            figure.savefig(picture, dpi=_DPI, format="png")
-            pyplot.close(figure)
-        figures.append(Figure(file, title, alt, picture.getvalue()))
+    def add(file: str, title: str, alt: str, draw: Callable[[], Any], wide: bool = False) -> None:
+        figures.append(draw_figure(file, title, alt, draw, wide))
 
     names = [n for n in hyperparameters(study) if len(np.unique(axis(study, n).values)) > 1]
     for i, name in enumerate(names):
@@ -153,6 +211,7 @@ def draw_plots(study: Study) -> list[Figure]:
             f"Line plot: {out.objective} and the training loss of trials "
             f"{', '.join(str(t) for t in out.order[:num])} against the step.",
             functools.partial(plots.plot_curves, study, _NUM_CURVES),
+            wide=True,
         )
     if "norms/counts" in study.data and out.best >= 0:
         add(
@@ -259,14 +318,6 @@ def write_report(
 
     Source: playbook, "Extracting insight from experimental results".
     """
-    jinja2 = _checks.require("jinja2", "report", "The report")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("playbook_optax"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = by_severity(diagnose(study) if findings is None else findings)
     headline, trust = verdict(study, found)
     out = outcomes(study) if study.num_trials else None
@@ -280,25 +331,95 @@ def write_report(
             "num_steps": int(out.step[-1]),
         }
     figures = draw_plots(study)
-    page = environment.get_template(_TEMPLATE).render(
+    return _write_page(
+        directory,
+        "report.html",
+        figures,
         name=str(study.spec.get("name", "study")),
         headline=headline,
         trust=trust,
         objective=study.objective,
         best=best,
         recipe=recipe if best else None,
-        findings=[
-            (f, [(k, _shown(v)) for k, v in f.evidence.items() if not isinstance(v, dict) or v])
-            for f in found
-        ],
+        findings=_with_evidence(found),
         figures=figures,
         parameters=hyperparameters(study),
         rows=[] if out is None else _trial_rows(study, out),
         facts=_run_facts(study),
     )
+
+
+@_checks.named_arguments
+def write_chapter(
+    name: str,
+    title: str,
+    headline: str,
+    trust: str,
+    decisions: Sequence[Decision],
+    directory: str | os.PathLike[str],
+    facts: Sequence[tuple[str, str]] = (),
+    recipe: str | None = None,
+) -> Path:
+    """Writes a chapter of decisions as ``report.html``, self-contained like `write_report`.
+
+    Args:
+      name: of the workload.
+      title: of the chapter.
+      headline: what it comes to, in a sentence.
+      trust: how far to trust it, in a sentence.
+      decisions: in the order in which they were taken.
+      directory: where to write; made when missing. Earlier reports there are replaced.
+      facts: how it was run, as pairs of text.
+      recipe: Python source, shown as it is.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ImportError: jinja2 is not installed (the extra ``report``).
+
+    Source: playbook, "How can optimization failures be debugged and mitigated?"
+    """
+    return _write_page(
+        directory,
+        "chapter.html",
+        [figure for decision in decisions for figure in decision.figures],
+        name=name,
+        title=title,
+        headline=headline,
+        trust=trust,
+        recipe=recipe,
+        decisions=[
+            {**vars(decision), "findings": _with_evidence(by_severity(decision.findings))}
+            for decision in decisions
+        ],
+        facts=list(facts),
+    )
+
+
+def _with_evidence(findings: Sequence[Finding]) -> list[tuple[Finding, list[tuple[str, str]]]]:
+    return [
+        (f, [(k, _shown(v)) for k, v in f.evidence.items() if not isinstance(v, dict) or v])
+        for f in findings
+    ]
+
+
+def _write_page(
+    directory: str | os.PathLike[str], template: str, pictures: Sequence[Figure], **values: Any
+) -> Path:
+    """Renders a page, everything escaped, and writes it with its figures beside it."""
+    jinja2 = _checks.require("jinja2", "report", "The report")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("playbook_optax"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(**values)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    for figure in figures:
+    for figure in pictures:
         write_file(folder / figure.file, figure.png)
     return write_file(folder / REPORT, page.encode())
 

@@ -30,6 +30,21 @@ class NormHistogram(NamedTuple):
     percentiles: dict[float, float]
     trials: tuple[int, ...]
 
+    def percentile(self, q: float) -> float:
+        """The norm below which `q` percent of the updates lie; NaN if nothing was counted.
+
+        Args:
+          q: from 0 to 100.
+
+        Returns:
+          The norm, exact to a bin.
+
+        Raises:
+          ValueError: `q` is outside [0, 100].
+        """
+        _checks.check_number("q", q, at_least=0.0, at_most=100.0, fix="Percentiles are 0 to 100.")
+        return _percentile(q, self.counts, self.low, self.high)
+
 
 def _percentile(q: float, counts: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
     """Interpolates inside the bin, geometrically where both edges are positive and finite."""

@@ -1,0 +1,711 @@
+"""Which remedy against unstable training: each with a learning-rate sweep of its own, compared."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from playbook_optax import _checks, optimizers, schedules
+from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
+from playbook_optax.analysis.findings import Finding, by_severity
+from playbook_optax.analysis.instability import instability_info
+from playbook_optax.analysis.norms import norm_histogram
+from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.norms import NormRecordState, clip_by_global_norm, clip_by_percentile
+from playbook_optax.procedures import clipping
+from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM, NO_CLIPPING
+from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.records.study import Study
+from playbook_optax.runner.run import StudyRunner
+from playbook_optax.search_space import SearchSpace
+from playbook_optax.trials.train import MakeOptimizer, MakeSchedule, check_key
+from playbook_optax.trials.workload import WorkloadLike
+
+WARMUP_STEPS, CLIP_STEPS, PERCENTILE = "warmup_steps", "clip_steps", "percentile"
+SECTION = "How can optimization failures be debugged and mitigated?"
+BASELINE, LOWER = "none", "lower_learning_rate"
+WARMUP, CLIPPING, ADAPTIVE = "warmup", "clipping", "adaptive_clipping"
+BOTH, DURING_WARMUP = "warmup_and_clipping", "clipping_during_warmup"
+_RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
+_DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
+_ALWAYS = _checks.MAX_STEPS
+_LATE = 0.25
+"""Share of the evaluations, the last ones, that tell how the objective varies between steps."""
+_ADAM_FACTOR = 0.1
+"""Adam's updates have about the size of the learning rate, whatever the gradient's; its best rates
+are lower than momentum's, so its sweep lies a decade lower."""
+
+
+class RemedyRow(NamedTuple):
+    """What one remedy did in its own sweep of the learning rate.
+
+    Attributes:
+      remedy: its name.
+      largest_stable_learning_rate: the largest below which every rate of the sweep was stable,
+        itself included; NaN if the smallest was unstable.
+      stable_to_end: whether all were stable, so that the limit lies beyond the sweep.
+      largest_useful_learning_rate: the largest stable rate with a value no worse, beyond noise,
+        than the best without any remedy; NaN if there is none.
+      best_value: the objective of the best feasible trial at its best evaluation, NaN if none;
+        with seeds their mean.
+      best_step: the step of that evaluation, -1 if none.
+      best_learning_rate: the trial's learning rate, NaN if none.
+      clipped_fraction: share of that trial's updates that were clipped.
+      extra_steps: by how much a run must grow that keeps its schedule whole: the warm-up.
+      spread: standard deviation of the best value over seeds; with one seed that of the objective
+        from one evaluation to the next in the last quarter of that trial.
+      learning_rates: the sweep, ascending.
+      values: the objective of each at its best evaluation, NaN where infeasible.
+      unstable: whether each was unstable.
+    """
+
+    remedy: str
+    largest_stable_learning_rate: float
+    stable_to_end: bool
+    largest_useful_learning_rate: float
+    best_value: float
+    best_step: int
+    best_learning_rate: float
+    clipped_fraction: float
+    extra_steps: int
+    spread: float
+    learning_rates: tuple[float, ...]
+    values: tuple[float, ...]
+    unstable: tuple[bool, ...]
+
+
+class RemedyComparison(NamedTuple):
+    """The table of remedies.
+
+    Attributes:
+      recommended: name of the remedy, or None where nothing was unstable or nothing helped.
+      rows: one for each remedy, in the playbook's order, the baseline ("none") first.
+      objective: what values are compared by.
+      maximize: whether larger is better.
+      num_steps: updates of each trial.
+      num_seeds: repetitions of each trial.
+      warmup_steps: length of the warm-up that was tried.
+      max_norm: the fixed clip threshold that was tried, NaN if none was.
+    """
+
+    recommended: str | None
+    rows: tuple[RemedyRow, ...]
+    objective: str
+    maximize: bool
+    num_steps: int
+    num_seeds: int
+    warmup_steps: int
+    max_norm: float
+
+    def row(self, remedy: str) -> RemedyRow:
+        """The row of one remedy.
+
+        Args:
+          remedy: its name.
+
+        Returns:
+          The row.
+
+        Raises:
+          ValueError: there is none of that name; the nearest is named.
+        """
+        named = {row.remedy: row for row in self.rows}
+        _checks.check_choice("remedy", remedy, named)
+        return named[remedy]
+
+
+@_checks.named_arguments
+def compare_remedies(
+    workload: WorkloadLike,
+    make_optimizer: MakeOptimizer,
+    space_or_study: SearchSpace | Study | None = None,
+    *,
+    key: chex.PRNGKey,
+    num_steps: int = 1000,
+    num_trials: int = 10,
+    num_seeds: int = 1,
+    eval_every: int | None = None,
+    warmup_steps: int | None = None,
+    max_norm: float | None = None,
+    percentile: float = 90.0,
+    optimizers: Mapping[str, Any] | None = None,
+    workloads: Mapping[str, WorkloadLike] | None = None,
+    point: Mapping[str, Any] | None = None,
+    margin: float = 0.1,
+    make_schedule: MakeSchedule | None = None,
+    trials_per_block: int | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Verdict:
+    """Tries the playbook's remedies against instability and recommends one, or none.
+
+    Each remedy is swept over the learning rate by itself, with the same number of trials, steps and
+    seeds, the same initializations and batches, and (but for other optimizers, which may have a
+    range of their own) the same learning rates:
+
+    - ``none``: the baseline;
+    - ``warmup``: a linear warm-up over the first `warmup_steps` of the `num_steps` updates;
+    - ``clipping``: at a fixed threshold, always;
+    - ``adaptive_clipping``: at a running percentile of the unclipped norms;
+    - ``warmup_and_clipping``, and ``clipping_during_warmup``, which clips until the warm-up ends;
+    - ``optimizer/<name>``: another optimizer;
+    - ``workload/<name>``: another architecture, such as pre-norm or ReZero;
+    - ``lower_learning_rate``: no run of its own, but the baseline at its largest stable rate.
+
+    Warm-up and fixed clipping are data, so that these five share one compiled program.
+
+    The recommendation goes through them in this order, the playbook's. It starts from the baseline
+    at its best learning rate, and passes on to a later remedy only if that is better than the one
+    held by more than the noise: two standard errors of the difference (from the spread over seeds;
+    of one seed, from the variation between late evaluations), and at least `margin` of the value
+    held, and at least a thousandth of what the baseline gained since step 0. Where no trial of the
+    baseline is unstable, no remedy is tried.
+
+    Args:
+      workload: a `Workload`, or a function of the point that gives one.
+      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``, a schedule.
+      space_or_study: a space with the one dimension ``learning_rate`` (1e-5 to 10 on a log scale
+        if None), or a study, whose range of learning rates and best other hyperparameters are
+        used.
+      key: the only source of randomness.
+      num_steps: updates of each trial, the warm-up included.
+      num_trials: learning rates of each remedy.
+      num_seeds: repetitions of each trial; it is unstable if one of them is.
+      eval_every: updates between evaluations; a twentieth of `num_steps` if None.
+      warmup_steps: length of the warm-up; a tenth of `num_steps` if None.
+      max_norm: the fixed clip threshold; if None, the `percentile` of the unclipped norms of the
+        baseline's best trial (of the smallest learning rate, if all were infeasible).
+      percentile: for that, and for the adaptive clipper; between 0 and 100.
+      optimizers: name to ``make_optimizer``, or to a pair of it and the space of its learning rate.
+        Adam, a decade lower than the others, if None; ``{}`` for none.
+      workloads: name to workload, with the objective of the first.
+      point: further hyperparameters, name to number.
+      margin: smallest improvement that counts, as a share of the value improved on.
+      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule. With
+        a warm-up it is called with what is left of the steps, and the warm-up prepended.
+      trials_per_block: as in `run_study`.
+      directory: where to store the studies, each in a folder of its own.
+      progress: show a progress bar on a terminal.
+
+    Returns:
+      A `Verdict` whose answer is a `RemedyComparison`, also in the evidence of the Finding
+      ``remedies_compared``. Its ``recommended`` is None where a Finding says that nothing was
+      unstable (``nothing_unstable``) or nothing helped (``no_remedy_helps``).
+
+    Raises:
+      ValueError: a bad argument, as `run_study`; another objective in `workloads`; a point with
+        ``max_norm``, ``warmup_steps``, ``clip_steps`` or ``percentile``.
+
+    Example:
+      On a quadratic the limit is 2 / curvature, and no remedy does better than a good rate:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import playbook_optax as pbx
+      >>> from playbook_optax.procedures.remedies import compare_remedies
+      >>> workload = pbx.Workload(
+      ...     name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+      ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+      ...     evaluate=lambda p, s, d: {"train/loss": (p["w"] ** 2).sum()}, objective="train/loss")
+      >>> verdict = compare_remedies(
+      ...     workload, lambda point: pbx.sgd(point["learning_rate"]), key=jax.random.key(0),
+      ...     space_or_study=pbx.SearchSpace({"learning_rate": pbx.Float(0.03, 30.0, scale="log")}),
+      ...     num_trials=7, num_steps=40, optimizers={})
+      >>> verdict.answer.recommended, [f.code for f in verdict.findings][-1]
+      (None, 'no_remedy_helps')
+
+    Source: playbook, "How can optimization failures be debugged and mitigated?"
+    """
+    check_key("key", key)
+    num_steps = _checks.check_count("num_steps", num_steps, at_least=2)
+    num_trials = _checks.check_count("num_trials", num_trials, at_least=2)
+    num_seeds = _checks.check_count("num_seeds", num_seeds)
+    if warmup_steps is None:
+        warmup_steps = max(1, num_steps // 10)
+    warmup_steps = _checks.check_count("warmup_steps", warmup_steps)
+    if warmup_steps >= num_steps:
+        raise ValueError(
+            f"warmup_steps = {warmup_steps} must be below num_steps = {num_steps}; the playbook "
+            "tries at most a tenth of it."
+        )
+    if max_norm is not None:
+        _checks.check_number("max_norm", max_norm, above=0.0, fix="Leave it out to choose one.")
+    _checks.check_number(
+        "percentile", percentile, above=0.0, below=100.0, fix="The playbook begins with 90."
+    )
+    _checks.check_number("margin", margin, at_least=0.0, fix="0.1 asks for a tenth.")
+    fixed = clipping.check_point(point, _RESERVED)
+    fixed.pop(LEARNING_RATE, None)
+    rates, fixed = _rates(space_or_study, num_trials, fixed)
+    own = (LEARNING_RATE, *fixed)
+    eval_every = max(1, num_steps // 20) if eval_every is None else eval_every
+    others = _other_optimizers(optimizers, rates, num_trials)
+    studies: dict[str, Study] = {}
+
+    def schedule(point: Any, num_steps: int) -> optax.Schedule:
+        known = {name: point[name] for name in own}
+
+        def made(steps: int) -> optax.Schedule:
+            if make_schedule is None:
+                return schedules.constant(point[LEARNING_RATE])
+            return make_schedule(known, steps)
+
+        plain = made(num_steps)
+        warmed = schedules.prepend_warmup(made(num_steps - warmup_steps), point[WARMUP_STEPS])
+        return lambda count: jnp.where(point[WARMUP_STEPS] > 0, warmed(count), plain(count))
+
+    def tame(make: MakeOptimizer) -> MakeOptimizer:
+        return lambda point: optax.chain(
+            clip_until(point[MAX_NORM], point[CLIP_STEPS]), clipping.restrict(make, own)(point)
+        )
+
+    def adapt(point: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            clip_by_percentile(point[PERCENTILE]), clipping.restrict(make_optimizer, own)(point)
+        )
+
+    def table(rates: np.ndarray, *settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        parts = [
+            clipping.points_table(fixed, {LEARNING_RATE: rates, **one}, _DTYPES) for one in settings
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def runner(work: WorkloadLike, make: MakeOptimizer, like: Mapping[str, Any]) -> StudyRunner:
+        return StudyRunner(
+            clipping.restrict_workload(work, own),
+            make,
+            table(rates[:1], like),
+            num_steps=num_steps,
+            eval_every=eval_every,
+            key=key,
+            num_seeds=num_seeds,
+            make_schedule=schedule,
+            trials_per_block=trials_per_block,
+            progress=progress,
+        )
+
+    def run(program: StudyRunner, name: str, points: Mapping[str, np.ndarray]) -> Study:
+        folder = name if "/" not in name else f"other_{len(studies)}"
+        studies[name] = program.run(points, directory=clipping.subdirectory(directory, folder))
+        return studies[name]
+
+    def verdict(answer: RemedyComparison, findings: Sequence[Finding]) -> Verdict:
+        trials = sum(study.num_trials for study in studies.values())
+        cost = trials * num_seeds * num_steps
+        return Verdict(answer, tuple(by_severity(findings)), studies, cost)
+
+    nothing = {MAX_NORM: NO_CLIPPING, CLIP_STEPS: _ALWAYS, WARMUP_STEPS: 0}
+    program = runner(workload, tame(make_optimizer), nothing)
+    study = run(program, BASELINE, table(rates, nothing))
+    baseline = _row(BASELINE, study, slice(None), 0)
+    judge = _Judge(baseline, _gain(study, baseline), margin, num_seeds, study.maximize)
+    baseline = judge.with_useful_rate(baseline)
+    comparison = RemedyComparison(
+        recommended=None,
+        rows=(baseline,),
+        objective=study.objective,
+        maximize=study.maximize,
+        num_steps=num_steps,
+        num_seeds=num_seeds,
+        warmup_steps=warmup_steps,
+        max_norm=math.nan,
+    )
+    if not any(baseline.unstable):
+        return verdict(comparison, [_nothing_unstable(baseline)])
+    findings = []
+    if math.isnan(baseline.best_value):
+        findings += feasibility_findings(feasibility_info(study))
+    threshold = _threshold(study, percentile) if max_norm is None else float(max_norm)
+    settings = {WARMUP: {**nothing, WARMUP_STEPS: warmup_steps}}
+    if threshold > 0:
+        clip = {**nothing, MAX_NORM: threshold}
+        settings |= {
+            CLIPPING: clip,
+            BOTH: {**clip, WARMUP_STEPS: warmup_steps},
+            DURING_WARMUP: {**clip, WARMUP_STEPS: warmup_steps, CLIP_STEPS: warmup_steps},
+        }
+    else:
+        findings.append(_no_threshold())
+    study = run(program, "warmup_and_fixed_clipping", table(rates, *settings.values()))
+    rows = {}
+    for i, (name, setting) in enumerate(settings.items()):
+        trials = slice(i * len(rates), (i + 1) * len(rates))
+        rows[name] = _row(name, study, trials, setting[WARMUP_STEPS])
+    adaptive = {PERCENTILE: percentile, WARMUP_STEPS: 0}
+    study = run(runner(workload, adapt, adaptive), ADAPTIVE, table(rates, adaptive))
+    rows[ADAPTIVE] = _row(ADAPTIVE, study, slice(None), 0)
+    order = [name for name in (WARMUP, CLIPPING, ADAPTIVE, BOTH, DURING_WARMUP) if name in rows]
+    for name, (make, own_rates) in others.items():
+        other = run(runner(workload, tame(make), nothing), name, table(own_rates, nothing))
+        rows[name] = _row(name, other, slice(None), 0)
+        order.append(name)
+    for short, work in (workloads or {}).items():
+        name = f"workload/{short}"
+        other = run(runner(work, tame(make_optimizer), nothing), name, table(rates, nothing))
+        if (other.objective, other.maximize) != (study.objective, study.maximize):
+            raise ValueError(
+                f"workloads[{short!r}] has the objective {other.objective!r} (maximize="
+                f"{other.maximize}), but they are compared by {study.objective!r} (maximize="
+                f"{study.maximize})."
+            )
+        rows[name] = _row(name, other, slice(None), 0)
+        order.append(name)
+    tried = [judge.with_useful_rate(rows[name]) for name in order]
+    recommended = judge.recommend(tried)
+    lower = _lower(baseline)
+    comparison = comparison._replace(
+        recommended=None if recommended is None else recommended.remedy,
+        rows=(baseline, *tried, *lower),
+        max_norm=threshold if threshold > 0 else math.nan,
+    )
+    findings.append(_compared(comparison))
+    at_end = [row for row in (baseline, *tried) if _at_end(row)]
+    if at_end:
+        findings.append(_best_at_end(at_end))
+    if recommended is None:
+        findings.append(_no_remedy_helps(baseline, lower))
+    else:
+        findings.append(_recommended(recommended, baseline, comparison))
+        if recommended.clipped_fraction > clipping.AGGRESSIVE:
+            rate = baseline.largest_stable_learning_rate
+            findings.append(
+                clipping.lower_instead(
+                    recommended.clipped_fraction,
+                    recommended.best_learning_rate,
+                    None if math.isnan(rate) else rate,
+                )
+            )
+    return verdict(comparison, findings)
+
+
+def clip_until(max_norm: chex.Numeric, num_steps: chex.Numeric) -> Any:
+    """Clips the first `num_steps` updates at `max_norm`, and only records the norms of the others.
+
+    Args:
+      max_norm: the threshold, a positive number or a traced scalar.
+      num_steps: how many updates to clip, a number or a traced scalar.
+
+    Returns:
+      A transformation whose state is the norm record of `clip_by_global_norm`, a legal scan carry.
+
+    Raises:
+      ValueError: a concrete `max_norm` that is not positive, or `num_steps` that is no number of
+        steps.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = clip_until(1.0, 1)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> first, state = tx.update(jnp.array([5.0]), state)
+      >>> second, state = tx.update(jnp.array([5.0]), state)
+      >>> first.tolist(), second.tolist(), int(state.num_clipped)
+      ([1.0], [5.0], 1)
+    """
+    _checks.check_steps("num_steps", num_steps)
+    always = clip_by_global_norm(max_norm)
+
+    def update(
+        updates: chex.ArrayTree,
+        state: NormRecordState,
+        params: chex.ArrayTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, NormRecordState]:
+        # The record counts the steps. Later ones are clipped at a threshold that no norm exceeds.
+        limit = jnp.where(state.num_norms < num_steps, max_norm, NO_CLIPPING).astype(jnp.float32)
+        updates, new = clip_by_global_norm(limit).update(updates, state, params, **extra_args)
+        return updates, new._replace(clip_threshold=state.clip_threshold)
+
+    return optax.GradientTransformationExtraArgs(always.init, update)
+
+
+def _rates(
+    given: SearchSpace | Study | None, num_trials: int, fixed: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The learning rates to sweep, and the other hyperparameters."""
+    if not isinstance(given, Study):
+        return clipping.learning_rate_grid(given, num_trials), fixed
+    points = given.points
+    if LEARNING_RATE not in points:
+        raise ValueError(
+            f"the study has no hyperparameter {LEARNING_RATE!r}: "
+            f"{_checks.nearest(LEARNING_RATE, points)}"
+        )
+    rates = points[LEARNING_RATE].astype(np.float64)
+    low, high = float(rates.min()), float(rates.max())
+    if not 0 < low < high:
+        raise ValueError(
+            f"the study's learning rates, {low:g} to {high:g}, are no range to sweep; give a space."
+        )
+    best = outcomes(given).best
+    inherited = clipping.check_point(given.point(best) if best >= 0 else {}, _RESERVED)
+    inherited.pop(LEARNING_RATE, None)
+    return np.geomspace(low, high, num_trials).astype(np.float32), {**inherited, **fixed}
+
+
+def _other_optimizers(
+    given: Mapping[str, Any] | None, rates: np.ndarray, num_trials: int
+) -> dict[str, tuple[MakeOptimizer, np.ndarray]]:
+    """Each other optimizer with the learning rates of its sweep, by the name of its row."""
+    if given is None:
+
+        def adam(point: Any) -> optax.GradientTransformation:
+            return optimizers.adam(point[LEARNING_RATE])
+
+        return {"optimizer/adam": (adam, (_ADAM_FACTOR * rates).astype(np.float32))}
+    found = {}
+    for name, value in given.items():
+        make, space = value if isinstance(value, tuple) else (value, None)
+        if not callable(make):
+            raise _checks.ArgumentTypeError(
+                f"optimizers[{name!r}] must be a function of the point, or a pair of it and a "
+                f"space, got {value!r}."
+            )
+        own = rates if space is None else clipping.learning_rate_grid(space, num_trials)
+        found[f"optimizer/{name}"] = (make, own)
+    return found
+
+
+def _threshold(study: Study, percentile: float) -> float:
+    """The percentile of the norms at the baseline's best rate, as `choose_clip_threshold` does."""
+    best = outcomes(study).best
+    value = norm_histogram(study, [max(best, 0)]).percentile(percentile)
+    return value if math.isfinite(value) else 0.0
+
+
+def _row(remedy: str, study: Study, trials: slice, extra_steps: int) -> RemedyRow:
+    """The row of the trials of one remedy, which are in the order of their learning rates."""
+    out = outcomes(study)
+    rates = study.points[LEARNING_RATE].astype(np.float64)[trials]
+    unstable = instability_info(study).unstable[trials]
+    fractions = clipping.clipped_fractions(study)[trials]
+    loss = np.where(out.usable, out.loss, np.inf)[trials]
+    best = int(np.argmin(loss))
+    found = bool(np.isfinite(loss[best]))
+    first = trials.start or 0
+    num_stable = int(np.argmax(unstable)) if unstable.any() else len(rates)
+    return RemedyRow(
+        remedy=remedy,
+        largest_stable_learning_rate=float(rates[num_stable - 1]) if num_stable else math.nan,
+        stable_to_end=num_stable == len(rates),
+        largest_useful_learning_rate=math.nan,
+        best_value=float(out.value[first + best]) if found else math.nan,
+        best_step=int(out.best_step[first + best]) if found else -1,
+        best_learning_rate=float(rates[best]) if found else math.nan,
+        clipped_fraction=float(fractions[best]) if found else math.nan,
+        extra_steps=extra_steps,
+        spread=_spread(study, first + best, int(out.best_step[first + best])) if found else 0.0,
+        learning_rates=tuple(rates.tolist()),
+        values=tuple(out.value[trials].tolist()),
+        unstable=tuple(unstable.tolist()),
+    )
+
+
+def _spread(study: Study, trial: int, step: int) -> float:
+    """How far the best value of a trial may be off by chance."""
+    curves = study.data[study.objective]
+    if "seed" in curves.dims:
+        at = int(np.flatnonzero(study.data["step"].values == step)[0])
+        seeds = curves.transpose("trial", "seed", "eval").values[trial, :, at]
+        return float(seeds.astype(np.float64).std(ddof=1))
+    curve = curves.values[trial].astype(np.float64)
+    changes = np.diff(curve[-max(3, math.ceil(_LATE * len(curve))) :])
+    # Two independent evaluations differ by sqrt(2) deviations; a trend is no noise.
+    return float(changes.std() / math.sqrt(2)) if len(changes) > 1 else 0.0
+
+
+def _gain(study: Study, baseline: RemedyRow) -> float:
+    """What the baseline gained between step 0 and its best; 0 if that is not known."""
+    starts = outcomes(study).curve[:, 0]
+    gain = abs(float(starts[0]) - baseline.best_value) if len(starts) else 0.0
+    return gain if math.isfinite(gain) else 0.0
+
+
+class _Judge(NamedTuple):
+    """The rule by which one remedy is better than another."""
+
+    baseline: RemedyRow
+    gain: float
+    margin: float
+    num_seeds: int
+    maximize: bool
+
+    def noise(self, one: RemedyRow, other: RemedyRow) -> float:
+        """By how much `one` must be better than `other`."""
+        deviation = math.hypot(one.spread, other.spread) / math.sqrt(self.num_seeds)
+        return max(2 * deviation, self.margin * abs(other.best_value), 1e-3 * self.gain)
+
+    def better(self, one: RemedyRow, other: RemedyRow) -> bool:
+        """Whether `one` is better than `other` by more than the noise."""
+        if math.isnan(one.best_value) or math.isnan(other.best_value):
+            return not math.isnan(one.best_value)
+        gained = other.best_value - one.best_value
+        return (-gained if self.maximize else gained) > self.noise(one, other)
+
+    def recommend(self, rows: Sequence[RemedyRow]) -> RemedyRow | None:
+        """The remedy held at the end of the list, or None if none beats the baseline."""
+        held = self.baseline
+        for row in rows:
+            if self.better(row, held):
+                held = row
+        return None if held is self.baseline else held
+
+    def with_useful_rate(self, row: RemedyRow) -> RemedyRow:
+        """The row with its largest stable rate that does as well as the baseline at its best."""
+        goal = self.baseline.best_value
+        noise = self.noise(self.baseline, self.baseline)
+        sign = -1.0 if self.maximize else 1.0
+        useful = [
+            rate
+            for rate, value, unstable in zip(
+                row.learning_rates, row.values, row.unstable, strict=True
+            )
+            if not unstable
+            and math.isfinite(value)
+            and (math.isnan(goal) or sign * (value - goal) <= noise)
+        ]
+        return row._replace(largest_useful_learning_rate=max(useful, default=math.nan))
+
+
+def _lower(baseline: RemedyRow) -> list[RemedyRow]:
+    """The last resort, the baseline at its largest stable rate; nothing if it has none."""
+    rate = baseline.largest_stable_learning_rate
+    if math.isnan(rate):
+        return []
+    value = baseline.values[baseline.learning_rates.index(rate)]
+    return [
+        baseline._replace(
+            remedy=LOWER,
+            best_value=value,
+            best_step=baseline.best_step if rate == baseline.best_learning_rate else -1,
+            best_learning_rate=rate,
+            learning_rates=(rate,),
+            values=(value,),
+            unstable=(False,),
+        )
+    ]
+
+
+def _at_end(row: RemedyRow) -> bool:
+    ends = (row.learning_rates[0], row.learning_rates[-1])
+    return row.best_learning_rate in ends
+
+
+def _best_at_end(rows: Sequence[RemedyRow]) -> Finding:
+    named = ", ".join(f"{row.remedy} ({row.best_learning_rate:.3g})" for row in rows)
+    return Finding(
+        code="best_at_end_of_sweep",
+        severity="warning",
+        message=f"The best learning rate is an end of the sweep for {named}: a better one may lie "
+        "beyond.",
+        evidence={row.remedy: row.best_learning_rate for row in rows},
+        section=SECTION,
+        suggestion="Compare again over a wider range of learning rates.",
+    )
+
+
+def _nothing_unstable(baseline: RemedyRow) -> Finding:
+    low, high = baseline.learning_rates[0], baseline.learning_rates[-1]
+    return Finding(
+        code="nothing_unstable",
+        severity="info",
+        message=(
+            f"No learning rate from {low:.4g} to {high:.4g} was unstable, so there is nothing to "
+            "remedy, and no remedy was tried."
+        ),
+        evidence={"low": low, "high": high, "best_value": baseline.best_value},
+        section=SECTION,
+        suggestion=f"Train as it is; sweep beyond {high:.4g} if the best rate, "
+        f"{baseline.best_learning_rate:.4g}, is the highest.",
+    )
+
+
+def _no_threshold() -> Finding:
+    return Finding(
+        code="no_norms_recorded",
+        severity="warning",
+        message="No gradient norm above 0 was recorded in the baseline, so there is no threshold "
+        "to clip at, and fixed clipping was not tried.",
+        evidence={},
+        section=SECTION,
+        suggestion="Give max_norm=.",
+    )
+
+
+def _limit(row: RemedyRow) -> str:
+    if math.isnan(row.largest_stable_learning_rate):
+        return f"none from {row.learning_rates[0]:.3g} on"
+    return f"{'at least ' * row.stable_to_end}{row.largest_stable_learning_rate:.3g}"
+
+
+def _compared(comparison: RemedyComparison) -> Finding:
+    rows = [row for row in comparison.rows if row.remedy != LOWER]
+    limits = "; ".join(f"{row.remedy}: {_limit(row)}, best {row.best_value:.4g}" for row in rows)
+    return Finding(
+        code="remedies_compared",
+        severity="info",
+        message=(
+            f"Largest stable learning rate and best {comparison.objective} of each remedy: "
+            f"{limits}."
+        ),
+        evidence={**comparison._asdict(), "rows": [row._asdict() for row in comparison.rows]},
+        section=SECTION,
+    )
+
+
+def _recommended(row: RemedyRow, baseline: RemedyRow, comparison: RemedyComparison) -> Finding:
+    extra = f", for {row.extra_steps} more steps" if row.extra_steps else ""
+    advice = {
+        WARMUP: f"Prepend a warm-up of {comparison.warmup_steps} steps.",
+        CLIPPING: f"Clip the gradient at {comparison.max_norm:.4g}.",
+        ADAPTIVE: "Clip the gradient with clip_by_percentile.",
+        BOTH: f"Prepend a warm-up of {comparison.warmup_steps} steps, and clip the gradient at "
+        f"{comparison.max_norm:.4g}.",
+        DURING_WARMUP: f"Prepend a warm-up of {comparison.warmup_steps} steps, and clip the "
+        f"gradient at {comparison.max_norm:.4g} until it ends.",
+    }
+    return Finding(
+        code="remedy_recommended",
+        severity="info",
+        message=(
+            f"{row.remedy} is recommended: best {comparison.objective} {row.best_value:.4g} at "
+            f"learning rate {row.best_learning_rate:.4g}{extra}, without a remedy "
+            f"{baseline.best_value:.4g} at {baseline.best_learning_rate:.4g}. Largest stable "
+            f"learning rate: {_limit(row)}, without a remedy {_limit(baseline)}."
+        ),
+        evidence={"remedy": row._asdict(), "baseline": baseline._asdict()},
+        section=SECTION,
+        suggestion=advice.get(row.remedy, f"Train with {row.remedy}.")
+        + f" Sweep the learning rate around {row.best_learning_rate:.4g}.",
+    )
+
+
+def _no_remedy_helps(baseline: RemedyRow, lower: Sequence[RemedyRow]) -> Finding:
+    limit = baseline.largest_stable_learning_rate
+    if math.isnan(baseline.best_value):
+        advice = "Lower the range of the learning rate."
+    elif lower:
+        advice = (
+            f"Train without one at learning rate {min(baseline.best_learning_rate, limit):.4g}, "
+            f"below the largest stable one, {limit:.4g}."
+        )
+    else:
+        advice = f"Lower the learning rate below {baseline.learning_rates[0]:.4g}."
+    return Finding(
+        code="no_remedy_helps",
+        severity="info",
+        message=(
+            "No remedy is better than the best learning rate without one by more than the noise: "
+            "the instability at higher learning rates costs nothing that a remedy would win back."
+        ),
+        evidence={
+            "best_value": baseline.best_value,
+            "best_learning_rate": baseline.best_learning_rate,
+            "largest_stable_learning_rate": limit,
+        },
+        section=SECTION,
+        suggestion=advice,
+    )

@@ -78,6 +78,20 @@ def add(counts: chex.Array, value: chex.Numeric) -> chex.Array:
     return counts + (jnp.arange(NUM_BINS, dtype=jnp.int32) == here).astype(jnp.int32)
 
 
+def add_below(below: chex.Array, value: chex.Numeric) -> chex.Array:
+    """`add` for cumulative counts.
+
+    Args:
+      below: int32, shape (256,): how many values lie in each bin or in one below it.
+      value: scalar; ignored when it is not finite.
+
+    Returns:
+      int32, shape (256,).
+    """
+    here = jnp.where(jnp.isfinite(value), bin_index(value), NUM_BINS)
+    return below + (jnp.arange(NUM_BINS, dtype=jnp.int32) >= here).astype(jnp.int32)
+
+
 def percentile(counts: chex.Array | np.ndarray, q: chex.Numeric) -> Any:
     """A percentile of the counted values, log-linear inside the bin that holds it.
 
@@ -110,16 +124,31 @@ def percentile(counts: chex.Array | np.ndarray, q: chex.Numeric) -> Any:
         )
     # A NumPy q beside NumPy counts stays on the host; a traced q brings the counts to the device.
     on_host = isinstance(counts, np.ndarray) and not isinstance(q, jax.Array)
+    return percentile_of_below((np if on_host else jnp).cumsum(counts, axis=-1), q)
+
+
+def percentile_of_below(below: chex.Array | np.ndarray, q: chex.Numeric) -> Any:
+    """`percentile` for who keeps cumulative counts, which saves a running sum at every step.
+
+    Args:
+      below: integers, shape (..., 256): how many values lie in each bin or in one below it.
+      q: scalar from 0 to 100, not checked.
+
+    Returns:
+      As `percentile`.
+    """
+    on_host = isinstance(below, np.ndarray) and not isinstance(q, jax.Array)
     xp: Any = np if on_host else jnp
     dtype = np.float64 if on_host else np.float32
-    below = xp.cumsum(counts, axis=-1)
     total = below[..., -1:].astype(dtype)
     target = total * (xp.asarray(q, dtype) / dtype(100))
     reached = (below.astype(dtype) >= target) & (below > 0)
     index = xp.minimum(xp.sum(~reached, axis=-1, keepdims=True), NUM_BINS - 1)
-    upto = xp.take_along_axis(below, index, axis=-1).astype(dtype)
-    inside = xp.take_along_axis(xp.asarray(counts), index, axis=-1).astype(dtype)
-    fraction = xp.clip((target - (upto - inside)) / xp.maximum(inside, 1), 0, 1)
+    upto = xp.take_along_axis(below, index, axis=-1)
+    before = xp.take_along_axis(below, xp.maximum(index - 1, 0), axis=-1)
+    before = xp.where(index > 0, before, 0)
+    inside = xp.maximum(upto - before, 1).astype(dtype)
+    fraction = xp.clip((target - before.astype(dtype)) / inside, 0, 1)
     log_edges = xp.asarray(np.log2(edges().astype(np.float64)), dtype)
     low, high = log_edges[index], log_edges[index + 1]
     value = xp.exp2(low + fraction * (high - low))

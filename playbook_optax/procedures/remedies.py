@@ -24,7 +24,7 @@ from playbook_optax.records.study import Study
 from playbook_optax.runner.run import StudyRunner
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials.train import MakeOptimizer, MakeSchedule, check_key
-from playbook_optax.trials.workload import WorkloadLike
+from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
 
 WARMUP_STEPS, CLIP_STEPS, PERCENTILE = "warmup_steps", "clip_steps", "percentile"
 SECTION = "How can optimization failures be debugged and mitigated?"
@@ -34,8 +34,10 @@ BOTH, DURING_WARMUP = "warmup_and_clipping", "clipping_during_warmup"
 _RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
 _DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
 _ALWAYS = _checks.MAX_STEPS
-_LATE = 0.25
+_LATE = 0.5
 """Share of the evaluations, the last ones, that tell how the objective varies between steps."""
+_MAD = 1.4826
+"""Standard deviations in a median absolute deviation of normal numbers."""
 _ADAM_FACTOR = 0.1
 """Adam's updates have about the size of the learning rate, whatever the gradient's; its best rates
 are lower than momentum's, so its sweep lies a decade lower."""
@@ -58,7 +60,7 @@ class RemedyRow(NamedTuple):
       clipped_fraction: share of that trial's updates that were clipped.
       extra_steps: by how much a run must grow that keeps its schedule whole: the warm-up.
       spread: standard deviation of the best value over seeds; with one seed that of the objective
-        from one evaluation to the next in the last quarter of that trial.
+        between evaluations in the second half of that trial, spikes left out.
       learning_rates: the sweep, ascending.
       values: the objective of each at its best evaluation, NaN where infeasible.
       unstable: whether each was unstable.
@@ -161,10 +163,10 @@ def compare_remedies(
 
     The recommendation goes through them in this order, the playbook's. It starts from the baseline
     at its best learning rate, and passes on to a later remedy only if that is better than the one
-    held by more than the noise: two standard errors of the difference (from the spread over seeds;
-    of one seed, from the variation between late evaluations), and at least `margin` of the value
-    held, and at least a thousandth of what the baseline gained since step 0. Where no trial of the
-    baseline is unstable, no remedy is tried.
+    held by more than the noise: by two standard errors of the difference (from the spread over
+    seeds; with one seed, from how the objective varies between late evaluations of the calmer of
+    the two), and at least `margin` of the value held, and at least a thousandth of what the
+    baseline gained since step 0. Where no trial of the baseline is unstable, no remedy is tried.
 
     Args:
       workload: a `Workload`, or a function of the point that gives one.
@@ -244,6 +246,8 @@ def compare_remedies(
     own = (LEARNING_RATE, *fixed)
     eval_every = max(1, num_steps // 20) if eval_every is None else eval_every
     others = _other_optimizers(optimizers, rates, num_trials)
+    example = {LEARNING_RATE: float(rates[0]), **fixed}
+    _check_objectives(resolve(workload, example), workloads or {}, example)
     studies: dict[str, Study] = {}
 
     def schedule(point: Any, num_steps: int) -> optax.Schedule:
@@ -346,12 +350,6 @@ def compare_remedies(
     for short, work in (workloads or {}).items():
         name = f"workload/{short}"
         other = run(runner(work, tame(make_optimizer), nothing), name, table(rates, nothing))
-        if (other.objective, other.maximize) != (study.objective, study.maximize):
-            raise ValueError(
-                f"workloads[{short!r}] has the objective {other.objective!r} (maximize="
-                f"{other.maximize}), but they are compared by {study.objective!r} (maximize="
-                f"{study.maximize})."
-            )
         rows[name] = _row(name, other, slice(None), 0)
         order.append(name)
     tried = [judge.with_useful_rate(rows[name]) for name in order]
@@ -367,7 +365,7 @@ def compare_remedies(
     if at_end:
         findings.append(_best_at_end(at_end))
     if recommended is None:
-        findings.append(_no_remedy_helps(baseline, lower))
+        findings.append(_no_remedy_helps(baseline, lower, tried))
     else:
         findings.append(_recommended(recommended, baseline, comparison))
         if recommended.clipped_fraction > clipping.AGGRESSIVE:
@@ -469,6 +467,20 @@ def _other_optimizers(
     return found
 
 
+def _check_objectives(
+    first: Workload, workloads: Mapping[str, WorkloadLike], point: Mapping[str, Any]
+) -> None:
+    """Raises unless all workloads are judged by the same metric in the same direction."""
+    for name, work in workloads.items():
+        other = resolve(work, point)
+        if (other.objective, other.maximize) != (first.objective, first.maximize):
+            raise ValueError(
+                f"workloads[{name!r}] has the objective {other.objective!r} (maximize="
+                f"{other.maximize}), but they are compared by {first.objective!r} (maximize="
+                f"{first.maximize})."
+            )
+
+
 def _threshold(study: Study, percentile: float) -> float:
     """The percentile of the norms at the baseline's best rate, as `choose_clip_threshold` does."""
     best = outcomes(study).best
@@ -513,8 +525,12 @@ def _spread(study: Study, trial: int, step: int) -> float:
         return float(seeds.astype(np.float64).std(ddof=1))
     curve = curves.values[trial].astype(np.float64)
     changes = np.diff(curve[-max(3, math.ceil(_LATE * len(curve))) :])
-    # Two independent evaluations differ by sqrt(2) deviations; a trend is no noise.
-    return float(changes.std() / math.sqrt(2)) if len(changes) > 1 else 0.0
+    changes = changes[np.isfinite(changes)]
+    if not len(changes):
+        return 0.0
+    # The median passes over a trend and over the spikes of an instability, which are no noise. Two
+    # evaluations differ by sqrt(2) deviations.
+    return float(_MAD * np.median(np.abs(changes - np.median(changes))) / math.sqrt(2))
 
 
 def _gain(study: Study, baseline: RemedyRow) -> float:
@@ -535,7 +551,11 @@ class _Judge(NamedTuple):
 
     def noise(self, one: RemedyRow, other: RemedyRow) -> float:
         """By how much `one` must be better than `other`."""
-        deviation = math.hypot(one.spread, other.spread) / math.sqrt(self.num_seeds)
+        if self.num_seeds > 1:
+            deviation = math.hypot(one.spread, other.spread) / math.sqrt(self.num_seeds)
+        else:
+            # The calmer of the two shows the noise of an evaluation; the other, the instability.
+            deviation = math.sqrt(2) * min(one.spread, other.spread)
         return max(2 * deviation, self.margin * abs(other.best_value), 1e-3 * self.gain)
 
     def better(self, one: RemedyRow, other: RemedyRow) -> bool:
@@ -683,8 +703,18 @@ def _recommended(row: RemedyRow, baseline: RemedyRow, comparison: RemedyComparis
     )
 
 
-def _no_remedy_helps(baseline: RemedyRow, lower: Sequence[RemedyRow]) -> Finding:
-    limit = baseline.largest_stable_learning_rate
+def _no_remedy_helps(
+    baseline: RemedyRow, lower: Sequence[RemedyRow], tried: Sequence[RemedyRow]
+) -> Finding:
+    limit, useful = baseline.largest_stable_learning_rate, baseline.largest_useful_learning_rate
+    wider = [row for row in tried if row.largest_useful_learning_rate > useful]
+    named = ", ".join(f"{row.remedy} ({row.largest_useful_learning_rate:.3g})" for row in wider)
+    moved = (
+        f" As good a result is reached up to learning rate {useful:.3g} without a remedy, and up "
+        f"to a higher one with {named}."
+        if wider
+        else ""
+    )
     if math.isnan(baseline.best_value):
         advice = "Lower the range of the learning rate."
     elif lower:
@@ -699,7 +729,7 @@ def _no_remedy_helps(baseline: RemedyRow, lower: Sequence[RemedyRow]) -> Finding
         severity="info",
         message=(
             "No remedy is better than the best learning rate without one by more than the noise: "
-            "the instability at higher learning rates costs nothing that a remedy would win back."
+            f"the instability at higher learning rates costs nothing that they win back.{moved}"
         ),
         evidence={
             "best_value": baseline.best_value,

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from playbook_optax._tree import global_norm
-from playbook_optax.norms import clip_by_global_norm, init_record, monitor_norms, update_record
+from playbook_optax.norms import (
+    clip_by_global_norm,
+    clip_by_percentile,
+    init_record,
+    monitor_norms,
+    update_record,
+)
 
 MODELS = {
     "tiny 64-16-10, batch 16": ([64, 16, 10], 16),
@@ -59,6 +65,7 @@ VARIANTS = {
     "optax.tree.norm + record": _record_only,
     "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(0.5),
     "clip_by_global_norm": lambda: clip_by_global_norm(0.5),
+    "clip_by_percentile": lambda: clip_by_percentile(min_steps=10),
     "monitor_norms": monitor_norms,
 }
 RATIOS = [
@@ -66,6 +73,7 @@ RATIOS = [
     ("global_norm", "optax.tree.norm"),
     ("optax.tree.norm + record", "optax.tree.norm"),
     ("clip_by_global_norm", "optax.clip_by_global_norm"),
+    ("clip_by_percentile", "optax.clip_by_global_norm"),
     ("monitor_norms", "nothing"),
 ]
 

@@ -14,6 +14,7 @@ from playbook_optax import _histogram
 from playbook_optax.norms import (
     NormInfo,
     clip_by_global_norm,
+    clip_by_percentile,
     init_record,
     monitor_norms,
     norm_info,
@@ -26,6 +27,7 @@ PARAMS = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3), "none": None}
 FACTORIES = {
     "clip": lambda **kw: clip_by_global_norm(2.0, **kw),
     "monitor": lambda **kw: monitor_norms(**kw),
+    "percentile": lambda **kw: clip_by_percentile(50.0, min_steps=1, **kw),
 }
 
 

@@ -27,6 +27,7 @@ TRANSFORMS = {
     "scale_by_learning_rate": (learning_rate.scale_by_learning_rate, RATE),
     "scale_by_warmup": (learning_rate.scale_by_warmup, {"warmup_steps": 3}),
     "clip_by_global_norm": (norms.clip_by_global_norm, {"max_norm": 0.5}),
+    "clip_by_percentile": (norms.clip_by_percentile, {"percentile": 60.0, "min_steps": 1}),
     "monitor_norms": (norms.monitor_norms, {}),
 }
 SCHEDULED = [name for name, (_, h) in TRANSFORMS.items() if "learning_rate" in h]

@@ -178,7 +178,7 @@ def choose_clip_threshold(
             )
         inherited = check_point(best_point, (MAX_NORM,))
         fixed = {**{k: v for k, v in inherited.items() if k != LEARNING_RATE}, **fixed}
-    elif space_or_study is not None or learning_rate is None:
+    elif not isinstance(space_or_study, Study) and (space_or_study or learning_rate is None):
         swept = learning_rate_grid(space_or_study, num_trials)
 
     own = (LEARNING_RATE, *fixed)

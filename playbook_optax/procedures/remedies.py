@@ -31,6 +31,8 @@ SECTION = "How can optimization failures be debugged and mitigated?"
 BASELINE, LOWER = "none", "lower_learning_rate"
 WARMUP, CLIPPING, ADAPTIVE = "warmup", "clipping", "adaptive_clipping"
 BOTH, DURING_WARMUP = "warmup_and_clipping", "clipping_during_warmup"
+BOTH_ADAPTIVE = "warmup_and_adaptive_clipping"
+_ORDER = (WARMUP, CLIPPING, ADAPTIVE, BOTH, DURING_WARMUP, BOTH_ADAPTIVE)
 _RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
 _DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
 _ALWAYS = _checks.MAX_STEPS
@@ -38,6 +40,8 @@ _LATE = 0.5
 """Share of the evaluations, the last ones, that tell how the objective varies between steps."""
 _MAD = 1.4826
 """Standard deviations in a median absolute deviation of normal numbers."""
+_MIN_NORMS = 100
+"""Norms that the adaptive clipper sees before it clips, in a run that is long enough."""
 _ADAM_FACTOR = 0.1
 """Adam's updates have about the size of the learning rate, whatever the gradient's; its best rates
 are lower than momentum's, so its sweep lies a decade lower."""
@@ -153,13 +157,16 @@ def compare_remedies(
     - ``none``: the baseline;
     - ``warmup``: a linear warm-up over the first `warmup_steps` of the `num_steps` updates;
     - ``clipping``: at a fixed threshold, always;
-    - ``adaptive_clipping``: at a running percentile of the unclipped norms;
-    - ``warmup_and_clipping``, and ``clipping_during_warmup``, which clips until the warm-up ends;
+    - ``adaptive_clipping``: at a running percentile of the unclipped norms, from the end of the
+      warm-up on, or of what would be one, at most 100 steps;
+    - ``warmup_and_clipping``, ``clipping_during_warmup``, which clips until the warm-up ends, and
+      ``warmup_and_adaptive_clipping``;
     - ``optimizer/<name>``: another optimizer;
     - ``workload/<name>``: another architecture, such as pre-norm or ReZero;
     - ``lower_learning_rate``: no run of its own, but the baseline at its largest stable rate.
 
-    Warm-up and fixed clipping are data, so that these five share one compiled program.
+    What is data (warm-up, fixed clipping) shares one compiled program; adaptive clipping and each
+    other optimizer and architecture have one of their own.
 
     The recommendation goes through them in this order, the playbook's. It starts from the baseline
     at its best learning rate, and passes on to a later remedy only if that is better than the one
@@ -269,7 +276,8 @@ def compare_remedies(
 
     def adapt(point: Any) -> optax.GradientTransformation:
         return optax.chain(
-            clip_by_percentile(point[PERCENTILE]), clipping.restrict(make_optimizer, own)(point)
+            clip_by_percentile(point[PERCENTILE], min_steps=min(_MIN_NORMS, warmup_steps)),
+            clipping.restrict(make_optimizer, own)(point),
         )
 
     def table(rates: np.ndarray, *settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -338,11 +346,12 @@ def compare_remedies(
     rows = {}
     for i, (name, setting) in enumerate(settings.items()):
         trials = slice(i * len(rates), (i + 1) * len(rates))
-        rows[name] = _row(name, study, trials, setting[WARMUP_STEPS])
-    adaptive = {PERCENTILE: percentile, WARMUP_STEPS: 0}
-    study = run(runner(workload, adapt, adaptive), ADAPTIVE, table(rates, adaptive))
-    rows[ADAPTIVE] = _row(ADAPTIVE, study, slice(None), 0)
-    order = [name for name in (WARMUP, CLIPPING, ADAPTIVE, BOTH, DURING_WARMUP) if name in rows]
+        rows[name] = _row(name, study, trials, int(setting[WARMUP_STEPS]))
+    adaptive = [{PERCENTILE: percentile, WARMUP_STEPS: steps} for steps in (0, warmup_steps)]
+    study = run(runner(workload, adapt, adaptive[0]), ADAPTIVE, table(rates, *adaptive))
+    rows[ADAPTIVE] = _row(ADAPTIVE, study, slice(0, len(rates)), 0)
+    rows[BOTH_ADAPTIVE] = _row(BOTH_ADAPTIVE, study, slice(len(rates), None), warmup_steps)
+    order = [name for name in _ORDER if name in rows]
     for name, (make, own_rates) in others.items():
         other = run(runner(workload, tame(make), nothing), name, table(own_rates, nothing))
         rows[name] = _row(name, other, slice(None), 0)
@@ -678,14 +687,15 @@ def _compared(comparison: RemedyComparison) -> Finding:
 
 def _recommended(row: RemedyRow, baseline: RemedyRow, comparison: RemedyComparison) -> Finding:
     extra = f", for {row.extra_steps} more steps" if row.extra_steps else ""
+    warm = f"Prepend a warm-up of {comparison.warmup_steps} steps"
+    clip = f"clip the gradient at {comparison.max_norm:.4g}"
     advice = {
-        WARMUP: f"Prepend a warm-up of {comparison.warmup_steps} steps.",
-        CLIPPING: f"Clip the gradient at {comparison.max_norm:.4g}.",
+        WARMUP: f"{warm}.",
+        CLIPPING: f"C{clip[1:]}.",
         ADAPTIVE: "Clip the gradient with clip_by_percentile.",
-        BOTH: f"Prepend a warm-up of {comparison.warmup_steps} steps, and clip the gradient at "
-        f"{comparison.max_norm:.4g}.",
-        DURING_WARMUP: f"Prepend a warm-up of {comparison.warmup_steps} steps, and clip the "
-        f"gradient at {comparison.max_norm:.4g} until it ends.",
+        BOTH: f"{warm}, and {clip}.",
+        DURING_WARMUP: f"{warm}, and {clip} until it ends.",
+        BOTH_ADAPTIVE: f"{warm}, and clip the gradient with clip_by_percentile.",
     }
     return Finding(
         code="remedy_recommended",

@@ -60,6 +60,7 @@ def test_rows_are_in_the_playbooks_order(rescued):
         "adaptive_clipping",
         "warmup_and_clipping",
         "clipping_during_warmup",
+        "warmup_and_adaptive_clipping",
         "optimizer/adam",
         "workload/no_outliers",
         "lower_learning_rate",
@@ -114,13 +115,13 @@ def test_the_cost_is_what_was_trained_and_the_same_for_each(rescued, quadratic):
     assert sizes == {
         "none": 4,
         "warmup_and_fixed_clipping": 16,
-        "adaptive_clipping": 4,
+        "adaptive_clipping": 8,
         "optimizer/adam": 4,
         "workload/no_outliers": 4,
     }
-    assert rescued.cost == 32 * 200
+    assert rescued.cost == 36 * 200
     assert {study.spec["num_steps"] for study in rescued.studies.values()} == {200}
-    assert quadratic.cost == 6 * 7 * 100
+    assert quadratic.cost == 7 * 7 * 100
     rates = {row.learning_rates for row in quadratic.answer.rows[:-1]}
     assert len(rates) == 1
 

@@ -15,6 +15,7 @@ from playbook_optax.analysis.axes import (
 )
 from playbook_optax.analysis.curves import best_curves
 from playbook_optax.analysis.norms import norm_histogram
+from playbook_optax.procedures.remedies import RemedyComparison
 from playbook_optax.records.study import Study
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; marks differ in shape too.
@@ -456,3 +457,123 @@ def plot_gradient_norms(study: Study, ax: Any = None, trials: Any = None) -> Any
         borderaxespad=0.2,
     )
     return ax
+
+
+@_checks.named_arguments
+def plot_remedies(info: RemedyComparison, axes: Any = None) -> Any:
+    """Draws what each remedy against instability did, and how far it lets the learning rate go.
+
+    Above, the objective of each remedy against the learning rate: filled marks are stable trials,
+    open ones unstable, and crosses in the band along the top are infeasible. Below, the largest
+    stable learning rate of each: an arrow says that the whole sweep was stable, a cross that none
+    of it was. The recommended remedy is bold.
+
+    Args:
+      info: the answer of `compare_remedies`.
+      axes: two matplotlib Axes to draw into, one for each part; a new figure by default.
+
+    Returns:
+      The matplotlib Figure.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> from playbook_optax.procedures.remedies import RemedyRow
+      >>> row = RemedyRow("none", 0.1, False, 0.1, 0.5, 10, 0.1, 0.0, 0, 0.0,
+      ...                 (0.1, 1.0), (0.5, 2.0), (False, True))
+      >>> info = RemedyComparison(None, (row,), "valid/loss", False, 10, 1, 1, 1.0)
+      >>> [ax.get_title(loc="left") for ax in plot_remedies(info).axes]
+      ['', 'largest stable learning rate']
+
+    Source: "How can optimization failures be debugged and mitigated?"
+    """
+    rows = [row for row in info.rows if len(row.learning_rates) > 1]
+    if axes is None:
+        _, axes = _pyplot().subplots(
+            2,
+            1,
+            figsize=(7.0, 5.2 + 0.28 * len(rows)),
+            height_ratios=(3.0, 0.6 + 0.28 * len(rows)),
+            sharex=True,
+            layout="constrained",
+        )
+    top, bottom = (_new_axes(ax) for ax in axes)
+    rates = np.concatenate([row.learning_rates for row in rows])
+    values = np.concatenate([row.values for row in rows])
+    marks = "osD^vP*Xhd"
+    for i, row in enumerate(rows):
+        x, y = np.asarray(row.learning_rates), np.asarray(row.values)
+        unstable = np.asarray(row.unstable, bool)
+        colour, mark = SERIES[i % len(SERIES)], marks[i % len(marks)]
+        bold = row.remedy == info.recommended
+        style = {"marker": mark, "linestyle": "none", "color": colour, "markersize": 6}
+        top.plot(
+            x, y, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=2.6 if bold else 1.2
+        )
+        top.plot(x[unstable], y[unstable], **style, markerfacecolor="white")
+        top.plot(x[~unstable], y[~unstable], **style, label=row.remedy)
+        bad = ~np.isfinite(y)
+        # Each remedy has its own height in the band, so that no cross hides another.
+        height = 0.985 - 0.09 * (i + 0.5) / len(rows)
+        top.plot(
+            x[bad],
+            np.full(bad.sum(), height),
+            "x",
+            transform=top.get_xaxis_transform(),
+            color=colour,
+            markersize=5,
+            markeredgewidth=1.4,
+        )
+        limit = row.largest_stable_learning_rate
+        if np.isfinite(limit):
+            bottom.plot(limit, i, marker=mark, color=colour, markersize=8)
+            if row.stable_to_end:
+                bottom.annotate(
+                    "→",
+                    (limit, i),
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=colour,
+                    fontweight="bold",
+                )
+            bottom.plot([x[0], limit], [i, i], color=colour, linewidth=1.2, zorder=1)
+        else:
+            bottom.plot(x[0], i, "x", color=colour, markersize=8, markeredgewidth=1.8)
+    open_marks = [np.asarray(row.unstable) & np.isfinite(row.values) for row in rows]
+    if np.concatenate(open_marks).any():
+        shown = {"marker": "o", "linestyle": "none", "color": GREY, "markerfacecolor": "white"}
+        top.plot([], [], **shown, label="unstable")
+    if _spans_decades(values):
+        top.set_yscale("log")
+        seen = values[np.isfinite(values)]
+        _log_axis(top.yaxis, float(seen.min()), float(seen.max()))
+    if not np.isfinite(values).all():
+        low, high = top.get_ylim()
+        room = (high / low) ** 0.14 if top.get_yscale() == "log" else 0.14 * (high - low)
+        top.set_ylim(low, high * room if top.get_yscale() == "log" else high + room)
+        top.fill_between([0, 1], 0.89, 1, transform=top.transAxes, color=GREY, alpha=0.12, lw=0)
+        top.text(0.01, 0.945, "infeasible", transform=top.transAxes, va="center", fontsize="small")
+    for ax in (top, bottom):
+        ax.set_xscale("log")
+        ax.set_xlim(rates.min() / 1.3, rates.max() * 1.3)
+        _log_axis(ax.xaxis, float(rates.min()), float(rates.max()))
+    top.set_ylabel(_metric_label(f"best {info.objective}", info.maximize))
+    top.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+        handletextpad=0.3,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
+    bottom.set_yticks(range(len(rows)), [row.remedy for row in rows])
+    for label, row in zip(bottom.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row.remedy == info.recommended else "normal")
+    bottom.set_ylim(len(rows) - 0.5, -0.5)
+    bottom.set_xlabel("learning_rate (log scale)")
+    bottom.set_title("largest stable learning rate", fontsize="small", loc="left")
+    return top.figure

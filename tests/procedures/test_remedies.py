@@ -4,12 +4,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
 import tiny_workloads
 
 import playbook_optax as pbx
+from playbook_optax import plots
 from playbook_optax.procedures import remedies
 from playbook_optax.procedures.clipping import NO_CLIPPING, clipped_fractions
 from playbook_optax.procedures.remedies import clip_until, compare_remedies
@@ -398,3 +400,22 @@ def test_architectures_are_compared_by_one_objective():
             workloads={"mlp": other},
             **{**ARGUMENTS, "num_steps": 20},
         )
+
+
+def test_the_plot_shows_every_swept_remedy(rescued):
+    figure = plots.plot_remedies(rescued.answer)
+    top, bottom = figure.axes
+    swept = [row.remedy for row in rescued.answer.rows if len(row.learning_rates) > 1]
+    labels = bottom.get_yticklabels()
+    assert [label.get_text() for label in labels] == swept
+    bold = [label.get_text() for label in labels if label.get_fontweight() == "bold"]
+    assert bold == [rescued.answer.recommended]
+    # The curve of each remedy is its table.
+    curves = [line for line in top.get_lines() if len(line.get_xdata()) == 4]
+    lines = [line for line in curves if line.get_marker() == "None"]
+    assert len(lines) == len(swept)
+    np.testing.assert_allclose(lines[2].get_ydata(), rescued.answer.row(swept[2]).values)
+    # The largest stable rate of the baseline is where its mark stands.
+    ends = [line.get_xdata()[0] for line in bottom.get_lines() if len(line.get_xdata()) == 1]
+    assert ends[0] == rescued.answer.row("none").largest_stable_learning_rate
+    plt.close(figure)

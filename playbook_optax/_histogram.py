@@ -140,7 +140,7 @@ def percentile_of_below(below: chex.Array | np.ndarray, q: chex.Numeric) -> Any:
     on_host = isinstance(below, np.ndarray) and not isinstance(q, jax.Array)
     xp: Any = np if on_host else jnp
     dtype = np.float64 if on_host else np.float32
-    total = below[..., -1:].astype(dtype)
+    total: Any = below[..., -1:].astype(dtype)
     target = total * (xp.asarray(q, dtype) / dtype(100))
     reached = (below.astype(dtype) >= target) & (below > 0)
     index = xp.minimum(xp.sum(~reached, axis=-1, keepdims=True), NUM_BINS - 1)

@@ -550,35 +550,38 @@ def merge(
       >>> int(info.num_steps), float(info.max_norm)
       (2, 3.0)
     """
-    kinds = (NormRecordState, PercentileClipState)
-    if type(first) is not type(second) or not isinstance(first, kinds):
+    if isinstance(first, NormRecordState) and isinstance(second, NormRecordState):
+        return _merge_records(first, second)
+    if not (isinstance(first, PercentileClipState) and isinstance(second, PercentileClipState)):
         raise ValueError(
             "merge needs two NormRecordState or two PercentileClipState, got "
             f"{type(first).__name__} and {type(second).__name__}. Take them out of the optimizer "
             "state first."
         )
-    if isinstance(first, NormRecordState):
-        if _name(first) != _name(second):
-            raise ValueError(
-                f"merge needs records of one name, got {_name(first)!r} and {_name(second)!r}."
-            )
-        return NormRecordState(
-            norm_name=first.norm_name,
-            last_norm=jnp.maximum(first.last_norm, second.last_norm),
-            max_norm=jnp.maximum(first.max_norm, second.max_norm),
-            clip_threshold=jnp.maximum(first.clip_threshold, second.clip_threshold),
-            num_norms=first.num_norms + second.num_norms,
-            num_clipped=first.num_clipped + second.num_clipped,
-            num_nonfinite=first.num_nonfinite + second.num_nonfinite,
-            norm_counts=first.norm_counts + second.norm_counts,
-        )
     # Row k of the result, counted from its row in progress at 0, is k rows old.
     by_age = _oldest_last(first) + _oldest_last(second)
     return PercentileClipState(
-        norm_record=merge(first.norm_record, second.norm_record),
+        norm_record=_merge_records(first.norm_record, second.norm_record),
         next_threshold=jnp.maximum(first.next_threshold, second.next_threshold),
         counts_below=first.counts_below + second.counts_below,
         row_starts=jnp.take(by_age, -np.arange(_NUM_ROWS) % _NUM_ROWS, axis=-2),
         row_index=jnp.zeros_like(first.row_index),
         row_length=jnp.maximum(first.row_length, second.row_length),
+    )
+
+
+def _merge_records(first: NormRecordState, second: NormRecordState) -> NormRecordState:
+    if _name(first) != _name(second):
+        raise ValueError(
+            f"merge needs records of one name, got {_name(first)!r} and {_name(second)!r}."
+        )
+    return NormRecordState(
+        norm_name=first.norm_name,
+        last_norm=jnp.maximum(first.last_norm, second.last_norm),
+        max_norm=jnp.maximum(first.max_norm, second.max_norm),
+        clip_threshold=jnp.maximum(first.clip_threshold, second.clip_threshold),
+        num_norms=first.num_norms + second.num_norms,
+        num_clipped=first.num_clipped + second.num_clipped,
+        num_nonfinite=first.num_nonfinite + second.num_nonfinite,
+        norm_counts=first.norm_counts + second.norm_counts,
     )

@@ -9,6 +9,7 @@ from playbook_optax.analysis.curves import curve_findings, curve_info
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.importance import importance_findings, importance_info
+from playbook_optax.analysis.instability import instability_findings, instability_info
 from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.analysis.stability import stability_findings, stability_info
 from playbook_optax.records.study import Study
@@ -31,6 +32,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule("feasibility", feasibility_info, feasibility_findings),
     Rule("stability", stability_info, stability_findings),
+    Rule("instability", instability_info, instability_findings),
     Rule("boundaries", boundary_info, boundary_findings),
     Rule("curves", curve_info, curve_findings),
     Rule("importance", importance_info, importance_findings),

@@ -44,7 +44,8 @@ class TrialResult(NamedTuple):
       metrics: by name, float arrays (eval,), NaN after `infeasible_step`. Beside those of the
         workload, over the steps since the previous evaluation: ``step/loss`` and
         ``step/gradient_norm``, means; ``step/peak_gradient_norm``, the largest; ``step/peak_loss``,
-        the largest of the loss smoothed over about ten steps.
+        the largest of the loss smoothed over about ten steps, which begins at step 0 with the loss
+        of the first batch.
       step: number of updates done before each evaluation, int32 (eval,).
       best_value: retrospective best of the objective, float scalar, NaN if never finite.
       best_step: its step, int32 scalar, -1 if never finite.
@@ -407,10 +408,14 @@ def make_trial(
         best_params = state.best_params
         if keep == "best":
             best_params = _tree.select(improved, (state.params, state.model_state), best_params)
+        metrics = {
+            name: buffer.at[index].set(values[name]) for name, buffer in state.metrics.items()
+        }
+        # Before any update the smoothed loss is that of the first batch, known only now.
+        first = jnp.where(jnp.isfinite(state.first_loss), state.first_loss, jnp.nan)
+        metrics[PEAK_LOSS] = metrics[PEAK_LOSS].at[0].set(first)
         return state._replace(
-            metrics={
-                name: buffer.at[index].set(values[name]) for name, buffer in state.metrics.items()
-            },
+            metrics=metrics,
             sums=jax.tree.map(jnp.zeros_like, state.sums),
             num_summed=jnp.int32(0),
             peak=jnp.float32(jnp.nan),

@@ -465,7 +465,8 @@ def test_norms_and_peaks_between_evaluations_are_recorded():
             ("step/peak_loss", smooth[:, start:stop].max(axis=1)),
         ):
             np.testing.assert_allclose(whole.metrics[name][:, index], want, rtol=1e-4)
-    assert np.isnan(whole.metrics["step/peak_loss"][:, 0]).all()
+    assert np.isnan(whole.metrics["step/peak_gradient_norm"][:, 0]).all()
+    np.testing.assert_array_equal(whole.metrics["step/peak_loss"][:, 0], np.float32(loss[:, 1]))
     # The clipper's count and threshold, beside a monitor that never clips.
     assert whole.norms.threshold.tolist() == [0.5, np.float32(1e30)]
     assert whole.norms.num_clipped.tolist() == [int((norm[0, 1:] > 0.5).sum()), 0]

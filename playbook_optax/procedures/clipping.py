@@ -112,7 +112,8 @@ def choose_clip_threshold(
       point: further hyperparameters, name to number; those of the study's best trial by default.
       percentile: the first choice, between 0 and 100.
       num_trials: learning rates in the sweep, where there is one.
-      eval_every: updates between evaluations; a twentieth of `num_steps` if None.
+      eval_every: updates between evaluations; a twentieth of `num_steps` if None. With fewer than
+        six evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
       num_seeds: repetitions of each trial; it is unstable if one of them is.
       make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
       trials_per_block: as in `run_study`.

@@ -36,10 +36,8 @@ _ORDER = (WARMUP, CLIPPING, ADAPTIVE, BOTH, DURING_WARMUP, BOTH_ADAPTIVE)
 _RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
 _DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
 _ALWAYS = _checks.MAX_STEPS
-_LATE = 0.5
-"""Share of the evaluations, the last ones, that tell how the objective varies between steps."""
-_MAD = 1.4826
-"""Standard deviations in a median absolute deviation of normal numbers."""
+_MIN_GAIN, _MIN_GAIN_OF_ONE_SEED = 1e-3, 1e-2
+"""Smallest improvement that counts, as a share of what the baseline gained since step 0."""
 _MIN_NORMS = 100
 """Norms that the adaptive clipper sees before it clips, in a run that is long enough."""
 _ADAM_FACTOR = 0.1
@@ -63,8 +61,7 @@ class RemedyRow(NamedTuple):
       best_learning_rate: the trial's learning rate, NaN if none.
       clipped_fraction: share of that trial's updates that were clipped.
       extra_steps: by how much a run must grow that keeps its schedule whole: the warm-up.
-      spread: standard deviation of the best value over seeds; with one seed that of the objective
-        between evaluations in the second half of that trial, spikes left out.
+      spread: standard deviation of the best value over seeds; NaN with one seed.
       learning_rates: the sweep, ascending.
       values: the objective of each at its best evaluation, NaN where infeasible.
       unstable: whether each was unstable.
@@ -170,10 +167,10 @@ def compare_remedies(
 
     The recommendation goes through them in this order, the playbook's. It starts from the baseline
     at its best learning rate, and passes on to a later remedy only if that is better than the one
-    held by more than the noise: by two standard errors of the difference (from the spread over
-    seeds; with one seed, from how the objective varies between late evaluations of the calmer of
-    the two), and at least `margin` of the value held, and at least a thousandth of what the
-    baseline gained since step 0. Where no trial of the baseline is unstable, no remedy is tried.
+    held by more than the noise: by `margin` of the value held; and, with several seeds, by two
+    standard errors of the difference and a thousandth of what the baseline gained since step 0;
+    with one seed, which tells nothing of the noise, by a hundredth of that gain. Where no trial of
+    the baseline is unstable, no remedy is tried.
 
     Args:
       workload: a `Workload`, or a function of the point that gives one.
@@ -185,7 +182,8 @@ def compare_remedies(
       num_steps: updates of each trial, the warm-up included.
       num_trials: learning rates of each remedy.
       num_seeds: repetitions of each trial; it is unstable if one of them is.
-      eval_every: updates between evaluations; a twentieth of `num_steps` if None.
+      eval_every: updates between evaluations; a twentieth of `num_steps` if None. With fewer than
+        six evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
       warmup_steps: length of the warm-up; a tenth of `num_steps` if None.
       max_norm: the fixed clip threshold; if None, the `percentile` of the unclipped norms of the
         baseline's best trial (of the smallest learning rate, if all were infeasible).
@@ -374,7 +372,7 @@ def compare_remedies(
     if at_end:
         findings.append(_best_at_end(at_end))
     if recommended is None:
-        findings.append(_no_remedy_helps(baseline, lower, tried))
+        findings.append(_no_remedy_helps(baseline, lower, tried, num_seeds))
     else:
         findings.append(_recommended(recommended, baseline, comparison))
         if recommended.clipped_fraction > clipping.AGGRESSIVE:
@@ -518,7 +516,9 @@ def _row(remedy: str, study: Study, trials: slice, extra_steps: int) -> RemedyRo
         best_learning_rate=float(rates[best]) if found else math.nan,
         clipped_fraction=float(fractions[best]) if found else math.nan,
         extra_steps=extra_steps,
-        spread=_spread(study, first + best, int(out.best_step[first + best])) if found else 0.0,
+        spread=_spread(study, first + best, int(out.best_step[first + best]))
+        if found
+        else math.nan,
         learning_rates=tuple(rates.tolist()),
         values=tuple(out.value[trials].tolist()),
         unstable=tuple(unstable.tolist()),
@@ -526,20 +526,13 @@ def _row(remedy: str, study: Study, trials: slice, extra_steps: int) -> RemedyRo
 
 
 def _spread(study: Study, trial: int, step: int) -> float:
-    """How far the best value of a trial may be off by chance."""
+    """Standard deviation of a trial's objective at a step over seeds; NaN with one seed."""
     curves = study.data[study.objective]
-    if "seed" in curves.dims:
-        at = int(np.flatnonzero(study.data["step"].values == step)[0])
-        seeds = curves.transpose("trial", "seed", "eval").values[trial, :, at]
-        return float(seeds.astype(np.float64).std(ddof=1))
-    curve = curves.values[trial].astype(np.float64)
-    changes = np.diff(curve[-max(3, math.ceil(_LATE * len(curve))) :])
-    changes = changes[np.isfinite(changes)]
-    if not len(changes):
-        return 0.0
-    # The median passes over a trend and over the spikes of an instability, which are no noise. Two
-    # evaluations differ by sqrt(2) deviations.
-    return float(_MAD * np.median(np.abs(changes - np.median(changes))) / math.sqrt(2))
+    if "seed" not in curves.dims:
+        return math.nan
+    at = int(np.flatnonzero(study.data["step"].values == step)[0])
+    seeds = curves.transpose("trial", "seed", "eval").values[trial, :, at]
+    return float(seeds.astype(np.float64).std(ddof=1))
 
 
 def _gain(study: Study, baseline: RemedyRow) -> float:
@@ -560,12 +553,11 @@ class _Judge(NamedTuple):
 
     def noise(self, one: RemedyRow, other: RemedyRow) -> float:
         """By how much `one` must be better than `other`."""
-        if self.num_seeds > 1:
-            deviation = math.hypot(one.spread, other.spread) / math.sqrt(self.num_seeds)
-        else:
-            # The calmer of the two shows the noise of an evaluation; the other, the instability.
-            deviation = math.sqrt(2) * min(one.spread, other.spread)
-        return max(2 * deviation, self.margin * abs(other.best_value), 1e-3 * self.gain)
+        least = self.margin * abs(other.best_value)
+        if self.num_seeds == 1:
+            return max(least, _MIN_GAIN_OF_ONE_SEED * self.gain)
+        deviation = math.hypot(one.spread, other.spread) / math.sqrt(self.num_seeds)
+        return max(least, _MIN_GAIN * self.gain, 2 * deviation)
 
     def better(self, one: RemedyRow, other: RemedyRow) -> bool:
         """Whether `one` is better than `other` by more than the noise."""
@@ -714,7 +706,7 @@ def _recommended(row: RemedyRow, baseline: RemedyRow, comparison: RemedyComparis
 
 
 def _no_remedy_helps(
-    baseline: RemedyRow, lower: Sequence[RemedyRow], tried: Sequence[RemedyRow]
+    baseline: RemedyRow, lower: Sequence[RemedyRow], tried: Sequence[RemedyRow], num_seeds: int
 ) -> Finding:
     limit, useful = baseline.largest_stable_learning_rate, baseline.largest_useful_learning_rate
     wider = [row for row in tried if row.largest_useful_learning_rate > useful]
@@ -729,11 +721,13 @@ def _no_remedy_helps(
         advice = "Lower the range of the learning rate."
     elif lower:
         advice = (
-            f"Train without one at learning rate {min(baseline.best_learning_rate, limit):.4g}, "
-            f"below the largest stable one, {limit:.4g}."
+            f"Train without one at learning rate {min(baseline.best_learning_rate, limit):.4g}; the "
+            f"largest stable one is {limit:.4g}."
         )
     else:
         advice = f"Lower the learning rate below {baseline.learning_rates[0]:.4g}."
+    if wider and num_seeds == 1:
+        advice += " Repeat with num_seeds= to tell smaller differences from chance."
     return Finding(
         code="no_remedy_helps",
         severity="info",

@@ -306,6 +306,12 @@ def test_the_spread_over_seeds_is_noise():
     assert recommend(judge(1.0, 0.1, num_seeds=4, margin=0.0), 0.85, spread=0.1) == "r0"
 
 
+def test_one_seed_must_gain_a_hundredth_and_several_a_thousandth():
+    assert recommend(judge(0.02, gain=1.0), 0.012) is None
+    assert recommend(judge(0.02, gain=1.0), 0.009) == "r0"
+    assert recommend(judge(0.02, gain=1.0, num_seeds=2), 0.012) == "r0"
+
+
 def test_a_value_that_is_practically_zero_is_not_improved_on():
     assert recommend(judge(1e-12, gain=5.0), 1e-20) is None
 

@@ -371,18 +371,21 @@ def _row(
     rises: tuple[Rise, ...] = ()
     norm_outlier = None
     if "loss" in curves:
-        loss, peak = curves["loss"], curves.get("peak")
-        if peak is not None and np.isfinite(peak[0]) and not np.isfinite(loss[0]):
-            # No mean yet at step 0, but the loss of the first batch.
-            curves["loss"] = loss = np.concatenate([peak[:1], loss[1:]])
+        loss, peak, anchor = (curves.get(key) for key in ("loss", "peak", "initial"))
+        assert loss is not None
+        initial = None if anchor is None or not np.isfinite(anchor[0]) else float(anchor[0])
+        if peak is not None and not np.isfinite(loss[0]) and initial is not None:
+            # No mean yet at step 0, but an evaluation, and the first batch, which may be lucky.
+            first_point = np.fmax(peak[:1], initial)
+            loss = np.concatenate([first_point, loss[1:]])
+            peak = np.concatenate([first_point, peak[1:]])
+            curves |= {"loss": loss, "peak": peak}
         seen = np.isfinite(loss)
         first = int(np.argmax(seen)) if seen.any() else 0
         curves = {
             name: values if name == "initial" else values[first:] for name, values in curves.items()
         }
         times = step[first:]
-        anchor = curves.get("initial")
-        initial = None if anchor is None or not np.isfinite(anchor[0]) else float(anchor[0])
         rises = find_rises(
             times, curves["loss"], curves.get("peak"), num_steps=num_steps, initial=initial
         )

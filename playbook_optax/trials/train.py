@@ -453,7 +453,7 @@ def make_trial(
 
     def result(state: TrialState) -> TrialResult:
         work = resolve(workload, state.point)
-        high, first_high = _judge(work, state)
+        high, first_high = _judge(work, state, eval_steps)
         broke = state.infeasible_step >= 0
         before_high = jnp.asarray(eval_steps)[jnp.maximum(first_high, 0)] - 1
         best = reducers.best(maximize=work.maximize).compute(state.best)
@@ -751,7 +751,9 @@ def _with_clipping(info: norms.NormInfo, opt_state: Any) -> norms.NormInfo:
     )
 
 
-def _judge(work: Workload, state: TrialState) -> tuple[chex.Array, chex.Array]:
+def _judge(
+    work: Workload, state: TrialState, eval_steps: np.ndarray
+) -> tuple[chex.Array, chex.Array]:
     """Whether the trial's own loss is uncharacteristically high, and from which evaluation on."""
     name = work.training_loss or ("train/loss" if "train/loss" in state.metrics else STEP_LOSS)
     if name not in state.metrics:
@@ -760,8 +762,10 @@ def _judge(work: Workload, state: TrialState) -> tuple[chex.Array, chex.Array]:
             f"{_checks.nearest(name, state.metrics)}"
         )
     curve = state.metrics[name]
-    margin = _feasibility.EVALUATION_MARGIN
+    margin, noise = _feasibility.EVALUATION_MARGIN, jnp.float32(0)
     if name == STEP_LOSS:
+        # The first loss is one batch's, so how much those vary counts.
+        noise = _feasibility.BATCH_DEVIATIONS * _batch_deviation(curve[1:], eval_steps)
         curve = curve.at[0].set(state.first_loss)
         margin = _feasibility.BATCH_MARGIN
     # Peaks are in units of the training loss, the curve perhaps in others (a sum, a penalty). Where
@@ -774,4 +778,16 @@ def _judge(work: Workload, state: TrialState) -> tuple[chex.Array, chex.Array]:
         jnp.abs(reference), jnp.finfo(jnp.float32).tiny
     )
     peaks = curve[0] + rise.astype(curve.dtype) * jnp.abs(curve[0])
-    return _feasibility.high_loss(curve, peaks, margin=margin)
+    return _feasibility.high_loss(curve, peaks, margin=margin, noise=noise)
+
+
+def _batch_deviation(means: chex.Array, eval_steps: np.ndarray) -> chex.Array:
+    """The standard deviation of a batch's loss, from how means of many vary around their trend."""
+    if len(means) < 3:
+        return jnp.float32(0)
+    off = jnp.abs(means[2:] - 2 * means[1:-1] + means[:-2])
+    # The lower quartile, because those of a loss that explodes are all of its own size but the
+    # first. 0.3186: that of a normal's absolute value; 6: variance of the weights 1, -2, 1.
+    quartile = jnp.nanquantile(off, 0.25, method="lower") / (0.3186 * 6**0.5)
+    deviation = quartile * float(np.diff(eval_steps).max()) ** 0.5
+    return jnp.where(jnp.isfinite(deviation), deviation, 0).astype(jnp.float32)

@@ -127,9 +127,10 @@ def test_what_was_not_judged_is_said_once():
         "boundary_check_skipped",
         "curve_check_skipped",
         "high_loss_check_skipped",
+        "instability_check_skipped",
     ]
     healthy = diagnose(study)[0]
-    assert "not checked: boundary, curve, high_loss" in healthy.message
+    assert "not checked: instability, boundary, curve, high_loss" in healthy.message
 
 
 def test_seeds_use_their_mean(make_study):

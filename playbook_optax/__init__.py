@@ -11,7 +11,14 @@ from playbook_optax._feasibility import REASONS as INFEASIBLE_REASONS
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.learning_rate import scale_by_learning_rate, scale_by_warmup
-from playbook_optax.norms import NormInfo, clip_by_global_norm, monitor_norms, norm_info
+from playbook_optax.norms import (
+    NormInfo,
+    clip_by_global_norm,
+    clip_by_percentile,
+    clip_until,
+    monitor_norms,
+    norm_info,
+)
 from playbook_optax.optimizers import (
     adam,
     adamw,
@@ -52,6 +59,8 @@ __all__ = [
     "adam",
     "adamw",
     "clip_by_global_norm",
+    "clip_by_percentile",
+    "clip_until",
     "diagnose",
     "evaluate_in_batches",
     "load_study",

@@ -1,4 +1,4 @@
-"""The command line, ``playbook-optax sweep | tune | report | diagnose | zoo``; extra ``cli``."""
+"""The command line, ``playbook-optax sweep | tune | stabilize | ...``; extra ``cli``."""
 
 import dataclasses
 import functools
@@ -19,12 +19,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from playbook_optax import _checks, optimizers, report
+from playbook_optax import _checks, chapters, optimizers, report
 from playbook_optax.analysis.axes import hyperparameters
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
+from playbook_optax.procedures.stability import Stabilization, stabilize
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.storage import StorageError
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
@@ -209,6 +210,53 @@ class Tune(_Training):
         )
         _write_command(folder, "tune", self.workload, optimizer, space)
         return _finish(_judged(study, optimizer), folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stabilize(_Training):
+    """See an instability, name it, cure it: sweep, probe, warm-up, clipping, all remedies."""
+
+    num_seeds: int = 1
+    """Repetitions of each trial."""
+    variants: tuple[str, ...] = ()
+    """Other workloads to compare as remedies of architecture, such as digits_resmlp_pre."""
+
+    def run(self) -> int:
+        """Trains, compares, writes and tells."""
+        loaded, optimizer, seed = _prepare(self)
+        rate = self.space(loaded, optimizer)[_LEARNING_RATE]
+        folder = self.folder("stabilize")
+        verdict = stabilize(
+            loaded.workload,
+            functools.partial(_make_optimizer, optimizer),
+            SearchSpace({_LEARNING_RATE: rate}),
+            key=jax.random.key(seed),
+            num_steps=loaded.num_steps if self.num_steps is None else self.num_steps,
+            num_trials=12 if self.num_trials is None else self.num_trials,
+            num_seeds=self.num_seeds,
+            eval_every=self.eval_every,
+            workloads={name: load_workload(name).workload for name in self.variants},
+            trials_per_block=self.trials_per_block,
+            directory=folder,
+        )
+        recipe = None
+        if verdict.answer is not None:
+            recipe = stabilized_source(verdict.answer, optimizer)
+        page = chapters.write_stability_report(verdict, folder, self.workload, recipe)
+        for sentence in chapters.stability_headline(verdict):
+            _print_text(sentence)
+        if verdict.answer is not None and verdict.answer.comparison is not None:
+            table = chapters.remedy_table(verdict.answer.comparison)
+            print()
+            _print_table(table.header, table.rows)
+        print("\nFindings")
+        for finding in verdict.findings:
+            _print_text(f"{finding.severity}: {finding.message} {finding.suggestion}", "- ")
+        if recipe is not None:
+            print("\nRecipe")
+            print(textwrap.indent(recipe, "  "))
+        print(f"\nReport   {page}")
+        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -430,6 +478,40 @@ def recipe_source(study: Study, optimizer: str | None) -> str | None:
     )
 
 
+def stabilized_source(answer: Stabilization, optimizer: str) -> str | None:
+    """The recommended remedy as Python source.
+
+    Args:
+      answer: the answer of `pbx.procedures.stabilize`.
+      optimizer: name of the optimizer that was stabilized.
+
+    Returns:
+      The source; None where the recommendation is another workload, which is not an optimizer.
+    """
+    remedy = answer.recommended or ""
+    if remedy.startswith("workload/"):
+        return None
+    if remedy.startswith("optimizer/"):
+        optimizer = remedy.removeprefix("optimizer/")
+    schedule = f"pbx.schedules.constant({answer.learning_rate:.6g})"
+    if answer.warmup_steps:
+        schedule = f"pbx.schedules.prepend_warmup({schedule}, {answer.warmup_steps})"
+    clipper = None
+    if remedy == "clipping_during_warmup":
+        clipper = f"pbx.clip_until({answer.max_norm:.6g}, {answer.warmup_steps})"
+    elif answer.max_norm is not None:
+        clipper = f"pbx.clip_by_global_norm({answer.max_norm:.6g})"
+    elif "adaptive" in remedy:
+        clipper = "pbx.clip_by_percentile(90.0)"
+    base = f"pbx.{optimizer}(schedule)"
+    if clipper is None:
+        return f"import playbook_optax as pbx\n\nschedule = {schedule}\noptimizer = {base}"
+    return (
+        "import optax\nimport playbook_optax as pbx\n\n"
+        f"schedule = {schedule}\noptimizer = optax.chain({clipper}, {base})"
+    )
+
+
 def _finish(judged: _Judged, folder: Path) -> int:
     """Writes the report and tells what it says."""
     page = report.write_report(judged.study, folder, findings=judged.findings, recipe=judged.recipe)
@@ -509,7 +591,14 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
 
 
-_COMMANDS = {"sweep": Sweep, "tune": Tune, "report": Report, "diagnose": Diagnose, "zoo": Zoo}
+_COMMANDS = {
+    "sweep": Sweep,
+    "tune": Tune,
+    "stabilize": Stabilize,
+    "report": Report,
+    "diagnose": Diagnose,
+    "zoo": Zoo,
+}
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

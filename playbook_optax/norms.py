@@ -6,6 +6,7 @@ up the records of several streams of gradients.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -371,6 +372,51 @@ def clip_by_global_norm(
       >>> updates.tolist()
       [0.0, 1.0]
     """
+    return _clipper(max_norm, name, lambda step: True)
+
+
+@named_arguments
+def clip_until(
+    max_norm: chex.Numeric, num_steps: chex.Numeric, name: str = "clip_until"
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the first `num_steps` updates as `clip_by_global_norm` does, and none after that.
+
+    Clipping during warm-up is this with ``num_steps=warmup_steps``. The norms of all steps are
+    recorded.
+
+    Source: "Gradient clipping" (an open question of the playbook: clipping during warm-up).
+
+    Args:
+      max_norm: the threshold, a positive number or a traced scalar.
+      num_steps: how many updates to clip, a number or a traced scalar.
+      name: tells this record from others in the same state.
+
+    Returns:
+      A transformation whose state is a norm record; read it with `norm_info`.
+
+    Raises:
+      ValueError: a concrete `max_norm` that is not positive and finite, or `num_steps` that is no
+        number of steps; the name is not a non-empty string; a leaf is not a floating-point array,
+        or a gradient's shape is not its parameter's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from playbook_optax.norms import clip_until
+      >>> tx = clip_until(1.0, 1)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> first, state = tx.update(jnp.array([5.0]), state)
+      >>> second, state = tx.update(jnp.array([5.0]), state)
+      >>> first.tolist(), second.tolist(), int(state.num_clipped)
+      ([1.0], [5.0], 1)
+    """
+    check_steps("num_steps", num_steps)
+    return _clipper(max_norm, name, lambda step: step < jnp.asarray(num_steps, jnp.int32))
+
+
+def _clipper(
+    max_norm: chex.Numeric, name: str, active: Callable[[chex.Array], chex.Numeric]
+) -> optax.GradientTransformationExtraArgs:
+    """Clips at `max_norm` in the steps in which it is active, and records the norm of all."""
     check_number(
         "max_norm",
         max_norm,
@@ -391,7 +437,7 @@ def clip_by_global_norm(
     ) -> tuple[Any, NormRecordState]:
         del extra_args
         _check_updates(updates, params)
-        clipped, norm, clip = _clip(updates, max_norm)
+        clipped, norm, clip = _clip(updates, max_norm, active(state.num_norms))
         return clipped, _record_step(state, norm, max_norm, clip)
 
     return optax.GradientTransformationExtraArgs(init, update)

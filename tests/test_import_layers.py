@@ -32,6 +32,7 @@ FLOORS = {
     "procedures": 6,
     "plots": 7,
     "report": 7,
+    "chapters": 7,
     "cli": 7,
 }
 # What a module may import beyond "its own floor or a lower one".

@@ -15,6 +15,7 @@ from playbook_optax.norms import (
     NormInfo,
     clip_by_global_norm,
     clip_by_percentile,
+    clip_until,
     init_record,
     monitor_norms,
     norm_info,
@@ -28,6 +29,7 @@ FACTORIES = {
     "clip": lambda **kw: clip_by_global_norm(2.0, **kw),
     "monitor": lambda **kw: monitor_norms(**kw),
     "percentile": lambda **kw: clip_by_percentile(50.0, min_steps=1, **kw),
+    "until": lambda **kw: clip_until(2.0, 100, **kw),
 }
 
 
@@ -143,7 +145,7 @@ def test_a_bad_gradient_stays_visible_and_is_counted(bad, factory):  # fault 47
     info = norm_info(state)
     assert not np.isfinite(info.last_norm)
     assert (int(info.num_nonfinite), int(info.num_steps), int(info.counts.sum())) == (1, 2, 1)
-    assert int(info.num_clipped) == (factory == "clip")
+    assert int(info.num_clipped) == (factory in ("clip", "until"))
     np.testing.assert_allclose(info.max_norm, 5.0, rtol=1e-6)
 
 
@@ -378,3 +380,46 @@ def test_record_without_a_threshold_counts_no_clipping():
 def test_percentile_rejects_what_is_no_percentage(q):
     with pytest.raises(ValueError, match=r"q must be"):
         norm_info(monitor_norms().init(PARAMS)).percentile(q)
+
+
+def test_clip_until_is_the_clipper_and_then_nothing():
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(())}
+    grads = {"a": jnp.array([3.0, 0.0, 4.0]), "b": jnp.array(12.0)}
+    until, always = clip_until(1.0, 2), clip_by_global_norm(1.0)
+    mine, theirs = until.init(params), always.init(params)
+    for step in range(4):
+        got, mine = until.update(grads, mine, params)
+        want, theirs = always.update(grads, theirs, params)
+        for one, other in zip(
+            *map(jax.tree.leaves, (got, want if step < 2 else grads)), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+    info = norm_info(mine)
+    assert (int(info.num_clipped), int(info.num_steps), float(info.threshold)) == (2, 4, 1.0)
+    np.testing.assert_array_equal(info.counts, norm_info(theirs).counts)
+
+
+def test_clip_until_is_data_and_a_legal_carry():
+    def train(max_norm, num_steps):
+        transform = optax.chain(clip_until(max_norm, num_steps), optax.sgd(1.0))
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = transform.update(jnp.full(4, 5.0), state, params)
+            return (optax.apply_updates(params, updates), state), updates
+
+        start = jnp.zeros(4)
+        return jax.lax.scan(step, (start, transform.init(start)), length=4)[1]
+
+    thresholds = jnp.array([1.0, 1.0, 3e38])
+    steps = jnp.array([2, 2**31 - 1, 2**31 - 1], jnp.int32)
+    norms = jnp.linalg.norm(jax.jit(jax.vmap(train))(thresholds, steps), axis=-1)
+    want = [[1, 1, 10, 10], [1, 1, 1, 1], [10, 10, 10, 10]]
+    np.testing.assert_allclose(norms, want, rtol=1e-6)
+
+
+def test_clip_until_leaves_what_is_not_finite_visible():
+    transform = clip_until(1.0, 5)
+    updates, state = transform.update(jnp.array([jnp.inf, 1.0]), transform.init(jnp.zeros(2)))
+    assert np.isinf(updates[0])
+    assert int(state.num_nonfinite) == 1

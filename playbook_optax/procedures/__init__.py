@@ -1,6 +1,27 @@
 """Floor 6: the playbook's procedures, each from a workload to a `Verdict`."""
 
+from playbook_optax.procedures.clipping import choose_clip_threshold
+from playbook_optax.procedures.instability import (
+    find_unstable_learning_rate,
+    probe_early_instability,
+)
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
+from playbook_optax.procedures.remedies import RemedyComparison, RemedyRow, compare_remedies
+from playbook_optax.procedures.stability import Stabilization, stabilize
 from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.procedures.warmup import WarmupAnswer, tune_warmup
 
-__all__ = ["Verdict", "sweep_learning_rate"]
+__all__ = [
+    "RemedyComparison",
+    "RemedyRow",
+    "Stabilization",
+    "Verdict",
+    "WarmupAnswer",
+    "choose_clip_threshold",
+    "compare_remedies",
+    "find_unstable_learning_rate",
+    "probe_early_instability",
+    "stabilize",
+    "sweep_learning_rate",
+    "tune_warmup",
+]

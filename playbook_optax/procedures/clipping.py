@@ -35,24 +35,6 @@ AGGRESSIVE = 0.5
 """From more than this share of clipped updates on, the learning rate should be lowered instead."""
 
 
-class ClipAnswer(NamedTuple):
-    """A clip threshold that trained stably.
-
-    Attributes:
-      max_norm: the threshold.
-      percentile: the percentile of the unclipped norms that it is.
-      clipped_fraction: share of the updates that it clipped, at `learning_rate`.
-      learning_rate: the learning rate at which it was tried.
-      best_value: the objective there, at its best evaluation.
-    """
-
-    max_norm: float
-    percentile: float
-    clipped_fraction: float
-    learning_rate: float
-    best_value: float
-
-
 class ThresholdRow(NamedTuple):
     """One threshold that was tried.
 
@@ -121,9 +103,10 @@ def choose_clip_threshold(
       progress: show a progress bar on a terminal.
 
     Returns:
-      A `Verdict`: `answer` is a `ClipAnswer`, or None where no norms were recorded, every trial was
-      infeasible, there is no instability to clip for, or no threshold stops it. The Finding
-      ``clip_thresholds`` holds a `ThresholdRow` for each threshold and the histogram's percentiles.
+      A `Verdict`: `answer` is the threshold, float, or None where no norms were recorded, every
+      trial was infeasible, there is no instability to clip for, or no threshold stops it. The
+      Finding ``clip_thresholds`` holds a `ThresholdRow` for each threshold, the chosen one, and the
+      histogram's percentiles.
 
     Raises:
       ValueError: a bad argument, as `run_study`; a space without ``learning_rate`` or with anything
@@ -145,7 +128,8 @@ def choose_clip_threshold(
       >>> verdict = choose_clip_threshold(
       ...     workload, lambda point: pbx.sgd(point["learning_rate"]), key=jax.random.key(0),
       ...     learning_rate=0.1, num_steps=100, eval_every=10)
-      >>> verdict.answer.clipped_fraction < 0.5, verdict.answer.best_value < 0.1
+      >>> row = verdict.findings[0].evidence["chosen"]
+      >>> verdict.answer == row["max_norm"], row["clipped_fraction"] < 0.5
       (True, True)
 
     Source: playbook, "How can optimization failures be debugged and mitigated?" (gradient
@@ -210,7 +194,7 @@ def choose_clip_threshold(
         studies[name] = runner.run(points, directory=subdirectory(directory, name))
         return studies[name]
 
-    def verdict(answer: ClipAnswer | None, findings: Iterable[Finding]) -> Verdict:
+    def verdict(answer: float | None, findings: Iterable[Finding]) -> Verdict:
         trials = sum(s.num_trials for name, s in studies.items() if name != "given")
         return Verdict(
             answer, tuple(by_severity(findings)), studies, trials * num_seeds * num_steps
@@ -266,14 +250,7 @@ def choose_clip_threshold(
     findings = [_chosen(chosen, rows[0], evidence)]
     if chosen.clipped_fraction > AGGRESSIVE:
         findings.append(lower_instead(chosen.clipped_fraction, learning_rate, stable_rate))
-    answer = ClipAnswer(
-        max_norm=chosen.max_norm,
-        percentile=chosen.percentile,
-        clipped_fraction=chosen.clipped_fraction,
-        learning_rate=float(learning_rate),
-        best_value=chosen.best_value,
-    )
-    return verdict(answer, findings)
+    return verdict(chosen.max_norm, findings)
 
 
 def check_point(point: Mapping[str, Any] | None, reserved: Iterable[str]) -> dict[str, Any]:
@@ -516,7 +493,7 @@ def _chosen(chosen: ThresholdRow, unclipped: ThresholdRow, evidence: Mapping[str
             f"stable, and clips {chosen.clipped_fraction:.0%} of the updates.{how} Best value "
             f"{chosen.best_value:.4g}, without clipping {unclipped.best_value:.4g}{lower}."
         ),
-        evidence={**evidence, "max_norm": chosen.max_norm, "percentile": chosen.percentile},
+        evidence={**evidence, "chosen": chosen._asdict()},
         section=SECTION,
         suggestion="Clip at it if that is the better value, and sweep the learning rate again.",
     )

@@ -16,7 +16,7 @@ from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.norms import norm_histogram
 from playbook_optax.analysis.outcomes import outcomes
-from playbook_optax.norms import NormRecordState, clip_by_global_norm, clip_by_percentile
+from playbook_optax.norms import clip_by_percentile, clip_until
 from playbook_optax.procedures import clipping
 from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM, NO_CLIPPING
 from playbook_optax.procedures.verdict import Verdict
@@ -33,6 +33,7 @@ WARMUP, CLIPPING, ADAPTIVE = "warmup", "clipping", "adaptive_clipping"
 BOTH, DURING_WARMUP = "warmup_and_clipping", "clipping_during_warmup"
 BOTH_ADAPTIVE = "warmup_and_adaptive_clipping"
 _ORDER = (WARMUP, CLIPPING, ADAPTIVE, BOTH, DURING_WARMUP, BOTH_ADAPTIVE)
+_FIXED = "warmup_and_fixed_clipping"
 _RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
 _DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
 _ALWAYS = _checks.MAX_STEPS
@@ -65,6 +66,8 @@ class RemedyRow(NamedTuple):
       learning_rates: the sweep, ascending.
       values: the objective of each at its best evaluation, NaN where infeasible.
       unstable: whether each was unstable.
+      study: name of its study in the verdict.
+      best_trial: index of the best trial there, -1 if none.
     """
 
     remedy: str
@@ -80,6 +83,8 @@ class RemedyRow(NamedTuple):
     learning_rates: tuple[float, ...]
     values: tuple[float, ...]
     unstable: tuple[bool, ...]
+    study: str = ""
+    best_trial: int = -1
 
 
 class RemedyComparison(NamedTuple):
@@ -311,7 +316,7 @@ def compare_remedies(
     nothing = {MAX_NORM: NO_CLIPPING, CLIP_STEPS: _ALWAYS, WARMUP_STEPS: 0}
     program = runner(workload, tame(make_optimizer), nothing)
     study = run(program, BASELINE, table(rates, nothing))
-    baseline = _row(BASELINE, study, slice(None), 0)
+    baseline = _row(BASELINE, studies, BASELINE, slice(None), 0)
     judge = _Judge(baseline, _gain(study, baseline), margin, num_seeds, study.maximize)
     baseline = judge.with_useful_rate(baseline)
     comparison = RemedyComparison(
@@ -340,24 +345,27 @@ def compare_remedies(
         }
     else:
         findings.append(_no_threshold())
-    study = run(program, "warmup_and_fixed_clipping", table(rates, *settings.values()))
+    run(program, _FIXED, table(rates, *settings.values()))
     rows = {}
     for i, (name, setting) in enumerate(settings.items()):
         trials = slice(i * len(rates), (i + 1) * len(rates))
-        rows[name] = _row(name, study, trials, int(setting[WARMUP_STEPS]))
+        rows[name] = _row(name, studies, _FIXED, trials, int(setting[WARMUP_STEPS]))
     adaptive = [{PERCENTILE: percentile, WARMUP_STEPS: steps} for steps in (0, warmup_steps)]
-    study = run(runner(workload, adapt, adaptive[0]), ADAPTIVE, table(rates, *adaptive))
-    rows[ADAPTIVE] = _row(ADAPTIVE, study, slice(0, len(rates)), 0)
-    rows[BOTH_ADAPTIVE] = _row(BOTH_ADAPTIVE, study, slice(len(rates), None), warmup_steps)
+    run(runner(workload, adapt, adaptive[0]), ADAPTIVE, table(rates, *adaptive))
+    for name, trials, steps in (
+        (ADAPTIVE, slice(0, len(rates)), 0),
+        (BOTH_ADAPTIVE, slice(len(rates), None), warmup_steps),
+    ):
+        rows[name] = _row(name, studies, ADAPTIVE, trials, steps)
     order = [name for name in _ORDER if name in rows]
     for name, (make, own_rates) in others.items():
-        other = run(runner(workload, tame(make), nothing), name, table(own_rates, nothing))
-        rows[name] = _row(name, other, slice(None), 0)
+        run(runner(workload, tame(make), nothing), name, table(own_rates, nothing))
+        rows[name] = _row(name, studies, name, slice(None), 0)
         order.append(name)
     for short, work in (workloads or {}).items():
         name = f"workload/{short}"
-        other = run(runner(work, tame(make_optimizer), nothing), name, table(rates, nothing))
-        rows[name] = _row(name, other, slice(None), 0)
+        run(runner(work, tame(make_optimizer), nothing), name, table(rates, nothing))
+        rows[name] = _row(name, studies, name, slice(None), 0)
         order.append(name)
     tried = [judge.with_useful_rate(rows[name]) for name in order]
     recommended = judge.recommend(tried)
@@ -385,46 +393,6 @@ def compare_remedies(
                 )
             )
     return verdict(comparison, findings)
-
-
-def clip_until(max_norm: chex.Numeric, num_steps: chex.Numeric) -> Any:
-    """Clips the first `num_steps` updates at `max_norm`, and only records the norms of the others.
-
-    Args:
-      max_norm: the threshold, a positive number or a traced scalar.
-      num_steps: how many updates to clip, a number or a traced scalar.
-
-    Returns:
-      A transformation whose state is the norm record of `clip_by_global_norm`, a legal scan carry.
-
-    Raises:
-      ValueError: a concrete `max_norm` that is not positive, or `num_steps` that is no number of
-        steps.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tx = clip_until(1.0, 1)
-      >>> state = tx.init(jnp.zeros(1))
-      >>> first, state = tx.update(jnp.array([5.0]), state)
-      >>> second, state = tx.update(jnp.array([5.0]), state)
-      >>> first.tolist(), second.tolist(), int(state.num_clipped)
-      ([1.0], [5.0], 1)
-    """
-    _checks.check_steps("num_steps", num_steps)
-    always = clip_by_global_norm(max_norm)
-
-    def update(
-        updates: chex.ArrayTree,
-        state: NormRecordState,
-        params: chex.ArrayTree | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, NormRecordState]:
-        # The record counts the steps. Later ones are clipped at a threshold that no norm exceeds.
-        limit = jnp.where(state.num_norms < num_steps, max_norm, NO_CLIPPING).astype(jnp.float32)
-        updates, new = clip_by_global_norm(limit).update(updates, state, params, **extra_args)
-        return updates, new._replace(clip_threshold=state.clip_threshold)
-
-    return optax.GradientTransformationExtraArgs(always.init, update)
 
 
 def _rates(
@@ -495,8 +463,11 @@ def _threshold(study: Study, percentile: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _row(remedy: str, study: Study, trials: slice, extra_steps: int) -> RemedyRow:
+def _row(
+    remedy: str, studies: Mapping[str, Study], name: str, trials: slice, extra_steps: int
+) -> RemedyRow:
     """The row of the trials of one remedy, which are in the order of their learning rates."""
+    study = studies[name]
     out = outcomes(study)
     rates = study.points[LEARNING_RATE].astype(np.float64)[trials]
     unstable = instability_info(study).unstable[trials]
@@ -522,6 +493,8 @@ def _row(remedy: str, study: Study, trials: slice, extra_steps: int) -> RemedyRo
         learning_rates=tuple(rates.tolist()),
         values=tuple(out.value[trials].tolist()),
         unstable=tuple(unstable.tolist()),
+        study=name,
+        best_trial=first + best if found else -1,
     )
 
 
@@ -596,7 +569,8 @@ def _lower(baseline: RemedyRow) -> list[RemedyRow]:
     rate = baseline.largest_stable_learning_rate
     if math.isnan(rate):
         return []
-    value = baseline.values[baseline.learning_rates.index(rate)]
+    trial = baseline.learning_rates.index(rate)
+    value = baseline.values[trial]
     return [
         baseline._replace(
             remedy=LOWER,
@@ -606,6 +580,7 @@ def _lower(baseline: RemedyRow) -> list[RemedyRow]:
             learning_rates=(rate,),
             values=(value,),
             unstable=(False,),
+            best_trial=trial,
         )
     ]
 
@@ -721,8 +696,8 @@ def _no_remedy_helps(
         advice = "Lower the range of the learning rate."
     elif lower:
         advice = (
-            f"Train without one at learning rate {min(baseline.best_learning_rate, limit):.4g}; the "
-            f"largest stable one is {limit:.4g}."
+            f"Train without one at learning rate {min(baseline.best_learning_rate, limit):.4g}; "
+            f"the largest stable one is {limit:.4g}."
         )
     else:
         advice = f"Lower the learning rate below {baseline.learning_rates[0]:.4g}."

@@ -3,10 +3,8 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 import pytest
 import tiny_workloads
 
@@ -14,7 +12,7 @@ import playbook_optax as pbx
 from playbook_optax import plots
 from playbook_optax.procedures import remedies
 from playbook_optax.procedures.clipping import NO_CLIPPING, clipped_fractions
-from playbook_optax.procedures.remedies import clip_until, compare_remedies
+from playbook_optax.procedures.remedies import compare_remedies
 
 from .test_clipping import outliers
 
@@ -326,52 +324,6 @@ def test_the_largest_useful_rate_does_as_well_as_the_baseline():
     made = row("r", 0.5, rates=(0.1, 0.2, 0.3, 0.4), unstable=(False, False, False, True))
     made = made._replace(values=(0.5, 1.05, 1.5, 0.5))
     assert ruler.with_useful_rate(made).largest_useful_learning_rate == 0.2
-
-
-# The clipper that stops.
-
-
-def test_clip_until_is_the_clipper_and_then_nothing():
-    params = {"a": jnp.zeros(3), "b": jnp.zeros(())}
-    grads = {"a": jnp.array([3.0, 0.0, 4.0]), "b": jnp.array(12.0)}
-    until, always = clip_until(1.0, 2), pbx.clip_by_global_norm(1.0)
-    mine, theirs = until.init(params), always.init(params)
-    for step in range(4):
-        got, mine = until.update(grads, mine, params)
-        want, theirs = always.update(grads, theirs, params)
-        for one, other in zip(
-            *map(jax.tree.leaves, (got, want if step < 2 else grads)), strict=True
-        ):
-            np.testing.assert_array_equal(one, other)
-    info = pbx.norm_info(mine)
-    assert (int(info.num_clipped), int(info.num_steps), float(info.threshold)) == (2, 4, 1.0)
-    np.testing.assert_array_equal(info.counts, pbx.norm_info(theirs).counts)
-
-
-def test_clip_until_is_data_and_a_legal_carry():
-    def train(max_norm, num_steps):
-        transform = optax.chain(clip_until(max_norm, num_steps), optax.sgd(1.0))
-
-        def step(carry, _):
-            params, state = carry
-            updates, state = transform.update(jnp.full(4, 5.0), state, params)
-            return (optax.apply_updates(params, updates), state), updates
-
-        start = jnp.zeros(4)
-        return jax.lax.scan(step, (start, transform.init(start)), length=4)[1]
-
-    thresholds = jnp.array([1.0, 1.0, NO_CLIPPING])
-    steps = jnp.array([2, 2**31 - 1, 2**31 - 1], jnp.int32)
-    norms = jnp.linalg.norm(jax.jit(jax.vmap(train))(thresholds, steps), axis=-1)
-    want = [[1, 1, 10, 10], [1, 1, 1, 1], [10, 10, 10, 10]]
-    np.testing.assert_allclose(norms, want, rtol=1e-6)
-
-
-def test_clip_until_leaves_what_is_not_finite_visible():
-    transform = clip_until(1.0, 5)
-    updates, state = transform.update(jnp.array([jnp.inf, 1.0]), transform.init(jnp.zeros(2)))
-    assert np.isinf(updates[0])
-    assert int(state.num_nonfinite) == 1
 
 
 @pytest.mark.parametrize(

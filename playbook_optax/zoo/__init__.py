@@ -1,7 +1,18 @@
-"""Workloads on real data that come with the package, in Flax linen; the extra ``data``."""
+"""Workloads on real data that come with the package, in Flax linen; digits need extra ``data``."""
 
-from playbook_optax.zoo.blocks import ResidualBlock
+from playbook_optax.zoo.blocks import Residual, ResidualBlock
 from playbook_optax.zoo.digits import digits_mlp, digits_resmlp
 from playbook_optax.zoo.entry import Entry, load, names
+from playbook_optax.zoo.text import bytes_baselines, bytes_transformer
 
-__all__ = ["Entry", "ResidualBlock", "digits_mlp", "digits_resmlp", "load", "names"]
+__all__ = [
+    "Entry",
+    "Residual",
+    "ResidualBlock",
+    "bytes_baselines",
+    "bytes_transformer",
+    "digits_mlp",
+    "digits_resmlp",
+    "load",
+    "names",
+]

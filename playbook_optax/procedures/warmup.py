@@ -33,6 +33,8 @@ POST_WARMUP = 2
 """post_warmup_steps, in units of warmup_steps."""
 LOWER_FACTORS = (2.0, 5.0)
 """Tried beside the factors that are asked for, to tell how far a warm-up helps if not so far."""
+SHORTEST_CURVE = 10
+"""Evaluations of the shortest trial of the sweep: rises are looked for in eight or more."""
 BASELINE_RANGE = 100.0
 """The baseline's learning rates reach from the unstable one down to this fraction of it."""
 
@@ -267,7 +269,7 @@ def tune_warmup(
         [length for length, _ in grid],
         bases,
         (1 + POST_WARMUP) * lengths[-1],
-        max(1, lengths[0] // 2),
+        max(1, (1 + POST_WARMUP) * lengths[0] // SHORTEST_CURVE),
         then_constant,
     )
     name = resolve(work, sweep.point(0)).training_loss
@@ -295,11 +297,11 @@ def tune_warmup(
     base_rows = _results(baseline)
     warm_rows = []
     for length in sorted(set(chosen.values())):
-        rates = [_base(unstable_learning_rate, f) for f, n in chosen.items() if n == length]
+        peaks = [_base(unstable_learning_rate, f) for f, n in chosen.items() if n == length]
         study = run(
             f"with_warmup_{length}",
-            [length] * len(rates),
-            rates,
+            [length] * len(peaks),
+            peaks,
             num_steps + length,
             eval_every,
             then_schedule,
@@ -310,6 +312,8 @@ def tune_warmup(
     warm = _best(warm_rows, sign)
     better = warm is not None and (plain is None or sign * warm.value < sign * plain.value)
     findings.append(_compared(better, plain, warm, base_rows, warm_rows, baseline, num_steps))
+    if plain is not None and len(base_rows) > 1 and plain == base_rows[0]:
+        findings.append(_at_low_end(plain))
     if not better:
         return Verdict(None, tuple(by_severity(findings)), studies, cost)
     assert warm is not None
@@ -503,7 +507,8 @@ def _none_stable(
         )
         advice = f"Tune it there: factors=({factor:g},). Clipping may allow more."
     else:
-        message += ", nor at 2 or 5 times where those are less: no warm-up helps."
+        lower = " or ".join(f"{f:g}" for f in sorted({row.factor for row in rows} - {*factors}))
+        message += f", nor at {lower} times: no warm-up helps." if lower else ": none helps."
         advice = "Try clipping, another optimizer or architecture, or a lower learning rate."
     return Finding(
         code="warmup_helps_less" if shortest else "no_warmup_helps",
@@ -559,6 +564,21 @@ def _compared(
             if better
             else f"Train without warm-up, or try other factors.{chance}"
         ),
+    )
+
+
+def _at_low_end(plain: _Result) -> Finding:
+    return Finding(
+        code="baseline_at_end_of_sweep",
+        severity="warning",
+        message=(
+            f"Without warm-up the best base learning rate is the smallest tried, "
+            f"{plain.base_learning_rate:.4g}: a smaller one may be better still, so the baseline "
+            "may be unfairly weak."
+        ),
+        evidence={"base_learning_rate": plain.base_learning_rate, "best_value": plain.value},
+        section=SECTION,
+        suggestion="Give a finished learning-rate sweep as the study: its best rate is taken.",
     )
 
 

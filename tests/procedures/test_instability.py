@@ -45,15 +45,14 @@ def check_limit(verdict, limit, ratio=1.1):
     assert verdict.cost == trial_steps(verdict)
 
 
-@pytest.mark.parametrize("curvature", [1e-3, 1e-2, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("curvature", [1e-3, 1.0, 1e3])
 def test_gradient_descent_breaks_at_two_over_the_curvature(curvature):
     workload = tiny_workloads.quadratic((curvature, 0.1 * curvature))
     verdict = find_unstable_learning_rate(workload, tiny_workloads.sgd, key=KEY, num_steps=200)
     check_limit(verdict, 2 / curvature)
 
 
-@pytest.mark.parametrize("beta", [0.5, 0.9])
-@pytest.mark.parametrize("curvature", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(("curvature", "beta"), [(1e-3, 0.9), (1.0, 0.5), (1e3, 0.9)])
 def test_momentum_breaks_at_its_closed_form(curvature, beta):
     workload = tiny_workloads.quadratic((curvature, 0.1 * curvature))
     verdict = find_unstable_learning_rate(

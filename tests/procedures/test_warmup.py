@@ -121,7 +121,7 @@ def test_the_cost_is_what_was_run(helped):
 def test_a_run_repeats_exactly():
     arguments = {"num_steps": 60, "unstable_learning_rate": 0.01, "num_trials": 2}
     one, two = (
-        tune(tiny_workloads.mlp(), tiny_workloads.momentum, num_seeds=2, **arguments)
+        tune(tiny_workloads.quadratic(), tiny_workloads.momentum, num_seeds=2, **arguments)
         for _ in range(2)
     )
     assert "with_warmup_6" in one.studies

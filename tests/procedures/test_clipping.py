@@ -1,5 +1,7 @@
 """choose_clip_threshold: a percentile of the norms on record, verified, or refused with reasons."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +155,9 @@ def test_the_wanted_rate_is_by_default_the_smallest_unstable_one_above_the_best(
         {"learning_rate": rates},
         **{**ARGUMENTS, "num_steps": 40},
     )
+    # A failure below the best rate is no reason to train there.
+    infeasible = study.data["infeasible"].copy(data=[True, False, True, True])
+    study = dataclasses.replace(study, data=study.data.assign(infeasible=infeasible))
     verdict = choose_clip_threshold(
         tiny_workloads.quadratic(), tiny_workloads.sgd, study, **{**ARGUMENTS, "num_steps": 40}
     )

@@ -4,7 +4,7 @@ The rule, on one curve of the training loss (means between evaluations, or singl
 
 - The *level* is the highest loss within a tenth of training before the lowest point so far, so that
   the swings of momentum that die away, and the noise around a plateau, are part of it.
-- A *rise* begins at that lowest point if the loss later exceeds the level by more than five
+- A *rise* begins at that lowest point if the loss later exceeds the level by more than six
   deviations of its noise and by more than a tenth of the decline so far (of the whole decline, if
   there was none yet). A curve of single steps is first filtered by a running median of three, so
   that one unlucky batch is no stretch; between evaluations the peak of the loss smoothed over about
@@ -30,7 +30,7 @@ SECTION = "Identifying unstable workloads"
 REMEDY_SECTION = "How can optimization failures be debugged and mitigated?"
 LEVEL_WINDOW = 0.1
 """Share of training before the lowest point over which the level is the highest loss."""
-NUM_DEVIATIONS = 5.0
+NUM_DEVIATIONS = 6.0
 """Deviations of the noise by which a rise exceeds the level."""
 MIN_SHARE = 0.1
 """Share of the decline so far by which a rise exceeds the level."""
@@ -63,7 +63,7 @@ class Rise(NamedTuple):
       recovered_step: first step at which the loss was back at the level, -1 if never.
       before: lowest loss before it.
       level: highest loss in the tenth of training before that, which the rise exceeds.
-      top: its highest loss; infinite or NaN if training diverged there.
+      top: its highest finite loss.
       height: top - level.
       noise: deviation of the loss from its trend.
       kind: ``"early"``: it began within the first 5% of training, or before any decline beyond the
@@ -180,6 +180,19 @@ def _quiet_noise(off: np.ndarray) -> float:
     return sorted(_deviation(part) for part in parts)[(len(parts) - 1) // 2]
 
 
+def _first_noise(loss: np.ndarray, window: int, initial: float) -> float:
+    """The noise of the first batches, from how they jump to and fro, whatever their trend.
+
+    In the units of the initial loss: the losses of an example differ the more, the larger they are.
+    """
+    num = max(window, MIN_POINTS)
+    jumps = np.abs(np.diff(loss, 2)[:num]) / np.sqrt(6.0)
+    lowest = loss.min()
+    left = np.median(loss[:num]) - lowest
+    growth = (initial - lowest) / left if left > 0 else np.inf
+    return float(1.4826 * np.median(jumps) * np.clip(growth, 1.0, 10.0))
+
+
 def _smooth(loss: np.ndarray) -> np.ndarray:
     """Single losses smoothed as our trials smooth them: one batch alone is not a stretch."""
     from scipy import signal
@@ -248,27 +261,30 @@ def find_rises(
     if peak is not None:
         off = np.fmax(off, _deviations(peaks))
     quiet = _quiet_noise(off)
+    window = max(4, int(np.ceil(LEVEL_WINDOW * len(curve))))
+    first_noise = 0.0 if initial is None else _first_noise(curve, window, initial)
     ended = curve
     if np.median(np.diff(step)) <= 1:
         # Smoothing delays the end of a rise; a median of five does not.
         ended = _running_median(curve, 2)
         curve = _smooth(curve)
-    high = curve if peak is None else np.fmax(curve, peaks)
-    window = max(4, int(np.ceil(LEVEL_WINDOW * len(curve))))
+    # The mean of an interval shorter than the smoothing is noisier than the smoothed loss.
+    high = curve if peak is None else peaks
     lowest_after = np.full(len(curve), -np.inf)
     if len(curve) > window:
         stretches = np.lib.stride_tricks.sliding_window_view(curve, window)
         lowest_after[: len(stretches)] = stretches.min(axis=1)
     descent = curve[0] - curve.min()
     # A noise that is itself estimated from few points is known less well.
-    deviations = NUM_DEVIATIONS * (1 + 10 / len(curve))
+    deviations = NUM_DEVIATIONS * (1 + 15 / len(curve))
     found = []
     low, at, until = 0, 1, len(curve)
     while at < until:
         if curve[at] < curve[low]:
             low = at
         known = low >= window
-        level = high[max(0, low - window) : low + 1].max()
+        last = low if known or initial is not None else max(low, window)
+        level = high[max(0, low - window) : last + 1].max()
         decline = curve[0] - curve[low]
         share = MIN_SHARE * (decline if decline > 0 else descent)
         noise = quiet
@@ -290,6 +306,8 @@ def find_rises(
             else:
                 near = off[window : 3 * window]
             noise = max(quiet, _deviation(near))
+            if not known and initial is not None:
+                noise = max(noise, first_noise)
         if not (sudden or lasting):
             at += 1
             continue
@@ -341,10 +359,53 @@ def _runs(study: Study, name: str) -> np.ndarray:
     return np.asarray(array.transpose("trial", "seed", ...).values)
 
 
+def _judged(study: Study) -> dict[str, np.ndarray]:
+    """What a verdict is made of, each (trial, seed, eval): losses, peaks and gradient norms."""
+    known = metric_names(study)
+    wanted = dict(zip(("loss", "peak"), _loss_metric(study), strict=True))
+    if "train/loss" in known and len(study.data["step"]) and study.data["step"][0] == 0:
+        wanted["initial"] = "train/loss"
+    if "step/gradient_norm" in known and "step/peak_gradient_norm" in known:
+        wanted |= {"norm": "step/gradient_norm", "norm_peak": "step/peak_gradient_norm"}
+    return {key: _runs(study, name).astype(float) for key, name in wanted.items() if name}
+
+
+@_checks.named_arguments
+def loss_curve(
+    study: Study, trial: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The training loss by which `instability_info` judges one run.
+
+    Args:
+      study: the study.
+      trial: its index.
+      seed: which run of it; ``InstabilityRow.seed`` is the worst.
+
+    Returns:
+      Steps, losses and their peaks since the step before (None where none were recorded), each of
+      shape (point,), from the first loss on; NaN where a run had ended. Empty without a loss.
+
+    Raises:
+      ValueError: there is no such trial or seed.
+
+    Source: playbook, "Identifying unstable workloads".
+    """
+    curves = _judged(study)
+    runs = _runs(study, "infeasible").shape
+    for name, index, count in (("trial", trial, runs[0]), ("seed", seed, runs[1])):
+        if not 0 <= index < count:
+            raise ValueError(f"{name} = {index} must lie in [0, {count}), those of the study.")
+    if "loss" not in curves:
+        return np.zeros(0, int), np.zeros(0), None
+    of_run = {key: values[trial, seed] for key, values in curves.items()}
+    step, kept, _ = _from_first(np.asarray(study.data["step"].values), of_run)
+    return step, kept["loss"], kept.get("peak")
+
+
 def _norm_outlier(
     step: np.ndarray, norms: np.ndarray | None, peaks: np.ndarray | None, rise: Rise, gap: int
 ) -> bool | None:
-    """Whether a norm stood out in the tenth of training before the top of a rise."""
+    """Whether a norm stood out up to the top of a rise from those in the tenth before it began."""
     if norms is None or peaks is None:
         return None
     begin = np.flatnonzero(step >= rise.start_step)[0]
@@ -352,10 +413,29 @@ def _norm_outlier(
     before = norms[max(0, begin - window) : begin + 1]
     before = before[np.isfinite(before)]
     near = peaks[(step >= rise.start_step - gap) & (step <= rise.top_step)]
-    near = near[np.isfinite(near)]
+    near = near[~np.isnan(near)]
     if not len(before) or not len(near):
         return None
     return bool(near.max() > OUTLIER * np.median(before))
+
+
+def _from_first(
+    step: np.ndarray, curves: dict[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray], float | None]:
+    """One run from its first loss on: its steps, its curves, and the loss before any update."""
+    loss, peak, anchor = (curves.get(key) for key in ("loss", "peak", "initial"))
+    assert loss is not None
+    initial = None if anchor is None or not np.isfinite(anchor[0]) else float(anchor[0])
+    if peak is not None and not np.isfinite(loss[0]) and initial is not None:
+        # No mean yet at step 0, but an evaluation, and the first batch, which may be lucky.
+        first_point = np.fmax(peak[:1], initial)
+        loss = np.concatenate([first_point, loss[1:]])
+        peak = np.concatenate([first_point, peak[1:]])
+        curves = curves | {"loss": loss, "peak": peak}
+    seen = np.isfinite(loss)
+    first = int(np.argmax(seen)) if seen.any() else 0
+    kept = {name: values[first:] for name, values in curves.items() if name != "initial"}
+    return step[first:], kept, initial
 
 
 def _row(
@@ -371,21 +451,7 @@ def _row(
     rises: tuple[Rise, ...] = ()
     norm_outlier = None
     if "loss" in curves:
-        loss, peak, anchor = (curves.get(key) for key in ("loss", "peak", "initial"))
-        assert loss is not None
-        initial = None if anchor is None or not np.isfinite(anchor[0]) else float(anchor[0])
-        if peak is not None and not np.isfinite(loss[0]) and initial is not None:
-            # No mean yet at step 0, but an evaluation, and the first batch, which may be lucky.
-            first_point = np.fmax(peak[:1], initial)
-            loss = np.concatenate([first_point, loss[1:]])
-            peak = np.concatenate([first_point, peak[1:]])
-            curves |= {"loss": loss, "peak": peak}
-        seen = np.isfinite(loss)
-        first = int(np.argmax(seen)) if seen.any() else 0
-        curves = {
-            name: values if name == "initial" else values[first:] for name, values in curves.items()
-        }
-        times = step[first:]
+        times, curves, initial = _from_first(step, curves)
         rises = find_rises(
             times, curves["loss"], curves.get("peak"), num_steps=num_steps, initial=initial
         )
@@ -447,9 +513,8 @@ def instability_info(
     Source: playbook, "Identifying unstable workloads".
     """
     out = outcomes(study, objective, maximize)
-    name, peak_name = _loss_metric(study)
-    data = study.data
-    step = np.asarray(data["step"].values)
+    name, _ = _loss_metric(study)
+    step = np.asarray(study.data["step"].values)
     num_steps = int(step.max()) if len(step) else 0
     num_after = int((step > 0).sum())
     skipped = ""
@@ -459,13 +524,7 @@ def instability_info(
         skipped = (
             f"{num_after} evaluations after the first update are too few; {MIN_POINTS} are needed"
         )
-    wanted = {"loss": name, "peak": peak_name}
-    known = metric_names(study)
-    if "train/loss" in known and len(step) and step[0] == 0:
-        wanted["initial"] = "train/loss"
-    if "step/gradient_norm" in known and "step/peak_gradient_norm" in known:
-        wanted |= {"norm": "step/gradient_norm", "norm_peak": "step/peak_gradient_norm"}
-    curves = {} if skipped else {k: _runs(study, n).astype(float) for k, n in wanted.items() if n}
+    curves = {} if skipped else _judged(study)
     infeasible = _runs(study, "infeasible").astype(bool)
     reason = _runs(study, "infeasible_reason").astype(str)
     bad_step = _runs(study, "infeasible_step")
@@ -504,7 +563,8 @@ def _compared(
         if above:
             share = float(unstable[list(above)].mean())
         for factor in CHECKS:
-            off = np.abs(np.log(rates / (factor * best_rate)))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                off = np.nan_to_num(np.abs(np.log(rates / (factor * best_rate))), nan=np.inf)
             nearest = int(np.argmin(off))
             if off[nearest] <= np.log(2.0) and nearest not in (*checks, best):
                 checks.append(nearest)
@@ -627,20 +687,26 @@ def instability_findings(info: InstabilityInfo) -> list[Finding]:
                 "It trained well in spite of it: warm-up or clipping will probably help.",
             )
         )
-    slow = [r for r in info.rows if r.slow_recovery and not r.infeasible and r.recovered_step >= 0]
+    slow = [
+        (row.trial, rise)
+        for row in info.rows
+        if not row.infeasible
+        for rise in row.rises
+        if rise.slow_recovery and rise.recovered_step >= 0
+    ]
     if slow:
+        trials = list(dict.fromkeys(trial for trial, _ in slow))
         found.append(
             Finding(
                 "slow_recovery",
                 "info",
-                f"{len(slow)} feasible trials became unstable and took more than {SLOW:.0%} of "
+                f"{len(trials)} feasible trials became unstable and took more than {SLOW:.0%} of "
                 "training to recover, which sparse evaluation would have missed: trials "
-                f"{', '.join(str(row.trial) for row in slow[:8])}"
-                + (", …." if len(slow) > 8 else "."),
+                f"{', '.join(map(str, trials[:8]))}" + (", …." if len(trials) > 8 else "."),
                 {
-                    "trials": [row.trial for row in slow],
-                    "start_steps": [row.start_step for row in slow],
-                    "recovered_steps": [row.recovered_step for row in slow],
+                    "trials": [trial for trial, _ in slow],
+                    "start_steps": [rise.start_step for _, rise in slow],
+                    "recovered_steps": [rise.recovered_step for _, rise in slow],
                 },
                 REMEDY_SECTION,
                 "Look at the moment itself: study.replay(trial, from_step) records every step.",

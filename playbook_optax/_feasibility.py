@@ -23,7 +23,7 @@ NONFINITE_LOSS, NONFINITE_PARAMS, HIGH_LOSS = 1, 2, 3
 EVALUATION_MARGIN = 0.01
 BATCH_MARGIN = 0.25
 # What the loss of the first batch may be off by, in standard deviations of a batch.
-BATCH_DEVIATIONS = 4.0
+BATCH_DEVIATIONS = 8.0
 # "Rose well above": by more than the first loss itself. "Clearly below": by a tenth of it.
 RISE = 1.0
 RECOVERY = 0.1
@@ -35,6 +35,7 @@ def high_loss(
     *,
     margin: float = EVALUATION_MARGIN,
     noise: chex.Numeric = 0.0,
+    peak_noise: chex.Numeric = 0.0,
 ) -> tuple[Any, Any]:
     """Whether a finite loss curve is uncharacteristically high, judged by its own first value.
 
@@ -47,7 +48,9 @@ def high_loss(
       peak: the largest loss seen between the previous evaluation and each one, shape (..., eval),
         where single steps were watched; the curve itself otherwise.
       margin: share of the first loss that the last one may lie above it.
-      noise: what any loss may lie above the first one by chance, a number or shape (..., 1).
+      noise: what a loss of the curve may lie above the first one by chance, a number or shape
+        (..., 1).
+      peak_noise: the same of a peak.
 
     Returns:
       Two arrays of shape (...): whether the trial is high, and the index of the first evaluation
@@ -59,7 +62,7 @@ def high_loss(
     first = curve[..., :1]
     scale = xp.abs(first)
     highest = curve if peak is None else xp.fmax(curve, peak)
-    risen = highest - first > xp.maximum(RISE * scale, noise)
+    risen = highest - first > xp.maximum(RISE * scale, peak_noise)
     rose = risen & (highest > first) & ~xp.isnan(highest)
     above = finite & (curve > first + xp.maximum(margin * scale, noise))
     num_evals = curve.shape[-1]

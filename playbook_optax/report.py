@@ -318,6 +318,7 @@ def write_report(
 
     Source: playbook, "Extracting insight from experimental results".
     """
+    _checks.require("jinja2", "report", "The report")
     found = by_severity(diagnose(study) if findings is None else findings)
     headline, trust = verdict(study, found)
     out = outcomes(study) if study.num_trials else None

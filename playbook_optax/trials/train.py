@@ -762,23 +762,27 @@ def _judge(
             f"{_checks.nearest(name, state.metrics)}"
         )
     curve = state.metrics[name]
+    window_means = state.metrics[STEP_LOSS]
+    # The first loss of a batch, and the peaks which begin with it, are as noisy as batches are.
+    batch_noise = _feasibility.BATCH_DEVIATIONS * _batch_deviation(window_means[1:], eval_steps)
     margin, noise = _feasibility.EVALUATION_MARGIN, jnp.float32(0)
     if name == STEP_LOSS:
-        # The first loss is one batch's, so how much those vary counts.
-        noise = _feasibility.BATCH_DEVIATIONS * _batch_deviation(curve[1:], eval_steps)
         curve = curve.at[0].set(state.first_loss)
-        margin = _feasibility.BATCH_MARGIN
+        margin, noise = _feasibility.BATCH_MARGIN, batch_noise
     # Peaks are in units of the training loss, the curve perhaps in others (a sum, a penalty). Where
     # they decide, the trial ended about where it began, so its last mean loss converts them.
-    window_means = state.metrics[STEP_LOSS]
     indices = jnp.arange(window_means.shape[0], dtype=jnp.int32)
     last = jnp.max(jnp.where(jnp.isfinite(window_means), indices, 0))
     reference = window_means[last]
-    rise = (state.metrics[PEAK_LOSS] - reference) / jnp.maximum(
-        jnp.abs(reference), jnp.finfo(jnp.float32).tiny
+    unit = jnp.maximum(jnp.abs(reference), jnp.finfo(jnp.float32).tiny)
+    # At step 0 nothing has risen yet.
+    rise = (state.metrics[PEAK_LOSS].at[0].set(jnp.nan) - reference) / unit
+    scale = jnp.abs(curve[0])
+    peaks = curve[0] + rise.astype(curve.dtype) * scale
+    peak_noise = (batch_noise / unit).astype(curve.dtype) * scale
+    return _feasibility.high_loss(
+        curve, peaks, margin=margin, noise=noise, peak_noise=peak_noise
     )
-    peaks = curve[0] + rise.astype(curve.dtype) * jnp.abs(curve[0])
-    return _feasibility.high_loss(curve, peaks, margin=margin, noise=noise)
 
 
 def _batch_deviation(means: chex.Array, eval_steps: np.ndarray) -> chex.Array:

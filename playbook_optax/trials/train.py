@@ -764,7 +764,9 @@ def _judge(
     curve = state.metrics[name]
     window_means = state.metrics[STEP_LOSS]
     # The first loss of a batch, and the peaks which begin with it, are as noisy as batches are.
-    batch_noise = _feasibility.BATCH_DEVIATIONS * _batch_deviation(window_means[1:], eval_steps)
+    relative_noise = _feasibility.BATCH_DEVIATIONS * _batch_deviation(window_means[1:], eval_steps)
+    # Of the size of the first losses: a single one may be small by chance.
+    batch_noise = relative_noise * jnp.fmax(jnp.abs(state.first_loss), jnp.abs(window_means[1]))
     margin, noise = _feasibility.EVALUATION_MARGIN, jnp.float32(0)
     if name == STEP_LOSS:
         curve = curve.at[0].set(state.first_loss)
@@ -779,19 +781,22 @@ def _judge(
     rise = (state.metrics[PEAK_LOSS].at[0].set(jnp.nan) - reference) / unit
     scale = jnp.abs(curve[0])
     peaks = curve[0] + rise.astype(curve.dtype) * scale
-    peak_noise = (batch_noise / unit).astype(curve.dtype) * scale
-    return _feasibility.high_loss(
-        curve, peaks, margin=margin, noise=noise, peak_noise=peak_noise
-    )
+    peak_noise = jnp.maximum(noise, (batch_noise / unit).astype(curve.dtype) * scale)
+    return _feasibility.high_loss(curve, peaks, margin=margin, noise=noise, peak_noise=peak_noise)
 
 
 def _batch_deviation(means: chex.Array, eval_steps: np.ndarray) -> chex.Array:
-    """The standard deviation of a batch's loss, from how means of many vary around their trend."""
+    """The relative standard deviation of a batch's loss, from how means of many jump to and fro.
+
+    It is relative because a loss that explodes would be taken for noise of its own size.
+    """
     if len(means) < 3:
         return jnp.float32(0)
-    off = jnp.abs(means[2:] - 2 * means[1:-1] + means[:-2])
-    # The lower quartile, because those of a loss that explodes are all of its own size but the
-    # first. 0.3186: that of a normal's absolute value; 6: variance of the weights 1, -2, 1.
-    quartile = jnp.nanquantile(off, 0.25, method="lower") / (0.3186 * 6**0.5)
-    deviation = quartile * float(np.diff(eval_steps).max()) ** 0.5
+    jumps = jnp.abs(means[2:] - 2 * means[1:-1] + means[:-2])
+    sizes = (jnp.abs(means[2:]) + jnp.abs(means[1:-1]) + jnp.abs(means[:-2])) / 3
+    relative = jumps / jnp.maximum(sizes, jnp.finfo(jnp.float32).tiny)
+    # 0.6745: median of a normal's absolute value; 6: variance of the weights 1, -2, 1.
+    deviation = (
+        jnp.nanmedian(relative) / (0.6745 * 6**0.5) * float(np.diff(eval_steps).max()) ** 0.5
+    )
     return jnp.where(jnp.isfinite(deviation), deviation, 0).astype(jnp.float32)

@@ -482,7 +482,7 @@ def clip_by_percentile(
       name: tells this record from others in the same state.
 
     Returns:
-      A transformation whose state is a `PercentileClipState`, 9 KB; read it with `norm_info`.
+      A transformation whose state is a `PercentileClipState`, 10 KB; read it with `norm_info`.
 
     Raises:
       ValueError: a concrete `percentile` is outside (0, 100], or `min_steps` is no whole number of

@@ -84,7 +84,7 @@ def tune_warmup(
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
-    num_steps: int,
+    num_steps: int = 1000,
     make_schedule: MakeSchedule | None = None,
     unstable_learning_rate: float | None = None,
     factors: Sequence[float] = (10.0,),

@@ -124,10 +124,11 @@ def noisy_least_squares(num_examples=512, batch_size=64, dim=8):
     )
 
 
+@pytest.mark.parametrize("batch_size", [4, 64])
 @pytest.mark.parametrize("with_evaluation", [True, False])
-def test_slow_and_noisy_trials_are_stable(with_evaluation):
+def test_slow_and_noisy_trials_are_stable(with_evaluation, batch_size):
     """200 trials, each with batches of its own, from standstill to the noisiest stable rate."""
-    workload = noisy_least_squares()
+    workload = noisy_least_squares(batch_size=batch_size)
     if not with_evaluation:  # Only the losses of batches tell, the noisier case.
         value = workload.evaluate
         workload = dataclasses.replace(

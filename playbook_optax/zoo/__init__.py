@@ -1,7 +1,7 @@
 """Workloads on real data that come with the package, in Flax linen; digits need extra ``data``."""
 
 from playbook_optax.zoo.blocks import Residual, ResidualBlock
-from playbook_optax.zoo.digits import digits_mlp, digits_resmlp
+from playbook_optax.zoo.digits import digits_mlp, digits_recurrent, digits_resmlp
 from playbook_optax.zoo.entry import Entry, load, names
 from playbook_optax.zoo.text import bytes_baselines, bytes_transformer
 
@@ -12,6 +12,7 @@ __all__ = [
     "bytes_baselines",
     "bytes_transformer",
     "digits_mlp",
+    "digits_recurrent",
     "digits_resmlp",
     "load",
     "names",

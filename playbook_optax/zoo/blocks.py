@@ -286,3 +286,34 @@ class Transformer(nn.Module):
             x = nn.LayerNorm(name="norm")(x)
         logits = nn.Dense(self.num_tokens, name="head")(x.reshape(-1, self.width))
         return logits.reshape(*tokens.shape, self.num_tokens)
+
+
+class RecurrentClassifier(nn.Module):
+    """A plain recurrent net, h <- tanh(W x + U h + b), and a dense layer on its last state.
+
+    Attributes:
+      width: units of the state.
+      num_outputs: units of the last layer.
+      gain: U starts as this many times an orthogonal matrix.
+    """
+
+    width: int
+    num_outputs: int
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """Maps sequences x, shape (batch, time, feature), to outputs, (batch, num_outputs)."""
+        batch, time, features = x.shape
+        # The inputs' part of all times is one product; only the state's part is sequential.
+        inputs = nn.Dense(self.width, name="inputs")(x.reshape(-1, features))
+        inputs = inputs.reshape(batch, time, self.width).transpose(1, 0, 2)
+        recurrent = self.param(
+            "recurrent", nn.initializers.orthogonal(self.gain), (self.width, self.width)
+        )
+
+        def step(state: chex.Array, inputs: chex.Array) -> tuple[chex.Array, None]:
+            return jnp.tanh(inputs + state @ recurrent), None
+
+        state, _ = jax.lax.scan(step, jnp.zeros_like(inputs[0]), inputs)
+        return nn.Dense(self.num_outputs, name="head")(state)

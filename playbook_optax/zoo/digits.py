@@ -13,7 +13,7 @@ from playbook_optax.trials.workload import Workload
 from playbook_optax.zoo import blocks
 
 NUM_TRAIN, NUM_VALID = 1197, 300
-NUM_CLASSES = 10
+NUM_CLASSES, NUM_PIXELS = 10, 64
 _SPLIT_SEED = 0
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -36,8 +36,11 @@ def _digits() -> tuple[Split, Split, Split]:
     return train, valid, test
 
 
-def _workload(module: object, name: str, batch_size: int) -> Workload:
-    train, valid, test = _digits()
+def _workload(
+    module: object, name: str, batch_size: int, shape: tuple[int, ...] = (NUM_PIXELS,)
+) -> Workload:
+    """A workload whose examples have this shape."""
+    train, valid, test = ((x.reshape(-1, *shape), y) for x, y in _digits())
     return Workload.from_flax(
         module,
         train=train,
@@ -128,3 +131,51 @@ def digits_resmlp(
     )
     placement = "" if norm == "post" else f"_{norm}"
     return _workload(module, f"digits_resmlp{placement}{'_rezero' * rezero}", batch_size)
+
+
+@_checks.named_arguments
+def digits_recurrent(
+    *, width: int = 64, pixels_per_step: int = 1, gain: float = 1.0, batch_size: int = 32
+) -> Workload:
+    """A recurrent net that reads a digit pixel by pixel, and whose gradient explodes now and then.
+
+    With momentum, training goes well for hundreds of steps and then spikes without warning, with
+    a gradient norm far above the others: mid-training instability, the case for clipping.
+    Objective, standardization and test examples are as in `digits_mlp`.
+
+    Args:
+      width: units of the state.
+      pixels_per_step: pixels read at a time; divides 64. More of them make a shorter sequence.
+      gain: the recurrent matrix starts as this many times an orthogonal one.
+      batch_size: training examples in a batch.
+
+    Returns:
+      The workload; its data are NumPy arrays, x of shape (example, 64 / pixels_per_step,
+      pixels_per_step), y of shape (example,).
+
+    Raises:
+      ImportError: scikit-learn is not installed (the extra ``data``).
+      ValueError: a count that is not a positive integer, pixels that do not divide the image, a
+        gain that is not positive and finite, or too large a batch.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> zoo.digits_recurrent(pixels_per_step=8).data["train"]["x"].shape
+      (1197, 8, 8)
+
+    Source: playbook, "How can optimization failures be debugged and mitigated?" (instability in
+    the middle of training, gradient clipping).
+    """
+    width = _checks.check_count("width", width)
+    pixels_per_step = _checks.check_count("pixels_per_step", pixels_per_step)
+    if NUM_PIXELS % pixels_per_step:
+        raise ValueError(
+            f"pixels_per_step = {pixels_per_step} must divide the {NUM_PIXELS} pixels of an image."
+        )
+    _checks.check_number("gain", gain, above=0.0)
+    return _workload(
+        blocks.RecurrentClassifier(width, NUM_CLASSES, gain),
+        "digits_recurrent",
+        batch_size,
+        (NUM_PIXELS // pixels_per_step, pixels_per_step),
+    )

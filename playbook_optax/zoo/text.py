@@ -65,9 +65,10 @@ def bytes_baselines() -> dict[str, float]:
     Returns:
       ``uniform``: 8, all bytes alike. ``unigram``: frequencies of single bytes in the training
       part, one added to each count. ``zlib`` and ``lzma``: 8 times the compressed size of the
-      validation part alone, per byte, at the hardest setting, headers included. ``zlib_after_train``
-      and ``lzma_after_train``: the same of what it adds when compressed after the training part;
-      zlib looks back over 32 kB only. The last of these is the one to compare with a trained model.
+      validation part alone, per byte, at the hardest setting, headers included.
+      ``zlib_after_train`` and ``lzma_after_train``: the same of what it adds when compressed
+      after the training part; zlib looks back over 32 kB only. The last of these is the one to
+      compare with a trained model.
       Python 3.11: 8.00, 4.65, 2.48, 2.35, 2.30, 1.85.
 
     Example:

@@ -90,6 +90,19 @@ def test_resmlp_has_twelve_blocks_of_the_placement_that_was_asked_for():
     ]
 
 
+@pytest.mark.parametrize("pixels", [1, 8, 64])
+def test_recurrent_net_reads_the_same_pixels_in_order(pixels):
+    sequences = zoo.digits_recurrent(pixels_per_step=pixels, width=4)
+    images = zoo.digits_mlp().data["train"]["x"]
+    x = sequences.data["train"]["x"]
+    assert x.shape == (1197, 64 // pixels, pixels)
+    np.testing.assert_array_equal(x.reshape(images.shape), images)
+    assert set(sequences.final_evaluate(*sequences.init(jax.random.key(0)))) == {
+        "test/loss",
+        "test/error_rate",
+    }
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"norm = 'past' is unknown: did you mean 'post'"):
         zoo.digits_resmlp("past")
@@ -97,6 +110,13 @@ def test_bad_arguments_are_named():
         zoo.digits_resmlp(rezero=1)
     with pytest.raises(ValueError, match="num_blocks"):
         zoo.digits_resmlp(num_blocks=0)
+    with pytest.raises(ValueError, match="pixels_per_step = 5 must divide the 64 pixels"):
+        zoo.digits_recurrent(pixels_per_step=5)
+    for name in ("width", "pixels_per_step", "batch_size"):
+        with pytest.raises(ValueError, match=name):
+            zoo.digits_recurrent(**{name: 0})
+    with pytest.raises(ValueError, match="gain"):
+        zoo.digits_recurrent(gain=0.0)
     with pytest.raises(TypeError, match="did you mean 'width'"):
         zoo.digits_mlp(widht=3)
     with pytest.raises(ValueError, match="did you mean 'digits_mlp'"):

@@ -135,7 +135,7 @@ def _probe(step: Verdict, picture: _Pictures) -> Decision:
     if "probe" in step.studies:
         alt = "Line plot: gradient norm and training loss of every step at lr* and twice lr*."
         figures.append(
-            picture("The first steps", alt, plots.plot_norm_trace, step.studies["probe"], wide=True)
+            picture("The first steps", alt, plots.plot_norm_trace, step.studies["probe"])
         )
     return Decision(
         "Early instability",

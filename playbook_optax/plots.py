@@ -13,8 +13,10 @@ from playbook_optax.analysis.axes import (
     axis_plot_info,
     hyperparameters,
 )
-from playbook_optax.analysis.curves import best_curves
-from playbook_optax.analysis.norms import norm_histogram
+from playbook_optax.analysis.curves import best_curves, compared_curves
+from playbook_optax.analysis.instability import instability_curves
+from playbook_optax.analysis.norms import norm_histogram, norm_trace
+from playbook_optax.analysis.stability import stability_info
 from playbook_optax.procedures.remedies import RemedyComparison
 from playbook_optax.records.study import Study
 
@@ -119,9 +121,10 @@ def plot_axis(
     """Draws the objective against one hyperparameter, one mark per trial.
 
     Infeasible trials are crosses in a band along the top, the best trial is a star, and the ends
-    of the search space are dashed lines. A reverse_log hyperparameter such as b1 is drawn on a
-    log axis in 1 - x that runs backwards, so that x still grows to the right; its tick labels are
-    the values of x themselves.
+    of the search space are dashed lines. Where trials fail beyond an edge more often than by chance
+    (`stability_info`), the infeasible region beyond it is shaded. A reverse_log hyperparameter such
+    as b1 is drawn on a log axis in 1 - x that runs backwards, so that x still grows to the right;
+    its tick labels are the values of x themselves.
 
     Args:
       study: the study.
@@ -186,6 +189,9 @@ def plot_axis(
     if out.infeasible.any():
         _draw_infeasible(ax, info)
     _set_x_axis(ax, line, info.x)
+    for row in stability_info(study, objective, maximize):
+        if row.name == name and row.p_value <= row.limit:
+            _shade_beyond(ax, line, row.edge, row.direction)
     if line.declared and line.kind != "categorical":
         ends = (
             (1 - line.low, 1 - line.high)
@@ -203,18 +209,24 @@ def plot_axis(
             )
     ax.set_ylabel(_metric_label(f"best {out.objective}", out.maximize))
     if ax.get_legend_handles_labels()[0]:
-        # Above the axes, where it can cover no trial.
-        ax.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1.0),
-            ncols=4,
-            frameon=False,
-            fontsize="small",
-            handletextpad=0.3,
-            columnspacing=1.2,
-            borderaxespad=0.2,
-        )
+        _legend_above(ax, 3)
     return ax
+
+
+def _shade_beyond(ax: Any, line: Axis, edge: float, direction: str) -> None:
+    """Shades the infeasible region, from its edge to the border of the plot."""
+    at = 1 - edge if line.scale == "reverse_log" else edge
+    left, right = ax.get_xlim()
+    ax.axvspan(
+        at,
+        right if direction == "high" else left,
+        color=VERMILLION,
+        alpha=0.1,
+        lw=0,
+        zorder=0,
+        label="infeasible region",
+    )
+    ax.set_xlim(left, right)
 
 
 def _draw_infeasible(ax: Any, info: AxisPlot) -> None:
@@ -288,7 +300,10 @@ def plot_axes(study: Study, objective: str | None = None, maximize: bool | None 
     unique = {
         text: mark for marks, texts in labels for mark, text in zip(marks, texts, strict=True)
     }
-    figure.legend(unique.values(), unique.keys(), loc="outside upper left", ncols=4, frameon=False)
+    ncols = 3 if num_cols == 1 else 5
+    figure.legend(
+        unique.values(), unique.keys(), loc="outside upper left", ncols=ncols, frameon=False
+    )
     return figure
 
 
@@ -385,26 +400,31 @@ def plot_curves(
 
 
 @_checks.named_arguments
-def plot_gradient_norms(study: Study, ax: Any = None, trials: Any = None) -> Any:
+def plot_gradient_norms(
+    study: Study, ax: Any = None, trials: Any = None, threshold: float | None = None
+) -> Any:
     """Draws the histogram of unclipped gradient norms, with its 50th, 90th and 99th percentiles.
 
-    The 90th percentile is the playbook's first choice of a clipping threshold.
+    The 90th percentile is the playbook's first choice of a clipping threshold. The threshold that
+    the study recorded is drawn too, or the one that is given.
 
     Args:
       study: a study whose gradient norms were recorded.
       ax: matplotlib Axes to draw into; new ones by default.
       trials: indices of the trials to pool; all feasible ones by default.
+      threshold: clipping threshold to draw; by default the one that the clippers ended with.
 
     Returns:
       The matplotlib Axes.
 
     Raises:
       ImportError: matplotlib is not installed.
-      ValueError: no norms were recorded, or a trial does not exist.
+      ValueError: no norms were recorded, a trial does not exist, or threshold is not positive.
 
     Source: "How can optimization failures be debugged and mitigated?" (gradient clipping).
     """
     info = norm_histogram(study, trials)
+    limit = _threshold(threshold, info.threshold)
     ax = _new_axes(ax)
     filled = np.flatnonzero(info.counts)
     num = len(info.trials)
@@ -446,16 +466,228 @@ def plot_gradient_norms(study: Study, ax: Any = None, trials: Any = None) -> Any
             linewidth=1.5,
             label=f"{q:.0f}th percentile: {norm:.3g}",
         )
+    if np.isfinite(limit):
+        label = f"threshold: {limit:.3g}"
+        if threshold is None and np.isfinite(info.share_clipped):
+            label += f" ({info.share_clipped:.0%} clipped)"
+        ax.axvline(limit, color=BLACK, linewidth=2.2, label=label)
+        first, last = min(first, limit), max(last, limit)
+        ax.set_xlim(first / 1.2, last * 1.2)
+        _log_axis(ax.xaxis, first, last)
+    _legend_above(ax, 2 if np.isfinite(limit) else 3)
+    return ax
+
+
+def _threshold(given: float | None, recorded: float) -> float:
+    """The clipping threshold to draw, NaN for none."""
+    if given is None:
+        return recorded
+    _checks.check_number(
+        "threshold", given, above=0.0, fix="Give the norm at which clipping began."
+    )
+    return float(given)
+
+
+def _legend_above(ax: Any, ncols: int) -> None:
+    """A legend above the axes, where it can cover no curve."""
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=3,
+        ncols=ncols,
         frameon=False,
         fontsize="small",
         handletextpad=0.4,
         columnspacing=1.2,
         borderaxespad=0.2,
     )
+
+
+def _log_if_wide(ax: Any, values: np.ndarray) -> None:
+    """A log axis for positive values that spread over a decade or more."""
+    if values.size and _spans_decades(values):
+        seen = values[np.isfinite(values)]
+        ax.set_yscale("log")
+        _log_axis(ax.yaxis, float(seen.min()), float(seen.max()))
+
+
+@_checks.named_arguments
+def plot_norm_trace(
+    study: Any, trials: Any = None, threshold: float | None = None, ax: Any = None
+) -> Any:
+    """Draws the unclipped gradient norm against the step, and the training loss below it.
+
+    Of a study, the line is the mean since the previous evaluation, and the shade above it reaches
+    to the largest norm since then; of a replay, or of a study evaluated at every step, it is the
+    norm of every step.
+
+    Args:
+      study: a study whose gradient norms were recorded, or what `Study.replay` returned.
+      trials: indices of the trials; by default all if there are up to three, else the best one.
+      threshold: clipping threshold to draw; by default the one that the clippers ended with.
+      ax: matplotlib Axes to draw the norm into, alone; by default a new figure holds both.
+
+    Returns:
+      The matplotlib Figure, or `ax` if it was given.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no norms were recorded, a trial does not exist, or threshold is not positive.
+
+    Example:
+      >>> import numpy as np, xarray
+      >>> replay = xarray.Dataset({"gradient_norm": ("step", [1.0, 9.0])}, {"step": [40, 41]})
+      >>> plot_norm_trace(replay, threshold=2.0).axes[0].get_xlabel()
+      'step (optimizer updates)'
+
+    Source: "How can optimization failures be debugged and mitigated?" (gradient clipping).
+    """
+    info = norm_trace(study, trials)
+    limit = _threshold(threshold, info.threshold)
+    cells = [ax]
+    if ax is None:
+        num = 1 if info.loss is None else 2
+        figure, grid = _pyplot().subplots(
+            num, 1, figsize=(7.0, 1.2 + 2.6 * num), squeeze=False, sharex=True, layout="constrained"
+        )
+        cells = list(grid[:, 0])
+    top = _new_axes(cells[0])
+    for i, trial in enumerate(info.trials):
+        colour = SERIES[i % len(SERIES)]
+        style: dict[str, Any] = {"color": colour, "linewidth": 1.3}
+        if not info.every_step:
+            top.fill_between(info.step, info.norms[i], info.peaks[i], color=colour, alpha=0.2, lw=0)
+        label = f"trial {trial}" + ("" if info.every_step else " (mean; shaded up to the largest)")
+        top.plot(info.step, info.norms[i], label=label, **style)
+        if info.loss is not None and ax is None:
+            cells[1].plot(info.step, info.loss[i], **style)
+    if np.isfinite(limit):
+        top.axhline(
+            limit, color=BLACK, linestyle="--", linewidth=1.5, label=f"threshold: {limit:.3g}"
+        )
+    _log_if_wide(top, np.append(np.concatenate([info.norms.ravel(), info.peaks.ravel()]), limit))
+    top.set_ylabel("gradient norm before clipping")
+    _legend_above(top, 2)
+    if ax is None and info.loss is not None:
+        _new_axes(cells[1])
+        _log_if_wide(cells[1], info.loss)
+        cells[1].set_ylabel("loss of the batches")
+    cells[-1].set_xlabel("step (optimizer updates)")
+    return ax if ax is not None else figure
+
+
+@_checks.named_arguments
+def plot_instability(
+    study: Study,
+    num_trials: int = 6,
+    ax: Any = None,
+    objective: str | None = None,
+    maximize: bool | None = None,
+) -> Any:
+    """Draws the training loss at lr*, just above it, and nearest 5 and 10 times it.
+
+    Where a loss rose beyond noise (`find_rises`) its line is thick until it recovered, from the
+    hollow circle on, with a triangle at the top; a cross ends a run that diverged. A faint line is
+    the peak of the smoothed loss between evaluations.
+
+    Args:
+      study: the study.
+      num_trials: how many trials, at most.
+      ax: matplotlib Axes to draw into; new ones by default.
+      objective: the metric by which lr* is the best; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no such metric, no training loss was recorded, or num_trials is not a positive
+        integer.
+
+    Source: "Identifying unstable workloads".
+    """
+    info = instability_curves(study, num_trials, objective, maximize)
+    ax = _new_axes(ax, 7.0, 4.4)
+    for i, (trial, row) in enumerate(zip(info.trials, info.rows, strict=True)):
+        colour = SERIES[i % len(SERIES)]
+        label = f"trial {trial}"
+        if info.info.learning_rate:
+            times = "lr*" if trial == info.info.best_trial else f"{info.multiples[i]:.3g} lr*"
+            label = f"{info.rates[i]:.3g} ({times})"
+        seen = np.flatnonzero(np.isfinite(info.loss[i]))
+        if row.unstable:
+            label += f", {row.kind.replace('high_loss', 'high loss')}"
+            label += "" if row.kind in ("diverged", "high_loss") else " rise"
+        drawn = ax.plot(
+            info.step[seen],
+            info.loss[i][seen],
+            color=colour,
+            linestyle=DASHES[i % len(DASHES)],
+            linewidth=1.5,
+            label=label,
+        )
+        drawn[0].set_zorder(3)
+        if info.peak is not None:
+            ax.plot(info.step, info.peak[i], color=colour, linewidth=0.7, alpha=0.45)
+        for rise in row.rises:
+            over = rise.recovered_step if rise.recovered_step >= 0 else info.step[-1]
+            part = seen[(info.step[seen] >= rise.start_step) & (info.step[seen] <= over)]
+            ax.plot(info.step[part], info.loss[i][part], color=colour, linewidth=4, alpha=0.35)
+            mark: dict[str, Any] = {"color": colour, "linestyle": "none", "zorder": 5}
+            ax.plot(rise.start_step, rise.before, "o", markerfacecolor="white", **mark)
+            ax.plot(rise.top_step, rise.top, "^", markeredgecolor=BLACK, **mark)
+        if row.infeasible and len(seen):
+            end = seen[-1]
+            ax.plot(
+                info.step[end],
+                info.loss[i][end],
+                "X",
+                color=colour,
+                markersize=9,
+                markeredgecolor=BLACK,
+                zorder=6,
+            )
+    _log_if_wide(ax, info.loss)
+    ax.set_xlabel("step (optimizer updates)")
+    ax.set_ylabel(_metric_label(info.info.loss, False))
+    if info.trials:
+        _legend_above(ax, 2)
+        if info.info.learning_rate:
+            ax.get_legend().set_title(info.info.learning_rate, prop={"size": "small"})
+    return ax
+
+
+@_checks.named_arguments
+def plot_curves_compared(runs: Any, metric: str | None = None, ax: Any = None) -> Any:
+    """Draws one metric of runs from several studies: before and after a remedy.
+
+    Args:
+      runs: label to (study, trial).
+      metric: a metric that all of them recorded; by default ``step/loss``, else ``train/loss``,
+        else the objective of the first.
+      ax: matplotlib Axes to draw into; new ones by default.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no runs, a metric that a study did not record, or no such trial.
+
+    Source: "Examining the training curves".
+    """
+    info = compared_curves(runs, metric)
+    ax = _new_axes(ax, 7.0, 4.2)
+    lines = zip(info.labels, info.steps, info.curves, strict=True)
+    for i, (label, step, curve) in enumerate(lines):
+        style: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linewidth": 1.6}
+        seen = np.isfinite(curve)
+        text = label if seen.all() or not seen.any() or seen[-1] else f"{label} (diverged)"
+        ax.plot(step[seen], curve[seen], linestyle=DASHES[i % len(DASHES)], label=text, **style)
+    _log_if_wide(ax, np.concatenate(info.curves))
+    ax.set_xlabel("step (optimizer updates)")
+    ax.set_ylabel(_metric_label(info.metric, info.maximize))
+    _legend_above(ax, 1)
     return ax
 
 

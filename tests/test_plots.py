@@ -203,3 +203,148 @@ def test_missing_matplotlib_names_the_extra(study, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"playbook-optax\[plots\]"):
         plots.plot_axis(study, "b1")
+
+
+def declining(num_trials=4, num_evals=21, unstable=()):
+    """Losses that fall from 2.3; those of `unstable` trials rise by 3 after the tenth evaluation.
+
+    The norm of each trial is ten times its number plus one, its peak twice that.
+    """
+    step = np.arange(num_evals) * 10
+    loss = np.tile(2.3 * np.exp(-step / 80), (num_trials, 1))
+    for trial in unstable:
+        loss[trial, 10:14] += 3.0
+    norms = np.repeat(10.0 * np.arange(num_trials) + 1.0, num_evals).reshape(num_trials, -1)
+    return Study.from_arrays(
+        {"learning_rate": np.geomspace(0.01, 0.08, num_trials)},
+        {
+            "valid/loss": loss + np.linspace(0, 0.1, num_trials)[:, None],
+            "step/loss": loss,
+            "step/gradient_norm": norms,
+            "step/peak_gradient_norm": 2 * norms,
+        },
+        step,
+        objective="valid/loss",
+        space=SearchSpace({"learning_rate": Float(0.01, 0.08, scale="log")}),
+    )
+
+
+def labels(ax):
+    return [str(x.get_label()) for x in ax.get_lines() if not str(x.get_label()).startswith("_")]
+
+
+def test_instability_shows_the_best_rate_and_those_above_with_their_rises():
+    study = declining(unstable=(2, 3))
+    ax = plots.plot_instability(study)
+    assert ax.get_legend().get_title().get_text() == "learning_rate"
+    shown = labels(ax)
+    assert shown[0] == "0.01 (lr*)"
+    assert any(text == "0.04 (4 lr*), mid rise" for text in shown)
+    # The triangle stands on the top of the rise, the hollow circle on the value before it.
+    (top,) = {(x.get_xdata()[0], x.get_ydata()[0]) for x in ax.get_lines() if x.get_marker() == "^"}
+    loss = study.data["step/loss"].values
+    assert top == (100, loss[2, 10])
+    (before,) = {
+        (x.get_xdata()[0], x.get_ydata()[0]) for x in ax.get_lines() if x.get_marker() == "o"
+    }
+    assert before[0] < 100
+    quiet = plots.plot_instability(declining())
+    assert not [x for x in quiet.get_lines() if x.get_marker() in ("^", "X")]
+    assert len(labels(plots.plot_instability(study, 2))) == 2
+
+
+def test_norm_trace_draws_the_mean_the_peak_and_the_threshold():
+    study = declining()
+    figure = plots.plot_norm_trace(study, trials=[1, 3], threshold=5.0)
+    norm, loss = figure.axes
+    for drawn, want in zip(norm.get_lines()[:2], (11.0, 31.0), strict=True):
+        np.testing.assert_allclose(drawn.get_ydata(), want)
+    tops = [c.get_paths()[0].vertices[:, 1].max() for c in norm.collections]
+    assert tops == [22.0, 62.0]
+    assert line(norm, "threshold: 5").get_ydata()[0] == 5.0
+    np.testing.assert_allclose(loss.get_lines()[1].get_ydata(), study.data["step/loss"].values[3])
+    assert loss.get_xlabel() == "step (optimizer updates)"
+    _, ax = plt.subplots()
+    assert plots.plot_norm_trace(study, ax=ax) is ax
+    # More than three trials: the best one alone.
+    assert labels(ax) == ["trial 0 (mean; shaded up to the largest)"]
+    with pytest.raises(ValueError, match="threshold"):
+        plots.plot_norm_trace(study, threshold=0.0)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 4\)"):
+        plots.plot_norm_trace(study, trials=[4])
+    bare = dataclasses.replace(study, data=study.data.drop_vars("step/gradient_norm"))
+    with pytest.raises(ValueError, match="were not recorded"):
+        plots.plot_norm_trace(bare)
+
+
+def test_curves_compared_stop_where_a_run_diverged():
+    before, after = declining(), declining(num_evals=11)
+    loss = before.data["step/loss"].values.copy()
+    loss[3, 15:] = np.nan
+    data = before.data.assign({"step/loss": (before.data["step/loss"].dims, loss)})
+    before = dataclasses.replace(before, data=data)
+    ax = plots.plot_curves_compared({"without": (before, 3), "with warm-up": (after, 1)})
+    assert labels(ax) == ["without (diverged)", "with warm-up"]
+    assert [len(x.get_xdata()) for x in ax.get_lines()] == [15, 11]
+    assert ax.get_ylabel() == "step/loss (lower is better)"
+    with pytest.raises(ValueError, match="runs is empty"):
+        plots.plot_curves_compared({})
+    with pytest.raises(ValueError, match=r"trial 4 must lie in \[0, 4\)"):
+        plots.plot_curves_compared({"a": (after, 4)})
+    with pytest.raises(ValueError, match="did you mean 'step/loss'"):
+        plots.plot_curves_compared({"a": (after, 0)}, "step/los")
+
+
+def test_gradient_norms_show_the_recorded_threshold_and_what_it_clipped(study):
+    def with_clippers(threshold):
+        return dataclasses.replace(
+            study,
+            data=study.data.assign(
+                {
+                    "norms/threshold": ("trial", np.full(8, threshold)),
+                    "norms/num_clipped": ("trial", np.full(8, 25)),
+                    "norms/num_steps": ("trial", np.full(8, 100)),
+                }
+            ),
+        )
+
+    clipped = with_clippers(5.0)
+    info = norm_histogram(clipped)
+    assert (info.threshold, info.share_clipped) == (5.0, 0.25)
+    ax = plots.plot_gradient_norms(clipped)
+    assert line(ax, "threshold").get_xdata()[0] == 5.0
+    assert line(ax, "threshold").get_label() == "threshold: 5 (25% clipped)"
+    # One that is given is not the one that clipped.
+    given = plots.plot_gradient_norms(clipped, threshold=200.0)
+    assert line(given, "threshold").get_label() == "threshold: 200"
+    assert given.get_xlim()[1] > 200
+    # The largest float32 is how a program with clipping says "do not clip".
+    for nothing in (np.inf, np.nan, float(np.finfo(np.float32).max)):
+        unclipped = with_clippers(nothing)
+        assert np.isnan(norm_histogram(unclipped).threshold)
+        assert np.isnan(norm_histogram(unclipped).share_clipped)
+        assert not [x for x in labels(plots.plot_gradient_norms(unclipped)) if "threshold" in x]
+
+
+def test_axis_shades_the_infeasible_region_beyond_its_edge():
+    lr = np.geomspace(1e-3, 1.0, 24)
+    bad = lr > 0.05
+    study = Study.from_arrays(
+        {"learning_rate": lr},
+        {"valid/loss": np.abs(np.log10(lr) + 2)[:, None] + np.zeros((24, 2))},
+        [0, 10],
+        objective="valid/loss",
+        space=SearchSpace({"learning_rate": Float(1e-3, 1.0, scale="log")}),
+        infeasible=bad,
+    )
+    ax = plots.plot_axis(study, "learning_rate")
+    (shade,) = [p for p in ax.patches if p.get_label() == "infeasible region"]
+    assert lr[~bad].max() <= shade.get_x() <= lr[bad].min()
+    assert shade.get_x() + shade.get_width() == pytest.approx(ax.get_xlim()[1])
+    # As many failures with no order to them have no edge.
+    mixed = dataclasses.replace(
+        study,
+        data=study.data.assign(infeasible=("trial", np.arange(24) % 2 == 0)),
+    )
+    ax = plots.plot_axis(mixed, "learning_rate")
+    assert not [p for p in ax.patches if p.get_label() == "infeasible region"]

@@ -1,6 +1,7 @@
 """Training curves of the best trials: still improving at the end, or settled early."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -328,4 +329,65 @@ def best_curves(
         objective=out.objective,
         maximize=out.maximize,
         metrics={n: mean_curve(study, n)[top] for n in names},
+    )
+
+
+class ComparedCurves(NamedTuple):
+    """Curves of runs from several studies, one metric.
+
+    Attributes:
+      metric: its name.
+      maximize: whether larger is better.
+      labels: what each run is called.
+      steps: (eval,) of each, optimizer updates.
+      curves: (eval,) of each, means over seeds.
+    """
+
+    metric: str
+    maximize: bool
+    labels: tuple[str, ...]
+    steps: tuple[np.ndarray, ...]
+    curves: tuple[np.ndarray, ...]
+
+
+@_checks.named_arguments
+def compared_curves(
+    runs: Mapping[str, tuple[Study, int]], metric: str | None = None
+) -> ComparedCurves:
+    """One metric of runs from several studies, such as those of a baseline and of a remedy.
+
+    Args:
+      runs: label to (study, trial).
+      metric: a metric that all of them recorded; by default ``step/loss``, else ``train/loss``,
+        else the objective of the first.
+
+    Returns:
+      The ComparedCurves.
+
+    Raises:
+      ValueError: no runs, a metric that a study did not record, or no such trial.
+
+    Source: "Examining the training curves".
+    """
+    if not runs:
+        raise ValueError("runs is empty. Give a dict of label to (study, trial).")
+    studies = [study for study, _ in runs.values()]
+    if metric is None:
+        common = set.intersection(*(set(metric_names(study)) for study in studies))
+        known = [name for name in ("step/loss", "train/loss") if name in common]
+        metric = known[0] if known else studies[0].objective
+    curves = []
+    for label, (study, trial) in runs.items():
+        if not 0 <= trial < study.num_trials:
+            raise ValueError(
+                f"runs[{label!r}] = trial {trial} must lie in [0, {study.num_trials}), the trials "
+                "of its study."
+            )
+        curves.append(mean_curve(study, metric)[trial])
+    return ComparedCurves(
+        metric=metric,
+        maximize=metric == studies[0].objective and studies[0].maximize,
+        labels=tuple(runs),
+        steps=tuple(np.asarray(study.data["step"].values) for study in studies),
+        curves=tuple(curves),
     )

@@ -292,8 +292,6 @@ def find_rises(
     found = []
     low, at, until = 0, 1, len(curve)
     while at < until:
-        if curve[at] < curve[low]:
-            low = at
         known = low >= window
         last = low if known or initial is not None else max(low, window)
         level = high[max(0, low - window) : last + 1].max()
@@ -321,6 +319,8 @@ def find_rises(
             if not known and initial is not None:
                 noise = max(noise, first_noise)
         if not (sudden or lasting):
+            # Only now: a peak may hide in an interval whose mean is the lowest so far.
+            low = at if curve[at] < curve[low] else low
             at += 1
             continue
         if not sudden:
@@ -603,7 +603,8 @@ class InstabilityCurves(NamedTuple):
 
     Attributes:
       step: (eval,) optimizer updates before each evaluation.
-      trials: lr*, the trials just above it and those nearest 5 and 10 times it, ascending; without a learning rate to compare by, the best trial and the unstable ones.
+      trials: lr*, the trials just above it and those nearest 5 and 10 times it, ascending; without
+        a learning rate to compare by, the best trial and the unstable ones.
       rows: how stable each was; `rows[i].seed` is the run that is drawn.
       rates: the learning rate of each; NaN without one.
       multiples: each as a multiple of lr*.

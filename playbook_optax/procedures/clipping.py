@@ -14,7 +14,7 @@ from playbook_optax import _checks
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
-from playbook_optax.analysis.norms import norm_histogram
+from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.norms import clip_by_global_norm
 from playbook_optax.procedures.verdict import Verdict
@@ -27,8 +27,6 @@ from playbook_optax.trials.workload import Workload, WorkloadLike
 LEARNING_RATE = "learning_rate"
 MAX_NORM = "max_norm"
 SECTION = "How can optimization failures be debugged and mitigated? (gradient clipping)"
-NO_CLIPPING = float(np.finfo(np.float32).max)
-"""The threshold that stands for none, in a table of points: no norm on record lies above it."""
 HARDER = (75.0, 50.0, 25.0, 10.0, 5.0)
 """The percentiles tried after the first choice, as far as they are below it."""
 AGGRESSIVE = 0.5

@@ -14,11 +14,11 @@ from playbook_optax import _checks, optimizers, schedules
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
-from playbook_optax.analysis.norms import norm_histogram
+from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.norms import clip_by_percentile, clip_until
 from playbook_optax.procedures import clipping
-from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM, NO_CLIPPING
+from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import StudyRunner

@@ -10,8 +10,9 @@ import tiny_workloads
 
 import playbook_optax as pbx
 from playbook_optax import plots
+from playbook_optax.analysis.norms import NO_CLIPPING
 from playbook_optax.procedures import remedies
-from playbook_optax.procedures.clipping import NO_CLIPPING, clipped_fractions
+from playbook_optax.procedures.clipping import clipped_fractions
 from playbook_optax.procedures.remedies import compare_remedies
 
 from .test_clipping import outliers

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.claims [workload ...]`: runs the cases that are named, or all."""
+"""`python -m benchmarks.claims [case ...]` runs the cases, or all; `--page` writes the page."""
 
 import sys
 
@@ -8,11 +8,14 @@ from benchmarks.claims import stability
 
 def main():
     pbx.use_cpu_cores()
-    names = sys.argv[1:] or list(stability.CASES)
+    names = [name for name in sys.argv[1:] if name != "--page"]
+    if "--page" not in sys.argv:
+        names = names or list(stability.CASES)
     unknown = [name for name in names if name not in stability.CASES]
     if unknown:
         sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(stability.CASES)}")
     stability.run(names)
+    stability.write_page()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class Case:
     optimizer: str = "momentum"
     warmup_steps: int | None = None
     max_norm: float | None = None
+    trained_below: float = 1.0  # Training loss, in nats, from which a run has learned something.
 
 
 CASES = {
@@ -72,6 +73,16 @@ CASES = {
         3e-3,
         10.0,
         300,
+        num_trials=8,
+        # 4.7 bits per byte: what single bytes tell without their neighbours.
+        trained_below=4.7 * math.log(2),
+    ),
+    "digits_recurrent": Case(
+        "recurrent net on digits, a pixel at a time (sudden spikes in mid-training)",
+        zoo.digits_recurrent,
+        1e-3,
+        0.3,
+        1000,
         num_trials=8,
     ),
 }
@@ -180,25 +191,45 @@ def run(names):
         print(table(result), flush=True)
 
 
+def largest_trained(result):
+    """By remedy, the largest rate at which the mean loss of the last steps of all seeds is low."""
+    limit = CASES[result["case"]].trained_below
+    found, seen = {}, {}
+    for row in result["rows"]:
+        if row["remedy"] == "lower_learning_rate":
+            continue
+        # Remedies that share a program follow each other in its study.
+        start = seen.get(row["study"], 0)
+        seen[row["study"]] = stop = start + len(row["learning_rates"])
+        losses = result["raw"][row["study"]]["final_step_loss"][start:stop]
+        low = [all(not isinstance(v, str) and v < limit for v in seeds) for seeds in losses]
+        rates = [r for r, ok in zip(row["learning_rates"], low, strict=True) if ok]
+        found[row["remedy"]] = max(rates, default=math.nan)
+    return found
+
+
 def shown(value, digits=3):
     return "–" if isinstance(value, str) or math.isnan(value) else f"{value:.{digits}g}"
 
 
 def table(result):
     """The table of a case, in Markdown."""
+    trained = largest_trained(result)
     lines = [
-        f"| remedy | largest stable rate | largest useful rate | best {result['objective']} "
-        "(mean over seeds ± 95%) | at rate | clipped |",
-        "|---|---|---|---|---|---|",
+        "| remedy | trains up to rate | times that of none | stable up to | "
+        f"best {result['objective']} (mean over seeds ± 95%) | at rate | clipped |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
+        if row["remedy"] not in trained:
+            continue
         mean, half = interval(row.get("best_value_per_seed", []))
         value = "–" if math.isnan(mean) else f"{mean:.4g} ± {half:.2g}"
-        stable = shown(row["largest_stable_learning_rate"])
+        rate = trained[row["remedy"]]
         lines.append(
-            f"| {row['remedy']} | {'≥ ' * row['stable_to_end']}{stable} | "
-            f"{shown(row['largest_useful_learning_rate'])} | {value} | "
-            f"{shown(row['best_learning_rate'])} | "
+            f"| {row['remedy']} | {shown(rate)} | {shown(rate / trained['none'], 2)} | "
+            f"{'≥ ' * row['stable_to_end']}{shown(row['largest_stable_learning_rate'])} | {value} "
+            f"| {shown(row['best_learning_rate'])} | "
             + (
                 "–"
                 if isinstance(row["clipped_fraction"], str)
@@ -207,3 +238,25 @@ def table(result):
             + " |"
         )
     return "\n".join(lines)
+
+
+def page():
+    """What was found, and the tables of all stored results."""
+    parts = [(pathlib.Path(__file__).parent / "found.md").read_text().rstrip()]
+    for name in CASES:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        parts.append(
+            f"## {result['title']}\n\n`python -m benchmarks.claims {name}`: {result['num_steps']} "
+            f"steps of {result['optimizer']}, {result['num_seeds']} seeds, warm-up of "
+            f"{result['warmup_steps']} steps, clip threshold {shown(result['max_norm'])}; "
+            f"{result['trial_steps']:,} trial-steps. Recommended: {result['recommended']}.\n\n"
+            + table(result)
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def write_page():
+    (RESULTS / "README.md").write_text(page())

@@ -119,6 +119,21 @@ def test_sweep_is_a_grid_between_low_and_high_and_its_report_knows_the_range(fol
     assert again.strip() == told[: told.index("\nReport ")].strip()
 
 
+def test_stabilize_writes_its_page_and_tells_what_it_says(folder, capsys):
+    command = ["stabilize", "own_workloads:square", "--optimizer", "sgd", "--directory", "out"]
+    assert cli.run([*command, "--num-steps", "60", "--num-trials", "8", "--eval-every", "5"]) == 0
+    told = capsys.readouterr().out
+    assert "Findings" in told
+    page = folder / told.rsplit("Report", 1)[1].strip()
+    assert page.is_relative_to(folder / "out")
+    assert "<svg" in page.read_text() or "<img" in page.read_text()
+    # The sweep that it rests on is stored, and can be looked at again.
+    stored = [p.parent for p in (folder / "out").rglob("study.json")]
+    assert stored
+    for place in stored:
+        assert load_study(place).num_trials > 0
+
+
 @pytest.mark.parametrize("attribute", ["square", "build", "of_point"])
 def test_workloads_functions_and_functions_of_the_point_load(folder, attribute):
     loaded = cli.load_workload(f"own_workloads:{attribute}")

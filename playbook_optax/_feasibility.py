@@ -24,6 +24,8 @@ EVALUATION_MARGIN = 0.01
 BATCH_MARGIN = 0.25
 # What the loss of the first batch may be off by, in standard deviations of a batch.
 BATCH_DEVIATIONS = 8.0
+# No first batch's loss is by chance this many times smaller than the mean of those after it.
+LARGEST_LUCK = 1e4
 # "Rose well above": by more than the first loss itself. "Clearly below": by a tenth of it.
 RISE = 1.0
 RECOVERY = 0.1

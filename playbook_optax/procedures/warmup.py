@@ -308,7 +308,7 @@ def tune_warmup(
         )
         warm_rows += _results(study)
     sign = -1.0 if baseline.maximize else 1.0
-    plain = _best((r for r in base_rows if not r.unstable), sign) or _best(base_rows, sign)
+    plain = _best(base_rows, sign)
     warm = _best(warm_rows, sign)
     better = warm is not None and (plain is None or sign * warm.value < sign * plain.value)
     findings.append(_compared(better, plain, warm, base_rows, warm_rows, baseline, num_steps))

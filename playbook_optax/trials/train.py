@@ -765,8 +765,12 @@ def _judge(
     window_means = state.metrics[STEP_LOSS]
     # The first loss of a batch, and the peaks which begin with it, are as noisy as batches are.
     relative_noise = _feasibility.BATCH_DEVIATIONS * _batch_deviation(window_means[1:], eval_steps)
-    # Of the size of the first losses: a single one may be small by chance.
-    batch_noise = relative_noise * jnp.fmax(jnp.abs(state.first_loss), jnp.abs(window_means[1]))
+    # Of the size of the first losses: a single one may be small by chance, but not by any factor; a
+    # loss that exploded before the second evaluation is no measure of noise.
+    first = jnp.abs(state.first_loss)
+    batch_noise = relative_noise * jnp.fmax(
+        first, jnp.fmin(jnp.abs(window_means[1]), _feasibility.LARGEST_LUCK * first)
+    )
     margin, noise = _feasibility.EVALUATION_MARGIN, jnp.float32(0)
     if name == STEP_LOSS:
         curve = curve.at[0].set(state.first_loss)

@@ -8,7 +8,7 @@ import sys
 import jax
 
 import playbook_optax as pbx
-from benchmarks import norms, samplers, studies, transforms
+from benchmarks import layouts, norms, samplers, studies, transforms
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -22,7 +22,7 @@ def main():
         "devices": jax.local_device_count(),
         "versions": {"jax": jax.__version__, "playbook_optax": pbx.__version__},
     }
-    for module in (transforms, norms, samplers, studies):
+    for module in (transforms, layouts, norms, samplers, studies):
         print(f"== {module.__name__}")
         report[module.__name__.removeprefix("benchmarks.")] = module.run(quick=quick)
     RESULTS.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """Helpers on pytrees: checks that name a leaf's path, selection, finiteness, a safe norm."""
 
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -84,13 +85,24 @@ def _spread(predicate: chex.Array, like: chex.Array) -> chex.Array:
     return jnp.broadcast_to(predicate, jnp.shape(like))
 
 
-def all_finite(tree: chex.ArrayTree) -> chex.Array:
-    """Whether every element of every floating-point leaf is finite: boolean scalar, shape ()."""
-    finite = jnp.asarray(True)
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            finite &= jnp.all(jnp.isfinite(leaf))
-    return finite
+def reached(jaxpr: Any, sources: set[Any], ends: tuple[str, ...] = ()) -> set[Any]:
+    """The variables of a jaxpr that depend on the `sources` among its inputs, with them.
+
+    Args:
+      jaxpr: a jaxpr.
+      sources: some of its input variables.
+      ends: names of primitives whose results count as independent.
+
+    Returns:
+      The variables; an operation with inner jaxprs counts as one that mixes all its inputs.
+    """
+    found = set(sources)
+    for equation in jaxpr.eqns:
+        # A literal has a value and no identity.
+        inputs = [v for v in equation.invars if not hasattr(v, "val")]
+        if equation.primitive.name not in ends and any(v in found for v in inputs):
+            found.update(equation.outvars)
+    return found
 
 
 def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> Any:
@@ -110,24 +122,38 @@ _FOLDS = 8
 _FOLD_FROM_SIZE = 128
 
 
-def _sum_of_squares(leaf: chex.Array, scale: chex.Array) -> chex.Array:
-    """The sum of (leaf * scale)**2 in the dtype of `scale`: scalar, shape ()."""
+def _fold_sum(leaf: chex.Array, function: Callable[[chex.Array], chex.Array]) -> chex.Array:
+    """The sum of an elementwise function of a leaf: scalar, shape (), of the function's dtype."""
     if leaf.size < _FOLD_FROM_SIZE or any(jax.typeof(leaf).sharding.spec):
-        return jnp.sum(jnp.square(leaf.astype(scale.dtype) * scale))
-    # Each row is cut out before it is cast and scaled: a scaled copy of the leaf would be stored.
+        return jnp.sum(function(leaf))
+    # Each row is cut out before the function is applied: its values would be stored otherwise.
     flat = leaf.reshape(-1)
     width = flat.size // _FOLDS
-    rows = [flat[i * width : (i + 1) * width] for i in range(_FOLDS)]
-    rows = [jnp.square(row.astype(scale.dtype) * scale) for row in rows]
+    rows = [function(flat[i * width : (i + 1) * width]) for i in range(_FOLDS)]
     while len(rows) > 1:
         rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
     # HIGHEST: an accelerator would otherwise multiply in a narrower dtype.
-    ones = jnp.ones((width,), scale.dtype)
+    ones = jnp.ones((width,), rows[0].dtype)
     total = jnp.dot(rows[0], ones, precision=jax.lax.Precision.HIGHEST)
     rest = flat[_FOLDS * width :]
     if rest.size:
-        total += jnp.sum(jnp.square(rest.astype(scale.dtype) * scale))
+        total += jnp.sum(function(rest))
     return total
+
+
+def _sum_of_squares(leaf: chex.Array, scale: chex.Array) -> chex.Array:
+    """The sum of (leaf * scale)**2 in the dtype of `scale`: scalar, shape ()."""
+    return _fold_sum(leaf, lambda part: jnp.square(part.astype(scale.dtype) * scale))
+
+
+def all_finite(tree: chex.ArrayTree) -> chex.Array:
+    """Whether every element of every floating-point leaf is finite: boolean scalar, shape ()."""
+    finite = jnp.asarray(True)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            # 0 * x is 0 if x is finite and NaN if not, and a sum is quicker than a conjunction.
+            finite &= jnp.isfinite(_fold_sum(jnp.asarray(leaf), lambda part: part * 0))
+    return finite
 
 
 def scaled_global_norm(tree: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:

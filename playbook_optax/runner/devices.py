@@ -9,6 +9,7 @@ import numpy as np
 from playbook_optax import _checks
 
 TRIALS_AXIS = "trials"
+DATA_AXIS = "data"
 
 
 @_checks.named_arguments
@@ -54,16 +55,17 @@ def use_cpu_cores(n: int | None = None) -> int:
 
 
 def trial_mesh(mesh: Any) -> jax.sharding.Mesh:
-    """The mesh over which trials are sharded: all local devices unless given.
+    """The mesh over which trials, and perhaps each trial's batches, are sharded.
 
     Args:
-      mesh: None, or a one-dimensional `jax.sharding.Mesh`.
+      mesh: None for all local devices, or a `jax.sharding.Mesh` of one axis (trials) or two
+        (trials, and examples of a batch), however they are called.
 
     Returns:
-      A one-dimensional mesh whose only axis is ``trials``.
+      A mesh with the axis ``trials``, and ``data`` if there was a second one.
 
     Raises:
-      ValueError: `mesh` is not a mesh with one axis.
+      ValueError: `mesh` is not a mesh with one or two axes.
     """
     if mesh is None:
         return jax.sharding.Mesh(np.asarray(jax.local_devices()), (TRIALS_AXIS,))
@@ -71,8 +73,9 @@ def trial_mesh(mesh: Any) -> jax.sharding.Mesh:
         raise _checks.ArgumentTypeError(
             f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}."
         )
-    if len(mesh.axis_names) != 1:
+    if len(mesh.axis_names) > 2:
         raise ValueError(
-            f"mesh must have one axis, over which trials are sharded, got {mesh.axis_names}."
+            "mesh must have one axis, over which trials are sharded, or a second one for the "
+            f"examples of a batch, got {mesh.axis_names}."
         )
-    return jax.sharding.Mesh(mesh.devices, (TRIALS_AXIS,))
+    return jax.sharding.Mesh(mesh.devices, (TRIALS_AXIS, DATA_AXIS)[: len(mesh.axis_names)])

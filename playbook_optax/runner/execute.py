@@ -1,11 +1,12 @@
 """Blocks of trials as one compiled program, sharded over the devices of a mesh."""
 
-import functools
+import concurrent.futures
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -13,31 +14,69 @@ import jax.numpy as jnp
 import numpy as np
 
 from playbook_optax.records import weights
-from playbook_optax.runner.devices import TRIALS_AXIS
+from playbook_optax.runner.devices import DATA_AXIS, TRIALS_AXIS
 from playbook_optax.runner.plan import Block, Points
 from playbook_optax.trials import train
 
-# One trial after another: several to a call, so that a call is not all overhead.
-CALL_LENGTH = 4
-# Steps of host batches that travel to the device together, and chunks that wait ready.
-CHUNK_STEPS = 64
+# After so many steps the live trials are packed together again: 1/32 of a run, so that a trial that
+# broke costs 1/64 of a run more than it must, but often enough to be worth the move.
+SWEEPS_PER_RUN = 32
+MIN_SWEEP_STEPS, MAX_SWEEP_STEPS = 16, 256
+# Batches of a sweep are gathered once for all trials, if they take no more than this.
+MAX_GATHERED_BYTES = 16 * 2**20
+# Host batches that travel to the device together, and chunks that wait ready.
+MAX_CHUNK_STEPS = 64
+MAX_CHUNK_BYTES = 64 * 2**20
 PREFETCHED_CHUNKS = 2
+# How long the device works before the host looks after signals, saves and progress.
+SECONDS_PER_CALL = 1.0
+# Trials that one device holds at a time: more pack better when some have broken, but blocks are
+# finished, and their memory freed, later.
+TRIALS_PER_DEVICE = 128
+BLOCKS_PER_DEVICE = 32
 
 P = jax.sharding.PartitionSpec
 
 
+class States(NamedTuple):
+    """The trials of a call between two calls of the program, live ones first.
+
+    Attributes:
+      trials: `TrialState` without keys, leading axis row.
+      place: int32 (row,): where in the call the trial of each row stands.
+    """
+
+    trials: train.TrialState
+    place: chex.Array
+
+
+class _Programs(NamedTuple):
+    """The three programs of an engine, compiled."""
+
+    init: Any
+    advance: Any
+    result: Any
+
+
 class Engine:
-    """Trains blocks; one compiled program serves every call, whatever the points and their number.
+    """Trains blocks; the same programs serve every call, whatever the points and their number.
+
+    A call holds up to `blocks_per_call` blocks of one seed. Its trials advance a few steps at a
+    time, live trials first: blocks are made up anew each time, so that those that broke stop
+    costing. Who else is in a block, and how a run is cut into calls, changes no bit of a trial.
 
     Args:
       trial: the stepper.
       key: the study's key.
       data: the workload's data.
-      mesh: one-dimensional mesh over ``trials``.
+      mesh: mesh over ``trials``, and perhaps ``data``.
       width: trials per block.
+      blocks_per_device: blocks that one device holds at a time.
       independent: whether trials have randomness of their own.
+      make_batch: ``make_batch(data, key, step) -> batch`` where all trials of a seed share their
+        batches; None where they depend on the trial, or come from the host.
       host_batches: ``host_batches(start_step) -> Iterator`` of batches, or None.
-      shapes: the result of one trial as `jax.ShapeDtypeStruct`s.
+      point: one point, for shapes.
     """
 
     def __init__(
@@ -47,50 +86,43 @@ class Engine:
         data: Any,
         mesh: jax.sharding.Mesh,
         width: int,
+        blocks_per_device: int,
         independent: bool,
+        make_batch: Callable[[Any, chex.PRNGKey, chex.Array], Any] | None,
         host_batches: Callable[[int], Iterator[Any]] | None,
-        shapes: train.TrialResult,
+        point: Mapping[str, np.ndarray],
     ) -> None:
         self._trial = trial
-        self._shapes = shapes
         self._width = width
+        self._per_device = blocks_per_device
         self._independent = independent
         self._host_batches = host_batches
-        self._num_devices = mesh.size
+        self._mesh = mesh
+        self._num_devices = mesh.shape[TRIALS_AXIS]
         self._sharded = jax.sharding.NamedSharding(mesh, P(TRIALS_AXIS))
         self._replicated = jax.sharding.NamedSharding(mesh, P())
         self._key = jax.device_put(key, self._replicated)
         self._data = jax.device_put(data, self._replicated)
-        self._calls = CALL_LENGTH if width == 1 and host_batches is None else 1
-        if host_batches is None:
-            self._program = jax.jit(
-                jax.shard_map(
-                    self._train_local,
-                    mesh=mesh,
-                    in_specs=(P(TRIALS_AXIS), P(), P()),
-                    out_specs=P(TRIALS_AXIS),
-                    check_vma=False,
-                )
+        self._point = point
+        self._chunk_shapes = None
+        if host_batches is not None:
+            first = first_batches(host_batches)
+            self._chunk_length = chunk_length(first, trial.num_steps)
+            self._chunk_shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    (self._chunk_length, *leaf.shape[1:]), leaf.dtype, sharding=self._batch_sharding
+                ),
+                first,
             )
-        else:
-            self._init, self._advance, self._result = (
-                jax.jit(
-                    jax.shard_map(
-                        function,
-                        mesh=mesh,
-                        in_specs=specs,
-                        out_specs=P(TRIALS_AXIS),
-                        check_vma=False,
-                    )
-                )
-                for function, specs in (
-                    (self._init_local, (P(TRIALS_AXIS), P(), P(), P())),
-                    (self._advance_local, (P(TRIALS_AXIS), P(), P(), P(), P())),
-                    (self._result_local, (P(TRIALS_AXIS),)),
-                )
-            )
-
-        self._step_block: tuple[Any, Any] | None = None
+        sweep = max(MIN_SWEEP_STEPS, min(MAX_SWEEP_STEPS, trial.num_steps // SWEEPS_PER_RUN))
+        self._sweep_steps = min(sweep, trial.num_steps)
+        self._make_batch = make_batch
+        if make_batch is not None:
+            shapes = jax.eval_shape(make_batch, data, key, jnp.int32(0))
+            if _num_bytes(shapes) * self._sweep_steps > MAX_GATHERED_BYTES:
+                self._make_batch = None
+        self._compiled: _Programs | None = None
+        self._block_programs: tuple[Any, Any] | None = None
 
     @property
     def data(self) -> Any:
@@ -98,9 +130,221 @@ class Engine:
         return self._data
 
     @property
+    def blocks_per_device(self) -> int:
+        """How many blocks one device holds at a time."""
+        return self._per_device
+
+    @property
     def blocks_per_call(self) -> int:
-        """How many blocks one call of the program can train."""
-        return self._num_devices * self._calls
+        """How many blocks one call can train."""
+        return self._num_devices * self._per_device
+
+    @property
+    def _batch_sharding(self) -> jax.sharding.NamedSharding:
+        """Of batches with a leading axis of steps."""
+        spec = P(None, DATA_AXIS) if DATA_AXIS in self._mesh.axis_names else P()
+        return jax.sharding.NamedSharding(self._mesh, spec)
+
+    # The programs ------------------------------------------------------------------------------
+
+    def compile(self) -> _Programs:
+        """The compiled programs, in parallel the first time."""
+        if self._compiled is None:
+            blocks = [Block(0, np.arange(self._width, dtype=np.int32), 0)]
+            points = {name: np.repeat(value, self._width) for name, value in self._point.items()}
+            inputs = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharded),
+                self._place(blocks, [points]),
+            )
+            common = (inputs, self._key, self._data)
+            chunk = self._chunk_shapes
+            init = self._sharded_jit(self._init_local, (True, False, False, False))
+            states = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharded),
+                jax.eval_shape(init, *common, chunk),
+            )
+            step = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
+            advance = self._sharded_jit(
+                self._advance_local, (True, True, False, False, False, False, False), donate=True
+            )
+            result = self._sharded_jit(self._result_local, (True, True))
+            lowered = (
+                init.lower(*common, chunk),
+                advance.lower(states, *common, step, step, chunk),
+                result.lower(states, inputs),
+            )
+            with concurrent.futures.ThreadPoolExecutor(len(lowered)) as threads:
+                self._compiled = _Programs(*threads.map(lambda one: one.compile(), lowered))
+        return self._compiled
+
+    def memory(self) -> int:
+        """Bytes that one device needs, data included: the most that any of the programs takes."""
+
+        def need(program: Any) -> int:
+            sizes = program.memory_analysis()
+            return int(
+                sizes.argument_size_in_bytes
+                + sizes.output_size_in_bytes
+                + sizes.temp_size_in_bytes
+                - sizes.alias_size_in_bytes
+            )
+
+        return max(need(program) for program in self.compile())
+
+    def _sharded_jit(
+        self, function: Callable[..., Any], sharded: tuple[bool, ...], donate: bool = False
+    ) -> Any:
+        """A function of local parts as a program over the mesh; the result is sharded by trial."""
+        return jax.jit(
+            jax.shard_map(
+                function,
+                mesh=self._mesh,
+                in_specs=tuple(P(TRIALS_AXIS) if one else P() for one in sharded),
+                out_specs=P(TRIALS_AXIS),
+                axis_names={TRIALS_AXIS},
+                check_vma=False,
+            ),
+            donate_argnums=(0,) if donate else (),
+        )
+
+    def _over_trials(self, function: Callable[..., Any], num_batched: int) -> Callable[..., Any]:
+        """A function of one trial over a block's; `num_batched` arguments are by trial."""
+
+        def mapped(*args: Any) -> Any:
+            if self._width == 1:
+                # No vmap at all: a batch of one is not the same program.
+                one = jax.tree.map(lambda leaf: leaf[0], args[:num_batched])
+                out = function(*one, *args[num_batched:])
+                return jax.tree.map(lambda leaf: leaf[None], out)
+            axes = (*(0 for _ in range(num_batched)), *(None for _ in args[num_batched:]))
+            return jax.vmap(function, axes)(*args)
+
+        return mapped
+
+    def _trial_key(self, key: chex.PRNGKey, seed: chex.Array, number: chex.Array) -> chex.PRNGKey:
+        return train.trial_key(key, seed, number if self._independent else None)
+
+    def _each_block(self, count: Any, block: Callable[[Any, Any], Any], like: Any) -> Any:
+        """Puts ``block(rows, first)`` of each block of rows in the place of these rows."""
+
+        def body(i: chex.Array, results: Any) -> Any:
+            first = i * self._width
+            done = block(self._rows(results, first), first)
+            return jax.tree.map(
+                lambda all_rows, new: jax.lax.dynamic_update_slice_in_dim(all_rows, new, first, 0),
+                results,
+                done,
+            )
+
+        # A loop even over one block: the same program trains any number of them.
+        return jax.lax.fori_loop(0, count, body, like)
+
+    def _rows(self, tree: Any, first: chex.Array) -> Any:
+        """The rows of one block."""
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, self._width), tree
+        )
+
+    def _empty(self, num_rows: int, block: Callable[[Any], Any]) -> Any:
+        """Zeros in the shapes of ``block(first)``, with all rows of a device."""
+        shapes = jax.eval_shape(block, jnp.int32(0))
+        return jax.tree.map(lambda leaf: _zeros((num_rows, *leaf.shape[1:]), leaf.dtype), shapes)
+
+    def _init_local(self, inputs: Any, key: chex.PRNGKey, data: Any, batches: Any) -> States:
+        seed = inputs["seed"][0]
+
+        def init_one(point: Any, number: chex.Array) -> train.TrialState:
+            state = self._trial.init(point, self._trial_key(key, seed, number), data, batches)
+            # The key follows from the trial's number; what is shared must stay so under vmap.
+            return state._replace(key=None)
+
+        def block(first: chex.Array) -> Any:
+            return self._over_trials(init_one, 2)(
+                *self._rows((inputs["points"], inputs["trial"]), first)
+            )
+
+        num_rows = inputs["trial"].shape[0]
+        empty = self._empty(num_rows, block)
+        # Rows that hold no trial count as broken: nothing is spent on them.
+        empty = empty._replace(infeasible_step=jnp.zeros_like(empty.infeasible_step))
+        states = self._each_block(inputs["num_used"][0], lambda _, first: block(first), empty)
+        return States(states, jnp.arange(num_rows, dtype=jnp.int32))
+
+    def _advance_local(
+        self,
+        states: States,
+        inputs: Any,
+        key: chex.PRNGKey,
+        data: Any,
+        start: chex.Array,
+        stop: chex.Array,
+        batches: Any,
+    ) -> States:
+        seed = inputs["seed"][0]
+        # All trials of a call share a seed, and by default their key and batches.
+        shared_key = self._trial_key(key, seed, jnp.int32(0))
+
+        def advance_one(
+            state: Any, number: chex.Array, data: Any, step: Any, until: Any, chunk: Any, first: Any
+        ) -> Any:
+            own = self._trial_key(key, seed, number) if self._independent else shared_key
+            state = state._replace(key=own)
+            state = self._trial.advance(state, data, step, until, chunk, first)
+            return state._replace(key=None)
+
+        def sweep(carry: tuple[chex.Array, States]) -> tuple[chex.Array, States]:
+            step, states = carry
+            until = jnp.minimum(step + self._sweep_steps, stop)
+            chunk, first_step = batches, start
+            if self._make_batch is not None:
+                chunk, first_step = self._gather(data, shared_key, step, until), step
+            states = _live_first(states)
+            num_live = jnp.sum(states.trials.infeasible_step < 0, dtype=jnp.int32)
+            num_blocks = (num_live + self._width - 1) // self._width
+
+            def block(trials: Any, first: chex.Array) -> Any:
+                numbers = inputs["trial"][self._rows(states.place, first)]
+                over = self._over_trials(advance_one, 2)
+                return over(trials, numbers, data, step, until, chunk, first_step)
+
+            return until, states._replace(trials=self._each_block(num_blocks, block, states.trials))
+
+        return jax.lax.while_loop(lambda carry: carry[0] < stop, sweep, (start, states))[1]
+
+    def _gather(self, data: Any, key: chex.PRNGKey, step: chex.Array, until: chex.Array) -> Any:
+        """The batches of a sweep, leading axis of steps, once for all trials."""
+        assert self._make_batch is not None
+        make = self._make_batch
+        shapes = jax.eval_shape(make, data, key, step)
+        empty = jax.tree.map(
+            lambda leaf: _zeros((self._sweep_steps, *leaf.shape), leaf.dtype), shapes
+        )
+
+        def put(i: chex.Array, chunk: Any) -> Any:
+            batch = make(data, key, step + i)
+            return jax.tree.map(lambda batches, one: batches.at[i].set(one), chunk, batch)
+
+        return self._over_data(jax.lax.fori_loop(0, until - step, put, empty))
+
+    def _over_data(self, chunk: Any) -> Any:
+        """Batches with a leading axis of steps, sharded over the mesh's second axis, if any."""
+        if DATA_AXIS not in self._mesh.axis_names:
+            return chunk
+        return jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, P(None, DATA_AXIS)), chunk
+        )
+
+    def _result_local(self, states: States, inputs: Any) -> Any:
+        in_order = jnp.argsort(states.place)
+        trials = jax.tree.map(lambda leaf: leaf[in_order], states.trials)
+
+        def block(first: chex.Array) -> Any:
+            return self._over_trials(self._trial.result, 1)(self._rows(trials, first))
+
+        empty = self._empty(inputs["trial"].shape[0], block)
+        return self._each_block(inputs["num_used"][0], lambda _, first: block(first), empty)
+
+    # Whole studies -----------------------------------------------------------------------------
 
     def run(
         self, blocks: Sequence[Block], points: Points
@@ -114,187 +358,156 @@ class Engine:
         Yields:
           Pairs of a block's index and its arrays, as `records.study_from_blocks` takes them.
         """
-        calls = [
-            blocks[first : first + self.blocks_per_call]
-            for first in range(0, len(blocks), self.blocks_per_call)
-        ]
         pending: tuple[Sequence[Block], Any] | None = None
-        for call in calls:
-            # The next call is on its way while this one's results are fetched and stored.
-            started = (call, self._start(call, points))
+        for call in self._calls(blocks):
+            work = self._train(call, points)
+            results = next(work)
+            # This call is on its way while the last one's results are fetched and stored.
             if pending is not None:
                 yield self._fetch(*pending, points)
-            pending = started
+            for results in work:  # noqa: B007 - only the last is not None.
+                pass
+            pending = (call, results)
         if pending is not None:
             yield self._fetch(*pending, points)
 
-    def _inputs(self, blocks: Sequence[Block], points: Points) -> dict[str, Any]:
-        """Points, trials and seeds of one call, leading axis (device * block), sharded.
+    def _calls(self, blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
+        """Groups of blocks of one seed, all about equally large."""
+        for seed in sorted({block.seed for block in blocks}):
+            same = [block for block in blocks if block.seed == seed]
+            num_calls = -(-len(same) // self.blocks_per_call)
+            for part in np.array_split(np.arange(len(same)), num_calls):
+                yield [same[i] for i in part]
 
-        Block i of a call goes to device i modulo the number of devices, so that the last call of a
-        study is spread over all of them; unused places repeat the last block and are not trained.
+    def _place(
+        self, blocks: Sequence[Block], rows: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Points, trials and seed of one call: leading axis (device * block * trial).
+
+        Block i of a call goes to device i modulo the number of devices, so that a small call is
+        spread over all of them; unused places repeat the last block and are not trained.
         """
-        slots = self.blocks_per_call
-        order = [
-            device + position * self._num_devices
-            for device in range(self._num_devices)
-            for position in range(self._calls)
-        ]
-        filled = [blocks[min(i, len(blocks) - 1)] for i in order]
-        rows = [points.rows(block.trials) for block in filled]
-        used = np.array([i < len(blocks) for i in order]).reshape(self._num_devices, self._calls)
-        inputs = {
-            "points": {name: np.stack([row[name] for row in rows]) for name in rows[0]},
-            "trial": np.stack([block.trials for block in filled]),
-            "seed": np.array([block.seed for block in filled], np.int32),
+        order = [self._slot_block(slot, len(blocks)) for slot in range(self.blocks_per_call)]
+        filled = [min(i, len(blocks) - 1) for i in order]
+        used = np.array([i < len(blocks) for i in order]).reshape(self._num_devices, -1)
+        points = {
+            name: np.concatenate([np.asarray(rows[i][name]) for i in filled]) for name in rows[0]
+        }
+        return {
+            "points": points,
+            "trial": np.concatenate([blocks[i].trials for i in filled]),
+            "seed": np.full(self._num_devices, blocks[0].seed, np.int32),
             "num_used": used.sum(axis=1).astype(np.int32),
         }
-        assert len(filled) == slots
-        return jax.device_put(inputs, self._sharded)
 
-    def _start(self, blocks: Sequence[Block], points: Points) -> Any:
-        inputs = self._inputs(blocks, points)
-        if self._host_batches is None:
-            return self._program(inputs, self._key, self._data)
-        return self._train_from_host(inputs)
+    def _slot_block(self, slot: int, num_blocks: int) -> int:
+        device, position = divmod(slot, self._per_device)
+        return device + position * self._num_devices
+
+    def _train(self, blocks: Sequence[Block], points: Points) -> Iterator[Any]:
+        """Trains one call; yields None when the device has work, and at last the results."""
+        programs = self.compile()
+        rows = [points.rows(block.trials) for block in blocks]
+        inputs = jax.device_put(self._place(blocks, rows), self._sharded)
+        common = (inputs, self._key, self._data)
+        num_steps = self._trial.num_steps
+        states = None
+        for start, stop, chunk in self._segments(0):
+            if states is None:
+                states = programs.init(*common, chunk)
+            states = self._advance(states, inputs, start, stop, chunk)
+            if stop < num_steps:
+                yield None
+                jax.block_until_ready(states.place)
+        yield programs.result(states, inputs)
+
+    def _segments(self, start: int) -> Iterator[tuple[int, int, Any]]:
+        """(start, stop, chunk of host batches or None) of each call of the program in turn."""
+        num_steps = self._trial.num_steps
+        if self._host_batches is not None:
+            for chunk in prefetch(self._host_batches(start), num_steps - start, self._chunk_length):
+                stop = min(start + self._chunk_length, num_steps)
+                yield start, stop, jax.device_put(chunk, self._batch_sharding)
+                start = stop
+            return
+        length = self._sweep_steps
+        while start < num_steps:
+            stop = min(start + length, num_steps)
+            began = time.monotonic()
+            yield start, stop, None
+            seconds = max(time.monotonic() - began, 1e-3)
+            start = stop
+            # At most four times as long as the last, which may have been quick by chance.
+            growth = min(4.0, SECONDS_PER_CALL / seconds)
+            length = max(self._sweep_steps, int(length * growth))
 
     def _fetch(
         self, blocks: Sequence[Block], results: Any, points: Points
     ) -> list[tuple[int, dict[str, np.ndarray]]]:
         host = jax.device_get(results)
         out = []
-        for number, block in enumerate(blocks):
-            device, position = number % self._num_devices, number // self._num_devices
-            place = device * self._calls + position
-            result = jax.tree.map(lambda leaf, place=place: leaf[place], host)
+        for slot in range(self.blocks_per_call):
+            number = self._slot_block(slot, len(blocks))
+            if number >= len(blocks):
+                continue
+            rows = slice(slot * self._width, (slot + 1) * self._width)
+            result = jax.tree.map(lambda leaf, rows=rows: leaf[rows], host)
+            block = blocks[number]
             arrays = block_arrays(block, points.rows(block.trials), result)
             out.append((block.index, arrays))
-        return out
+        return sorted(out, key=lambda item: item[0])
 
-    def _over_trials(
-        self, function: Callable[..., Any], first_axes: Any = 0, out_axes: Any = 0
-    ) -> Callable[..., Any]:
-        """A function of one point and one trial number over a block's, leading axis (width,).
-
-        The axes are `jax.vmap`'s, of the first argument and of the result.
-        """
-
-        def mapped(points: Any, trials: chex.Array, *shared: Any) -> Any:
-            if self._width == 1:
-                # No vmap at all: a batch of one is not the same program.
-                one = function(jax.tree.map(lambda leaf: leaf[0], points), trials[0], *shared)
-                return jax.tree.map(lambda leaf: leaf[None], one)
-            in_axes = (first_axes, 0, *(None for _ in shared))
-            return jax.vmap(function, in_axes, out_axes)(points, trials, *shared)
-
-        return mapped
-
-    def _start_trial(
-        self,
-        point: Any,
-        number: chex.Array,
-        seed: chex.Array,
-        key: chex.PRNGKey,
-        data: Any,
-        batches: Any,
-    ) -> train.TrialState:
-        own = number if self._independent else None
-        return self._trial.init(point, train.trial_key(key, seed, own), data, batches)
-
-    def _train_local(self, inputs: Any, key: chex.PRNGKey, data: Any) -> train.TrialResult:
-        def train_one(point: Any, number: chex.Array, seed: Any, key: Any, data: Any) -> Any:
-            state = self._start_trial(point, number, seed, key, data, None)
-            state = self._trial.advance(state, data, 0, self._trial.num_steps)
-            return self._trial.result(state)
-
-        def train_block(position: chex.Numeric) -> Any:
-            block = jax.tree.map(
-                lambda leaf: leaf[position], (inputs["points"], inputs["trial"], inputs["seed"])
-            )
-            return self._over_trials(train_one)(*block, key, data)
-
-        shapes = jax.eval_shape(train_block, jnp.int32(0))
-        empty = jax.tree.map(lambda leaf: jnp.zeros((self._calls, *leaf.shape), leaf.dtype), shapes)
-
-        def body(position: chex.Array, results: Any) -> Any:
-            return jax.tree.map(
-                lambda buffer, value: buffer.at[position].set(value), results, train_block(position)
-            )
-
-        # A loop even over one block: the same program trains any number of them.
-        return jax.lax.fori_loop(0, inputs["num_used"][0], body, empty)
-
-    def _init_local(self, inputs: Any, key: chex.PRNGKey, data: Any, batches: Any) -> Any:
-        block = jax.tree.map(
-            lambda leaf: leaf[0], (inputs["points"], inputs["trial"], inputs["seed"])
+    def _advance(self, states: States, inputs: Any, start: int, stop: int, chunk: Any) -> States:
+        limits = jax.device_put((np.int32(start), np.int32(stop)), self._replicated)
+        advanced: States = self.compile().advance(
+            states, inputs, self._key, self._data, *limits, chunk
         )
-        states = self._over_trials(self._start_trial)(*block, key, data, batches)
-        return jax.tree.map(lambda leaf: leaf[None], states)
+        return advanced
 
-    def _advance_local(self, states: Any, data: Any, start: Any, stop: Any, batches: Any) -> Any:
-        local = jax.tree.map(lambda leaf: leaf[0], states)
-        advanced = self._advance_states(local, data, start, stop, batches, axes=0)
-        return jax.tree.map(lambda leaf: leaf[None], advanced)
+    # One block, step by step ---------------------------------------------------------------------
 
-    def _advance_states(
-        self, states: Any, data: Any, start: Any, stop: Any, batches: Any, axes: Any
-    ) -> Any:
-        def one(state: Any, number: chex.Array, *shared: Any) -> Any:
-            del number
-            return self._trial.advance(state, *shared)
-
-        unused = jnp.zeros((self._width,), jnp.int32)
-        over = self._over_trials(one, axes, axes)
-        return over(states, unused, data, start, stop, batches)
-
-    def init_block(self, block: Block, points: Points, chunk: Any) -> Any:
-        """The states of a block's trials before the first update, leading axis (width,).
+    def begin_block(self, block: Block, points: Points, chunk: Any) -> tuple[States, Any]:
+        """The states of one block before the first update, and what `advance_block` needs.
 
         Args:
           block: the block.
           points: where its points come from.
           chunk: the first of `feed`.
-        """
-        init, _ = self._stepper()
-        rows, trials = points.rows(block.trials), jnp.asarray(block.trials)
-        return init(rows, trials, jnp.int32(block.seed), self._key, self._data, chunk)
 
-    def advance_block(self, states: Any, start: int, stop: int, chunk: Any) -> Any:
-        """The states after the updates start, ..., stop - 1: the bits that `run` computes.
+        Returns:
+          (states, inputs); the block stands in the first places.
+        """
+        inputs = self._place([block], [points.rows(block.trials)])
+        inputs = jax.device_put(inputs, self._sharded)
+        return self.compile().init(inputs, self._key, self._data, chunk), inputs
+
+    def advance_block(
+        self, states: States, inputs: Any, start: int, stop: int, chunk: Any
+    ) -> States:
+        """The states after the updates start, ..., stop - 1, with the very program of `run`.
 
         Args:
-          states: from `init_block`.
+          states: from `begin_block`; donated.
+          inputs: from `begin_block`.
           start: the first update.
           stop: the update before which to stop.
           chunk: host batches that begin with that of `start`, or None.
+
+        Returns:
+          The states.
         """
-        _, advance = self._stepper()
-        return advance(states, self._data, jnp.int32(start), jnp.int32(stop), chunk)
+        return self._advance(states, inputs, start, stop, chunk)
 
-    def _stepper(self) -> tuple[Any, Any]:
-        if self._step_block is None:
-            axes = self.state_axes
-            start = self._over_trials(self._start_trial, out_axes=axes)
-            advance = functools.partial(self._advance_states, axes=axes)
-            self._step_block = (jax.jit(start), jax.jit(advance))
-        return self._step_block
+    def trial_key(self, block: Block, trial: int) -> chex.PRNGKey:
+        """The key of one trial of a block."""
+        return self._trial_key(self._key, jnp.int32(block.seed), jnp.int32(trial))
 
-    @property
-    def state_axes(self) -> Any:
-        """The axis of trials in `init_block`'s states, a prefix of their tree.
-
-        None where the trials of `run` share a value, because what is shared is computed once, by
-        another program than for each.
-        """
-        shared = self._host_batches is None and self._width > 1
-        fields: dict[str, Any] = dict.fromkeys(train.TrialState._fields, 0)
-        if shared:
-            fields["step"] = None
-            fields["key"] = 0 if self._independent else None
-        return train.TrialState(**fields)
+    def result(self, state: train.TrialState) -> train.TrialResult:
+        """The result of one trial's state so far."""
+        return self._trial.result(state)
 
     def feed(self, num_steps: int) -> Iterator[Any]:
-        """What to give to `init_block`, and then to `advance_block` for each step in turn.
+        """What to give to `begin_block`, and then to `advance_block` for each step in turn.
 
         Args:
           num_steps: how many steps.
@@ -306,31 +519,50 @@ class Engine:
         if self._host_batches is None:
             yield from itertools.repeat(None, num_steps + 1)
             return
-        length = _chunk_length(self._trial.num_steps)
         for step, batch in enumerate(itertools.islice(self._host_batches(0), num_steps)):
-            chunk = jax.device_put(_stack([batch] * length), self._replicated)
+            chunk = jax.device_put(_stack([batch] * self._chunk_length), self._batch_sharding)
             if step == 0:
                 yield chunk
             yield chunk
 
-    def _result_local(self, states: Any) -> Any:
-        local = jax.tree.map(lambda leaf: leaf[0], states)
-        unused = jnp.zeros((self._width,), jnp.int32)
-        results = self._over_trials(lambda state, number: self._trial.result(state))(local, unused)
-        return jax.tree.map(lambda leaf: leaf[None], results)
 
-    def _train_from_host(self, inputs: Any) -> Any:
-        assert self._host_batches is not None
-        num_steps = self._trial.num_steps
-        states, start = None, 0
-        for chunk in _prefetch(self._host_batches(0), num_steps):
-            chunk = jax.device_put(chunk, self._replicated)
-            if states is None:
-                states = self._init(inputs, self._key, self._data, chunk)
-            stop = min(start + _chunk_length(num_steps), num_steps)
-            states = self._advance(states, self._data, jnp.int32(start), jnp.int32(stop), chunk)
-            start = stop
-        return self._result(states)
+def blocks_per_device(width: int, num_blocks: int, num_devices: int) -> int:
+    """How many blocks of this width one device holds at a time, for a study of so many blocks."""
+    most = max(1, min(BLOCKS_PER_DEVICE, TRIALS_PER_DEVICE // width))
+    each = -(-num_blocks // num_devices)
+    num_calls = -(-each // most)
+    return max(1, -(-each // num_calls))
+
+
+def _live_first(states: States) -> States:
+    """Brings live trials before broken ones, keeping the order among them."""
+
+    def broken(states: States) -> chex.Array:
+        return states.trials.infeasible_step >= 0
+
+    def out_of_order(states: States) -> chex.Array:
+        dead = broken(states)
+        return jnp.any(dead[:-1] & ~dead[1:])
+
+    def sort(states: States) -> States:
+        order = jnp.argsort(broken(states), stable=True)
+        return jax.tree.map(lambda leaf: leaf[order], states)
+
+    # A loop of no or one pass: a branch would copy the states even where nothing moves.
+    return jax.lax.while_loop(out_of_order, sort, states)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Zeros, also of random keys that a model or an optimizer carries."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        like = jax.eval_shape(lambda: jax.random.key_data(jnp.empty((), dtype)))
+        impl = jax.random.key_impl(jnp.empty((), dtype))
+        return jax.random.wrap_key_data(jnp.zeros((*shape, *like.shape), like.dtype), impl=impl)
+    return jnp.zeros(shape, dtype)
+
+
+def _num_bytes(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def block_arrays(
@@ -375,8 +607,10 @@ def first_batches(host_batches: Callable[[int], Iterator[Any]]) -> Any:
     return _stack(list(itertools.islice(host_batches(0), 1)))
 
 
-def _chunk_length(num_steps: int) -> int:
-    return min(CHUNK_STEPS, num_steps)
+def chunk_length(first: Any, num_steps: int) -> int:
+    """How many batches travel together: as many as `MAX_CHUNK_BYTES` hold, within limits."""
+    fitting = MAX_CHUNK_BYTES // max(_num_bytes(first), 1)
+    return max(1, min(MAX_CHUNK_STEPS, num_steps, fitting))
 
 
 def _stack(batches: list[Any]) -> Any:
@@ -386,9 +620,20 @@ def _stack(batches: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *batches)
 
 
-def _prefetch(batches: Iterator[Any], num_steps: int) -> Iterator[Any]:
-    """Chunks of host batches, read ahead in a thread; the last one is padded to the same shape."""
-    length = _chunk_length(num_steps)
+def prefetch(batches: Iterator[Any], num_steps: int, length: int) -> Iterator[Any]:
+    """Chunks of host batches, read ahead in a thread; the last one is padded to the same shape.
+
+    Args:
+      batches: the batches.
+      num_steps: how many of them.
+      length: batches in a chunk.
+
+    Yields:
+      Chunks, leaves (step, ...).
+
+    Raises:
+      ValueError: the batches ended before.
+    """
     ready: queue.Queue[Any] = queue.Queue(PREFETCHED_CHUNKS)
     stopped = threading.Event()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from playbook_optax import _feasibility, _tree
 from playbook_optax.records.study import Study
-from playbook_optax.runner.execute import Engine
+from playbook_optax.runner.execute import Engine, States
 from playbook_optax.runner.plan import Block, Points
 from playbook_optax.trials import train
 from playbook_optax.trials.workload import WorkloadLike
@@ -41,6 +41,13 @@ class Replayer:
         self._per_layer = per_layer
         self._look = jax.jit(self._observe)
 
+        def take(states: States) -> train.TrialState:
+            # Live trials come first, so that the trial may have moved.
+            here = jnp.argmax(states.place == row)
+            return jax.tree.map(lambda leaf: leaf[here], states.trials)
+
+        self._take = jax.jit(take)
+
     def run(
         self,
         study: Study,
@@ -65,37 +72,37 @@ class Replayer:
         """
         engine = self._engine
         feed = engine.feed(stop)
-        state = engine.init_block(block, points, next(feed))
+        states, inputs = engine.begin_block(block, points, next(feed))
+        key = engine.trial_key(block, trial)
         looks: list[Any] = []
+        before = None
         for step in range(stop):
             chunk = next(feed)
             if chunk is None and step < start:
                 if step == 0:
-                    state = engine.advance_block(state, 0, start, None)
+                    states = engine.advance_block(states, inputs, 0, start, None)
                 continue
-            after = engine.advance_block(state, step, step + 1, chunk)
+            if step == start:
+                before = self._of_trial(states, key)
+            states = engine.advance_block(states, inputs, step, step + 1, chunk)
             if step >= start:
-                looks.append(self._look(state, after, engine.data, jnp.int32(step), chunk))
-            state = after
-            if step % _LOOK_EVERY == 0 and self._broken_at(state) >= 0:
+                after = self._of_trial(states, key)
+                looks.append(self._look(before, after, engine.data, jnp.int32(step), chunk))
+                before = after
+            if step % _LOOK_EVERY == 0 and self._broken_at(states) >= 0:
                 break
+        state = self._of_trial(states, key)
         return self._dataset(study, block, trial, start, stop, state, jax.device_get(looks))
 
-    def _of_trial(self, state: train.TrialState) -> train.TrialState:
-        return train.TrialState(
-            *(
-                value if axis is None else jax.tree.map(lambda leaf: leaf[self._row], value)
-                for value, axis in zip(state, self._engine.state_axes, strict=True)
-            )
-        )
+    def _of_trial(self, states: States, key: chex.PRNGKey) -> train.TrialState:
+        return self._take(states)._replace(key=key)
 
-    def _broken_at(self, state: train.TrialState) -> int:
-        return int(state.infeasible_step[self._row])
+    def _broken_at(self, states: States) -> int:
+        return int(self._take(states).infeasible_step)
 
     def _observe(
         self, before: Any, after: Any, data: Any, step: chex.Array, chunk: Any
     ) -> dict[str, chex.Array]:
-        before, after = self._of_trial(before), self._of_trial(after)
         change = jax.tree.map(lambda new, old: new - old, after.params, before.params)
         applied = (after.infeasible_step < 0) | (after.infeasible_step > step)
         trees = {"param_norm": before.params}
@@ -126,11 +133,11 @@ class Replayer:
     ) -> "xarray.Dataset":
         import xarray
 
-        broken = self._broken_at(state)
+        broken = int(state.infeasible_step)
         # Looked at only now and then: the steps after the break are frozen ones.
         num = len(looks) if broken < 0 else max(0, min(len(looks), broken + 1 - start))
-        final = jax.device_get(self._of_trial(state))
-        exact = _same(study, final, trial, block.seed, stop)
+        final = jax.device_get(state._replace(key=None))
+        exact = _same(study, self._engine.result(state).metrics, trial, block.seed, stop)
         if not exact:
             warnings.warn(
                 "The replay is close to the study, not equal to it bit for bit: another JAX "
@@ -166,11 +173,11 @@ def _norms(tree: Any) -> chex.Array:
     return jnp.stack([_tree.global_norm(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def _same(study: Study, final: train.TrialState, trial: int, seed: int, stop: int) -> bool:
+def _same(study: Study, metrics: Any, trial: int, seed: int, stop: int) -> bool:
     """Whether all that was evaluated until `stop` has the bits that the study holds."""
     seen = np.asarray(study.data["step"].values) <= stop
     where = {"trial": trial, **({"seed": seed} if study.num_seeds > 1 else {})}
     return all(
         np.asarray(values)[seen].tobytes() == study.data[name].isel(where).values[seen].tobytes()
-        for name, values in final.metrics.items()
+        for name, values in metrics.items()
     )

@@ -16,6 +16,8 @@ from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials import train
 from playbook_optax.trials.workload import WorkloadLike, resolve
 
+_MUCH_LONGER = 4
+
 
 @_checks.named_arguments
 def run_study(
@@ -191,6 +193,9 @@ class StudyRunner:
         self._arguments = (first, own_key, data, batches)
         self._whole = whole
         self._shapes = jax.eval_shape(whole, *self._arguments)
+        self._make_batch = None
+        if host is None and not independent:
+            self._make_batch = train.shared_batches(workload, first, data, own_key)
         self._fingerprints: dict[str, str] = {}
         self._engines: dict[int, execute.Engine] = {}
 
@@ -258,19 +263,26 @@ class StudyRunner:
             plan.check_resumable(stored, spec, directory)
         return self._train(rows, count, width, spec, directory, {})
 
-    def _engine(self, width: int) -> execute.Engine:
-        if width not in self._engines:
-            self._engines[width] = execute.Engine(
+    def _engine(self, width: int, num_blocks: int) -> execute.Engine:
+        """The engine for blocks of this width, made for a study of about so many blocks."""
+        num_devices = self._mesh.shape[devices.TRIALS_AXIS]
+        wanted = execute.blocks_per_device(width, num_blocks, num_devices)
+        engine = self._engines.get(width)
+        # Another number of places is another program: worth it only for a much longer study.
+        if engine is None or wanted > _MUCH_LONGER * engine.blocks_per_device:
+            engine = self._engines[width] = execute.Engine(
                 self._trial,
                 self._key,
                 self._work.data,
                 self._mesh,
                 width,
+                wanted,
                 self._independent,
+                self._make_batch,
                 self._work.host_batches,
-                self._shapes,
+                self._like,
             )
-        return self._engines[width]
+        return engine
 
     def _train(
         self,
@@ -290,7 +302,7 @@ class StudyRunner:
             done |= _read_blocks(directory, {block.index for block in blocks} - set(done))
         missing = [block for block in blocks if block.index not in done]
         steps = width * self._trial.num_steps
-        engine = self._engine(width)
+        engine = self._engine(width, max(1, len(missing) // self._num_seeds))
         with Progress(self._progress, self._work.name, len(missing), steps) as progress:
             for batch in engine.run(missing, points):
                 for index, arrays in batch:

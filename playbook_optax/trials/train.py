@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from playbook_optax import _checks, _feasibility, _tree, norms, reducers
+from playbook_optax.trials import layouts
 from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
 
 Point = Mapping[str, Any]
@@ -99,11 +100,11 @@ class Trial(NamedTuple):
     """A trial as a stepper of three pure functions; vmap and jit them as you like.
 
     Attributes:
-      init: ``init(point, key, data) -> state``: initializes and evaluates before any update.
+      init: ``init(point, key, data) -> state``: initializes model and optimizer.
       advance: ``advance(state, data, start, stop) -> state``: does the updates start, ..., stop - 1
-        and the evaluations among them. Both are int32 scalars, traced or not; under vmap they
-        must be shared by all trials (``in_axes=(0, None, None, None)``). Any cut of a run into
-        segments gives the same bits.
+        and the evaluations among them, which for start = 0 include that before any update. Both
+        are int32 scalars, traced or not; under vmap they must be shared by all trials
+        (``in_axes=(0, None, None, None)``). Any cut of a run into segments gives the same bits.
       result: ``result(state) -> TrialResult``.
       num_steps: updates in the whole run.
       eval_steps: int32 NumPy array (eval,), updates done before each evaluation.
@@ -153,6 +154,33 @@ def points_key(key: chex.PRNGKey) -> chex.PRNGKey:
     """The key that a study samples its points with: another fold than training."""
     check_key("key", key)
     return jax.random.fold_in(key, _POINT_STREAM)
+
+
+def shared_batches(
+    workload: WorkloadLike, point: Point, data: Any, key: chex.PRNGKey
+) -> Callable[[Any, chex.PRNGKey, chex.Array], Any] | None:
+    """A function that makes the batches of all trials with one key, if the point has no say.
+
+    Args:
+      workload: a workload fed from its data.
+      point: one point.
+      data: the workload's data.
+      key: a trial's key.
+
+    Returns:
+      ``make_batch(data, key, step) -> batch``, with the trial's key; None where a batch depends on
+      the point.
+    """
+
+    def make(point: Point, data: Any, key: chex.PRNGKey, step: chex.Array) -> Any:
+        return _batch(resolve(workload, point), data, key, step, None, 0)
+
+    closed = jax.make_jaxpr(make)(point, data, key, jnp.int32(0))
+    names = set(closed.jaxpr.invars[: len(jax.tree.leaves(point))])
+    reached = _tree.reached(closed.jaxpr, names)
+    if any(var in reached for var in closed.jaxpr.outvars if not hasattr(var, "val")):
+        return None
+    return functools.partial(make, point)
 
 
 def check_key(name: str, key: Any) -> None:
@@ -261,7 +289,7 @@ def make_trial(
 
     def evaluate(work: Workload, params: Any, model_state: Any, data: Any) -> dict[str, Any]:
         with _user_code("evaluate"):
-            metrics = work.evaluate(params, model_state, data)
+            metrics = layouts.fast_layouts(work.evaluate)(params, model_state, data)
         if not isinstance(metrics, dict) or not metrics:
             raise ValueError(
                 "evaluate must return a non-empty dict of scalar metrics, got "
@@ -300,18 +328,14 @@ def make_trial(
         _warn_zero_gradient(work, params, model_state, batch_shapes, key)
         names = [*(f"step/{name}" for name in shapes), GRADIENT_NORM]
         peaks = [PEAK_GRADIENT_NORM, PEAK_LOSS]
-        evaluated = evaluate(work, params, model_state, data)
+        evaluated = jax.eval_shape(lambda *a: evaluate(work, *a), params, model_state, data)
         clash = sorted({*names, *peaks} & set(evaluated))
         if clash:
             raise ValueError(f"evaluate returns {clash[0]!r}, the name of a metric of the loss.")
-        first = {**evaluated, **{name: jnp.float32(jnp.nan) for name in (*names, *peaks)}}
-        metrics = {
-            name: jnp.full((num_evals,), jnp.nan, value.dtype).at[0].set(value)
-            for name, value in first.items()
-        }
-        value = objective_value(work, first)
-        reducer = reducers.best(maximize=work.maximize)
-        best = reducer.update(reducer.init(), value, jnp.int32(0))
+        objective_value(work, evaluated)
+        dtypes = {name: value.dtype for name, value in evaluated.items()}
+        dtypes |= dict.fromkeys((*names, *peaks), jnp.dtype(jnp.float32))
+        metrics = {name: jnp.full((num_evals,), jnp.nan, dtype) for name, dtype in dtypes.items()}
         zero, nan = jnp.float32(0), jnp.float32(jnp.nan)
         return TrialState(
             step=jnp.int32(0),
@@ -329,17 +353,17 @@ def make_trial(
             norm_peak=nan,
             last_loss=nan,
             norms=norms.init_record("gradient"),
-            best=best,
+            best=reducers.best(maximize=work.maximize).init(),
             best_params=(params, model_state) if keep == "best" else None,
             infeasible_step=jnp.int32(-1),
             infeasible_reason=jnp.int8(0),
         )
 
     def update(
-        state: TrialState, data: Any, step: chex.Array, batches: Any, start: chex.Array
+        state: TrialState, data: Any, step: chex.Array, batches: Any, first: chex.Numeric
     ) -> TrialState:
         (loss, (model_state, step_metrics)), grads = gradient(
-            workload, state, data, step, batches, start
+            workload, state, data, step, batches, first
         )
         transform = optimizer(state.point)
         with _user_code("optimizer.update"):
@@ -411,9 +435,6 @@ def make_trial(
         metrics = {
             name: buffer.at[index].set(values[name]) for name, buffer in state.metrics.items()
         }
-        # Before any update the smoothed loss is that of the first batch, known only now.
-        first = jnp.where(jnp.isfinite(state.first_loss), state.first_loss, jnp.nan)
-        metrics[PEAK_LOSS] = metrics[PEAK_LOSS].at[0].set(first)
         return state._replace(
             metrics=metrics,
             sums=jax.tree.map(jnp.zeros_like, state.sums),
@@ -430,29 +451,41 @@ def make_trial(
         start: chex.Numeric,
         stop: chex.Numeric,
         batches: Any = None,
+        first: chex.Numeric | None = None,
     ) -> TrialState:
         # The trip counts are data, so that every segment is the same program and the same bits.
         start, stop = jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32)
+        first = start if first is None else first
         stop = jnp.minimum(stop, num_steps)
 
-        def period(carry: tuple[chex.Array, TrialState]) -> tuple[chex.Array, TrialState]:
-            step, state = carry
+        def period(carry: tuple[Any, Any, TrialState]) -> tuple[Any, Any, TrialState]:
+            step, fresh, state = carry
             done = step // eval_every
             until_next = eval_every - (step - done * eval_every)
-            target = step + jnp.minimum(until_next, stop - step)
+            # Before the first update there is an evaluation and nothing else.
+            target = step + jnp.where(fresh, 0, jnp.minimum(until_next, stop - step))
 
             def one(step: chex.Array, state: TrialState) -> TrialState:
-                return update(state, data, step, batches, start)
+                return update(state, data, step, batches, first)
 
             state = jax.lax.fori_loop(step, target, one, state)
-            due = (target - done * eval_every == eval_every) | (target == num_steps)
-            state = jax.lax.cond(due, lambda s: record(s, data, done + 1), lambda s: s, state)
-            return target, state
+            due = fresh | (target - done * eval_every == eval_every) | (target == num_steps)
+            index = jnp.where(fresh, 0, done + 1)
+            state = jax.lax.cond(due, lambda s: record(s, data, index), lambda s: s, state)
+            return target, jnp.asarray(False), state
 
-        return jax.lax.while_loop(lambda c: c[0] < stop, period, (start, state))[1]
+        def unfinished(carry: tuple[Any, Any, TrialState]) -> chex.Array:
+            step, fresh, _ = carry
+            return fresh | (step < stop)
+
+        return jax.lax.while_loop(unfinished, period, (start, start == 0, state))[2]
 
     def result(state: TrialState) -> TrialResult:
         work = resolve(workload, state.point)
+        # Before any update the smoothed loss is that of the first batch, known only now.
+        first = jnp.where(jnp.isfinite(state.first_loss), state.first_loss, jnp.nan)
+        peaks = state.metrics[PEAK_LOSS].at[0].set(first)
+        state = state._replace(metrics={**state.metrics, PEAK_LOSS: peaks})
         high, first_high = _judge(work, state, eval_steps)
         broke = state.infeasible_step >= 0
         before_high = jnp.asarray(eval_steps)[jnp.maximum(first_high, 0)] - 1
@@ -544,7 +577,7 @@ def gradient(
     data: Any,
     step: chex.Array,
     batches: Any,
-    start: chex.Array,
+    first: chex.Numeric,
 ) -> tuple[Any, Any]:
     """The loss and its gradient at a trial's state, on the batch and with the key of a step.
 
@@ -553,18 +586,21 @@ def gradient(
       state: the trial's state before the update.
       data: the workload's data.
       step: the update, int32 scalar.
-      batches: a chunk of host batches, or None.
-      start: the step whose batch begins the chunk.
+      batches: batches with a leading axis of steps, or None to make the batch here.
+      first: the step of the first of `batches`.
 
     Returns:
       ((loss, (model_state, metrics)), gradient).
     """
     work = resolve(workload, state.point)
-    batch = _batch(work, data, state.key, step, batches, start)
+    batch = _batch(work, data, state.key, step, batches, first)
     loss_key = jax.random.fold_in(jax.random.fold_in(state.key, _LOSS_STREAM), step)
-    return jax.value_and_grad(
-        lambda params: _loss(work, params, state.model_state, batch, loss_key), has_aux=True
-    )(state.params)
+
+    def loss(params: Any, model_state: Any, batch: Any, key: chex.PRNGKey) -> Any:
+        return _loss(work, params, model_state, batch, key)
+
+    value_and_grad = layouts.fast_layouts(jax.value_and_grad(loss, has_aux=True))
+    return value_and_grad(state.params, state.model_state, batch, loss_key)
 
 
 def _saturate(value: chex.Array) -> chex.Array:
@@ -575,11 +611,11 @@ def _saturate(value: chex.Array) -> chex.Array:
 
 
 def _batch(
-    work: Workload, data: Any, key: chex.PRNGKey, step: chex.Array, batches: Any, start: Any
+    work: Workload, data: Any, key: chex.PRNGKey, step: chex.Array, batches: Any, first: Any
 ) -> Any:
-    """The batch of a step: from the data, or from a chunk of host batches beginning at `start`."""
+    """The batch of a step: from the data, or one of `batches`, which begin with step `first`."""
     if batches is not None:
-        return jax.tree.map(lambda leaf: leaf[step - start], batches)
+        return jax.tree.map(lambda leaf: leaf[step - first], batches)
     if work.batch is None:
         raise ValueError(
             f"workload {work.name!r} is fed from the host (host_batches); only run_study trains it."
@@ -718,12 +754,9 @@ def _warn_zero_gradient(
     traced = jax.make_jaxpr(lambda p, s, b, k: _loss(work, p, s, b, k)[0])(
         params, model_state, batch, key
     ).jaxpr
-    reached = set(traced.invars[: len(jax.tree.leaves(params))])
-    for equation in traced.eqns:
-        # A literal has a value and no identity; a stopped gradient ends the path.
-        inputs = [v for v in equation.invars if not hasattr(v, "val")]
-        if equation.primitive.name != "stop_gradient" and any(v in reached for v in inputs):
-            reached.update(equation.outvars)
+    reached = _tree.reached(
+        traced, set(traced.invars[: len(jax.tree.leaves(params))]), ends=("stop_gradient",)
+    )
     if not any(v in reached for v in traced.outvars if not hasattr(v, "val")):
         warnings.warn(
             f"the loss of workload {work.name!r} does not depend on the params: every gradient is "

@@ -359,9 +359,63 @@ def test_progress_on_a_terminal(monkeypatch, capsys):
 def test_a_mesh_is_used():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("anything",))
     assert bits(study_of(rates(0.1), mesh=mesh), 0) == bits(study_of(rates(0.1)), 0)
-    two = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("a", "b"))
+    three = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("a", "b", "c"))
     with pytest.raises(ValueError, match="one axis"):
-        study_of(rates(0.1), mesh=two)
+        study_of(rates(0.1), mesh=three)
+    with pytest.raises(ValueError, match=r"must be a jax\.sharding\.Mesh"):
+        study_of(rates(0.1), mesh=4)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_trials_that_broke_cost_nothing(width):
+    updates = []
+    quadratic = tiny.quadratic()
+
+    def loss(params, state, batch, key):
+        jax.debug.callback(lambda _: updates.append(0), params)
+        return quadratic.loss(params, state, batch, key)
+
+    counted = pbx.Workload(**{**vars(quadratic), "loss": loss})
+    points, steps = rates(0.01, 1e30, 0.02, 1e30, 1e30, 1e30, 1e30, 0.03), 320
+    arguments = {"num_steps": steps, "eval_every": 80, "trials_per_block": width}
+    study = study_of(points, workload=counted, make_optimizer=tiny.sgd, **arguments)
+    jax.effects_barrier()
+    assert study.data["infeasible"].values.tolist() == [0, 1, 0, 1, 1, 1, 1, 0]
+    # Three live trials; the broken ones up to the next look, after 16 steps. Under vmap a trial
+    # that completes a block is trained along.
+    live = 3 if width == 1 else 4
+    assert len(updates) <= live * steps + 8 * 16
+    assert len(updates) >= 3 * steps
+    # What is packed with whom, and what broke, changes no bit.
+    alone = study_of(rates(0.01, 0.02), workload=counted, make_optimizer=tiny.sgd, **arguments)
+    assert bits(alone, 0) == bits(study, 0)
+    assert bits(alone, 1) == bits(study, 2)
+
+
+def test_blocks_of_a_call_are_spread_and_seeds_are_not_mixed():
+    alone = [
+        study_of(tiny.SPACE, 7, trials_per_block=2, num_seeds=3).data["valid/loss"].values
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(*alone)
+    one_seed = study_of(tiny.SPACE, 7, trials_per_block=2).data["valid/loss"].values
+    np.testing.assert_array_equal(alone[0][:, 0], one_seed)
+
+
+def test_batches_that_depend_on_the_point_are_made_by_the_trial():
+    quadratic = tiny.quadratic()
+
+    def scaled(point):
+        def batch(data, key, step):
+            return data * point["scale"]
+
+        return pbx.Workload(**{**vars(quadratic), "batch": batch})
+
+    points = {**rates(0.01, 0.01), "scale": np.float32([1.0, 3.0])}
+    study = study_of(points, workload=scaled, make_optimizer=tiny.sgd, trials_per_block=2)
+    plain = study_of(rates(0.01), workload=quadratic, make_optimizer=tiny.sgd, trials_per_block=2)
+    assert bits(study, 0)["valid/loss"] == bits(plain, 0)["valid/loss"]
+    assert bits(study, 1)["valid/loss"] != bits(plain, 0)["valid/loss"]
 
 
 def test_large_steps_train_one_after_another_and_small_ones_side_by_side():

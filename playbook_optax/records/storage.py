@@ -22,6 +22,7 @@ as declared           the arrays, little-endian, C order, each at a multiple of 
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -692,6 +693,43 @@ def read_block(directory: str | os.PathLike[str], index: int) -> dict[str, np.nd
                 f"{str(path)!r} is damaged: {error}. Run the study again with the same directory=, "
                 "which runs this block again."
             ) from error
+
+
+def block_to_bytes(index: int, arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A block as the bytes of its file, to be sent to another process.
+
+    Args:
+      index: the block's index, >= 0.
+      arrays: as for `write_block`.
+
+    Returns:
+      What `block_from_bytes` reads.
+
+    Raises:
+      ValueError: an array has a dtype that is not stored.
+    """
+    host = {name: np.asarray(array) for name, array in arrays.items()}
+    return b"".join(_block_chunks(_block_header(_check_index(index), host), host))
+
+
+def block_from_bytes(raw: bytes, index: int) -> dict[str, np.ndarray]:
+    """Reads what `block_to_bytes` wrote, checked as a file is.
+
+    Args:
+      raw: the bytes.
+      index: the block's index.
+
+    Returns:
+      Name to read-only array.
+
+    Raises:
+      CorruptBlock: the bytes are not those that were written.
+      NewerFormat: a newer version of this package wrote them.
+    """
+    try:
+        return _read_block_file(io.BytesIO(raw), len(raw), _check_index(index))
+    except (ValueError, RecursionError) as error:
+        raise CorruptBlock(f"block {index} was damaged on its way: {error}.") from error
 
 
 def finished_blocks(directory: str | os.PathLike[str]) -> list[int]:

@@ -1,7 +1,8 @@
 """`run_study`: from a workload and points to a `Study`."""
 
+import concurrent.futures
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -10,7 +11,16 @@ import numpy as np
 
 from playbook_optax import _checks
 from playbook_optax.records import storage, study
-from playbook_optax.runner import devices, execute, plan, replay
+from playbook_optax.runner import (
+    devices,
+    execute,
+    finished,
+    plan,
+    processes,
+    remote,
+    replay,
+    workers,
+)
 from playbook_optax.runner.progress import Progress
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials import train
@@ -35,6 +45,8 @@ def run_study(
     make_schedule: train.MakeSchedule | None = None,
     trials_per_block: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    executor: concurrent.futures.Executor | None = None,
+    worker: tuple[int, int] | None = None,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> study.Study:
@@ -43,6 +55,9 @@ def run_study(
     Trials are trained in blocks of one fixed width, which is compiled once; blocks are shared out
     over the devices. A trial's bits depend on its point, the key and the width, not on the other
     trials, their number or order, or the number of devices (with at most one per core).
+
+    In a job of several processes (`jax.distributed`) every process makes the same call, trains its
+    share of the blocks on its own devices, and returns the whole study.
 
     Args:
       workload: a `Workload`, or a function of the point that gives one.
@@ -59,7 +74,15 @@ def run_study(
         `make_optimizer` as ``point["learning_rate"]``.
       trials_per_block: width of a block: 1 trains one trial after another inside the program,
         which is the faster on a CPU above about 1 MFLOP a step. Chosen by backend and size if None.
-      mesh: a one-dimensional mesh to shard trials over; all local devices if None.
+      mesh: a one-dimensional mesh to shard trials over; all local devices if None. Of a mesh over
+        several processes, each uses its own devices.
+      executor: a PEP 3148 executor, such as `concurrent.futures.ProcessPoolExecutor` with spawned
+        workers or ``client.get_executor()`` of a Dask client; its workers train the blocks, this
+        process stores them. A worker that is killed costs the blocks it was training, which are
+        trained again.
+      worker: ``(i, n)``: this process is worker i of n that make the same call with the same
+        `directory`. It trains its share and then whatever is still missing, so that the study gets
+        whole though other workers die.
       directory: where to store the study. A study that is there already is continued: finished
         blocks are read, not trained again.
       progress: show a progress bar when standard error is a terminal.
@@ -69,8 +92,11 @@ def run_study(
 
     Raises:
       ValueError: a bad argument; a workload or optimizer that breaks its promise, before anything
-        is compiled or written; or a directory that holds another study.
+        is compiled or written; a directory that holds another study; or processes of one job that
+        differ in the call.
       NotWritable: the directory cannot be written, before the first step.
+      RuntimeError: the executor broke, or another process of the job failed; what is stored stays,
+        and the same call continues.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -89,24 +115,27 @@ def run_study(
     Source: playbook, "Where can I find an implementation of quasi-random search?" and "How many
     trials are needed to get good results with quasi-random search?"
     """
-    train.check_key("key", key)
-    plan.make_points(points, num_trials, key)
-    runner = StudyRunner(
-        workload,
-        make_optimizer,
-        points,
-        num_steps=num_steps,
-        eval_every=eval_every,
-        key=key,
-        num_seeds=num_seeds,
-        independent=independent,
-        keep=keep,
-        make_schedule=make_schedule,
-        trials_per_block=trials_per_block,
-        mesh=mesh,
-        progress=progress,
-    )
-    return runner.run(points, num_trials=num_trials, directory=directory)
+    with processes.together():
+        train.check_key("key", key)
+        plan.make_points(points, num_trials, key)
+        runner = StudyRunner(
+            workload,
+            make_optimizer,
+            points,
+            num_steps=num_steps,
+            eval_every=eval_every,
+            key=key,
+            num_seeds=num_seeds,
+            independent=independent,
+            keep=keep,
+            make_schedule=make_schedule,
+            trials_per_block=trials_per_block,
+            mesh=mesh,
+            executor=executor,
+            worker=worker,
+            progress=progress,
+        )
+        return runner.run(points, num_trials=num_trials, directory=directory)
 
 
 class StudyRunner:
@@ -129,6 +158,8 @@ class StudyRunner:
       make_schedule: makes the schedule of a point.
       trials_per_block: width of a block.
       mesh: mesh to shard trials over.
+      executor: whose workers train.
+      worker: which worker of how many.
       progress: show a progress bar.
 
     Raises:
@@ -151,6 +182,8 @@ class StudyRunner:
         make_schedule: train.MakeSchedule | None = None,
         trials_per_block: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        executor: concurrent.futures.Executor | None = None,
+        worker: tuple[int, int] | None = None,
         progress: bool = True,
     ) -> None:
         train.check_key("key", key)
@@ -161,7 +194,10 @@ class StudyRunner:
             )
         if trials_per_block is not None:
             trials_per_block = _checks.check_count("trials_per_block", trials_per_block)
-        self._mesh = devices.trial_mesh(mesh)
+        _check_places(mesh, executor, worker)
+        self._executor = executor
+        self._worker = None if worker is None else workers.check_worker(worker)
+        self._mesh = processes.local_part(devices.trial_mesh(mesh))
         likeness = 1 if isinstance(points_like, SearchSpace) else None
         points, _ = plan.make_points(points_like, likeness, key)
         self._like = points.rows(np.arange(1))
@@ -173,10 +209,22 @@ class StudyRunner:
             keep=keep,
             make_schedule=make_schedule,
         )
+        self._recipe: dict[str, Any] = {
+            "workload": workload,
+            "make_optimizer": make_optimizer,
+            "make_schedule": make_schedule,
+            "points_like": self._like,
+            "num_steps": num_steps,
+            "eval_every": eval_every,
+            "num_seeds": num_seeds,
+            "independent": independent,
+            "keep": keep,
+        }
         self._workload, self._trial, self._key = workload, trial, key
         self._num_seeds, self._independent, self._keep = num_seeds, independent, keep
         self._eval_every, self._progress = eval_every, progress
         self._trials_per_block = trials_per_block
+        self._auto_width: int | None = None
         first = {name: values[0] for name, values in self._like.items()}
         self._work = resolve(workload, first)
         data = self._work.data
@@ -220,6 +268,39 @@ class StudyRunner:
           ValueError: other names or dtypes, or a directory that holds another study.
           NotWritable: the directory cannot be written, before the first step.
         """
+        with processes.together():
+            return self._train(*self._begin(points, num_trials, directory), directory, {})
+
+    def prepare(
+        self,
+        points: SearchSpace | Mapping[str, Any],
+        *,
+        num_trials: int | None = None,
+        directory: str | os.PathLike[str],
+    ) -> None:
+        """Stores a study's spec and trains nothing, for others to train.
+
+        Args:
+          points: as for `run`.
+          num_trials: as for `run`.
+          directory: as for `run`.
+
+        Raises:
+          ValueError: as for `run`.
+          NotWritable: as for `run`.
+        """
+        _, count, _, spec = self._begin(points, num_trials, directory)
+        _write_spec(directory, {**spec, "num_trials": count})
+
+    def _begin(
+        self,
+        points: SearchSpace | Mapping[str, Any],
+        num_trials: int | None,
+        directory: str | os.PathLike[str] | None,
+    ) -> tuple[plan.Points, int, int, dict[str, Any]]:
+        """The points, their number, the width of blocks, and the spec, which fits the directory."""
+        if self._worker is not None and directory is None:
+            raise ValueError("worker needs directory=, which all workers share.")
         rows, count = plan.make_points(points, num_trials, self._key)
         first = rows.rows(np.arange(1))
         wanted = {name: values.dtype for name, values in self._like.items()}
@@ -234,15 +315,38 @@ class StudyRunner:
                 stored = storage.read_spec(directory)
             except storage.NoStudy:
                 stored = None
+        group = processes.current()
         width = self._trials_per_block
         if width is None and stored is not None:
             width = int(stored["trials_per_block"])
-        if width is None:
-            width = self._trials_per_block = plan.choose_width(self._workload, *self._arguments)
+        if width is None and (group is None or group.index == 0):
+            width = self._chosen_width()
+        if group is not None and self._trials_per_block is None:
+            width = int(group.share(width))
+        assert width is not None
+        spec = self._spec(rows, width, fingerprints=directory is not None)
+        if stored is not None:
+            plan.check_resumable(stored, spec, directory)
+        elif (
+            directory is not None
+            and group is None
+            and self._trials_per_block is None
+            and not storage.write_spec(directory, {**spec, "num_trials": count}, replace=False)
+        ):
+            # Of several processes that begin one study, the first decides the width.
+            return self._begin(points, num_trials, directory)
+        return rows, count, width, spec
+
+    def _chosen_width(self) -> int:
+        if self._auto_width is None:
+            self._auto_width = plan.choose_width(self._workload, *self._arguments)
+        return self._auto_width
+
+    def _spec(self, points: plan.Points, width: int, *, fingerprints: bool) -> dict[str, Any]:
         spec = plan.make_spec(
             work=self._work,
             trial=self._trial,
-            points=rows,
+            points=points,
             num_trials=0,
             num_seeds=self._num_seeds,
             eval_every=self._eval_every,
@@ -252,16 +356,14 @@ class StudyRunner:
             width=width,
             shapes=self._shapes,
         )
-        if directory is not None:
+        if fingerprints or self._executor is not None or processes.current() is not None:
             if not self._fingerprints:
                 self._fingerprints = {
                     "data": plan.fingerprint_data(self._work.data),
                     "program": plan.fingerprint_program(self._whole, *self._arguments),
                 }
             spec |= self._fingerprints
-        if stored is not None:
-            plan.check_resumable(stored, spec, directory)
-        return self._train(rows, count, width, spec, directory, {})
+        return spec
 
     def _engine(self, width: int, num_blocks: int) -> execute.Engine:
         """The engine for blocks of this width, made for a study of about so many blocks."""
@@ -291,33 +393,35 @@ class StudyRunner:
         width: int,
         spec: Mapping[str, Any],
         directory: str | os.PathLike[str] | None,
-        finished: Mapping[int, dict[str, np.ndarray]],
+        before: Mapping[int, dict[str, np.ndarray]],
     ) -> study.Study:
         """Trains whatever is missing of the first `num_trials` trials."""
-        blocks = plan.blocks_of(num_trials, self._num_seeds, width)
         spec = {**spec, "num_trials": num_trials}
-        done = dict(finished)
-        if directory is not None:
-            _write_spec(directory, spec)
-            done |= _read_blocks(directory, {block.index for block in blocks} - set(done))
-        missing = [block for block in blocks if block.index not in done]
+        blocks = plan.blocks_of(num_trials, self._num_seeds, width)
+        done = dict(before)
         steps = width * self._trial.num_steps
-        engine = self._engine(width, max(1, len(missing) // self._num_seeds))
-        with Progress(self._progress, self._work.name, len(missing), steps) as progress:
-            for batch in engine.run(missing, points):
-                for index, arrays in batch:
-                    if directory is not None:
-                        storage.write_block(directory, index, arrays)
-                    done[index] = arrays
-                real = [arrays["trial"] < num_trials for _, arrays in batch]
-                progress.update(
-                    len(batch),
-                    sum(int(rows.sum()) for rows in real),
-                    sum(
-                        int((arrays["infeasible"] & rows).sum())
-                        for rows, (_, arrays) in zip(real, batch, strict=True)
-                    ),
-                )
+        with processes.together() as group:
+            if group is not None:
+                group.agree(spec)
+            if directory is not None:
+                if group is not None:
+                    group.check_shared(directory)
+                _write_spec(directory, spec)
+                done |= finished.read(directory, {block.index for block in blocks} - set(done))
+            missing = [block for block in blocks if block.index not in done]
+            show = self._progress and (group is None or group.index == 0)
+            with Progress(show, self._work.name, len(missing), steps) as progress:
+                for batch in self._finish(missing, points, width, spec, directory):
+                    done |= dict(batch)
+                    real = [arrays["trial"] < num_trials for _, arrays in batch]
+                    progress.update(
+                        len(batch),
+                        sum(int(rows.sum()) for rows in real),
+                        sum(
+                            int((arrays["infeasible"] & rows).sum())
+                            for rows, (_, arrays) in zip(real, batch, strict=True)
+                        ),
+                    )
         kept = self._keep != "none"
         like = {k: getattr(self._shapes, k) for k in ("params", "model_state")} if kept else None
         extend = None
@@ -330,6 +434,7 @@ class StudyRunner:
             record: study.Study, trial: int, seed: int, start: int, stop: int, per_layer: bool
         ) -> Any:
             block = plan.blocks_of(trial + 1, self._num_seeds, width)[seed - self._num_seeds]
+            engine = self._engine(width, 1)
             program = replay.Replayer(engine, self._workload, trial % width, per_layer)
             return program.run(record, block, points, trial, start, stop)
 
@@ -339,6 +444,65 @@ class StudyRunner:
             weights_like=like,
             extend=extend,
             replay=replay_run,
+        )
+
+    def _finish(
+        self,
+        missing: Sequence[plan.Block],
+        points: plan.Points,
+        width: int,
+        spec: Mapping[str, Any],
+        directory: str | os.PathLike[str] | None,
+    ) -> Iterator[finished.Finished]:
+        """Trains blocks here, or has them trained, and yields them once they are stored."""
+        group = processes.current()
+        num_blocks = -(-len(missing) // self._num_seeds)
+        if group is not None:
+            engine = self._engine(width, -(-num_blocks // group.size))
+            return group.train(engine, missing, points, directory)
+        if self._worker is not None and directory is not None:
+            engine = self._engine(width, -(-num_blocks // self._worker[1]))
+            return workers.train(engine, missing, points, directory, self._worker)
+        if self._executor is None:
+            return finished.store(directory, self._engine(width, num_blocks).run(missing, points))
+        batches = remote.train(
+            self._executor,
+            missing,
+            points,
+            spec=spec,
+            train_blocks=lambda blocks, points: self._engine(width, 1).run(blocks, points),
+            make_payload=lambda: remote.pack(
+                _rebuild, {**self._recipe, "trials_per_block": width}, self._key, spec
+            ),
+            where="Nothing is stored without directory=."
+            if directory is None
+            else f"Finished blocks are stored in {str(directory)!r}: the same call continues.",
+        )
+        return finished.store(directory, batches)
+
+
+def _rebuild(**recipe: Any) -> tuple[remote.TrainBlocks, dict[str, Any]]:
+    """What trains a study's blocks in a worker, and its spec."""
+    runner = StudyRunner(**recipe, progress=False)
+    width = recipe["trials_per_block"]
+    points, _ = plan.make_points(recipe["points_like"], None, recipe["key"])
+    spec = runner._spec(points, width, fingerprints=True)
+    return runner._engine(width, 1).run, spec
+
+
+def _check_places(mesh: Any, executor: Any, worker: Any) -> None:
+    """Raises when it was said in two ways where trials are trained."""
+    if executor is not None:
+        remote.check_executor(executor)
+    group = processes.current()
+    places = {"executor": executor is not None, "worker": worker is not None}
+    places["a job of several processes (jax.distributed)"] = group is not None
+    if executor is not None:
+        places["mesh"] = mesh is not None
+    named = [name for name, given in places.items() if given]
+    if len(named) > 1:
+        raise ValueError(
+            f"{' and '.join(named)} exclude each other: each says where trials are trained."
         )
 
 
@@ -352,15 +516,3 @@ def _write_spec(directory: str | os.PathLike[str], spec: Mapping[str, Any]) -> N
     if stored["num_trials"] < spec["num_trials"]:
         kept = {"num_trials": spec["num_trials"], "points": spec["points"]}
         storage.write_spec(directory, {**stored, **kept})
-
-
-def _read_blocks(
-    directory: str | os.PathLike[str], wanted: set[int]
-) -> dict[int, dict[str, np.ndarray]]:
-    found = {}
-    for index in wanted & set(storage.finished_blocks(directory)):
-        try:
-            found[index] = storage.read_block(directory, index)
-        except storage.CorruptBlock:
-            continue  # Trained again, and replaced.
-    return found

@@ -1,0 +1,102 @@
+"""Plain processes that share a study's directory: worker i of n, as in a SLURM array.
+
+Nobody talks to anybody: a block's file is there whole or not at all, and whoever writes it writes
+the same bytes. So a worker that dies leaves nothing to clean up, and the others do its blocks.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from playbook_optax import _checks
+from playbook_optax.records import storage
+from playbook_optax.runner import finished
+from playbook_optax.runner.execute import Engine
+from playbook_optax.runner.plan import Block, Points
+
+
+def check_worker(worker: Any) -> tuple[int, int]:
+    """Checks ``(i, n)``.
+
+    Args:
+      worker: which worker this is and how many there are.
+
+    Returns:
+      Both as integers.
+
+    Raises:
+      ValueError: not a pair of integers with 0 <= i < n.
+    """
+    if not isinstance(worker, (tuple, list)) or len(worker) != 2:
+        raise _checks.ArgumentTypeError(
+            f"worker must be a pair (i, n): this is worker i = 0, …, n - 1 of n; got {worker!r}."
+        )
+    number = _checks.check_count("worker[1]", worker[1])
+    index = _checks.check_count("worker[0]", worker[0], at_least=0)
+    if index >= number:
+        raise ValueError(
+            f"worker = {(index, number)} must be (i, n) with i < n: workers count from 0."
+        )
+    return index, number
+
+
+def next_blocks(
+    missing: Sequence[Block], done: set[int], worker: tuple[int, int], limit: int
+) -> list[Block]:
+    """What a worker trains next: its own share in order, then what others have not done.
+
+    Own blocks are every n-th. Others' are taken from the end, where their owners come last, each
+    helper from a place of its own, so that two seldom train the same block.
+
+    Args:
+      missing: the blocks that nobody had finished at the start.
+      done: indices of those finished since.
+      worker: which worker of how many.
+      limit: how many blocks at most.
+
+    Returns:
+      The blocks, none when all are done.
+    """
+    index, number = worker
+    own = [block for block in missing[index::number] if block.index not in done]
+    if own:
+        return own[:limit]
+    left = [block for block in reversed(missing) if block.index not in done]
+    first = index * len(left) // number
+    return (left[first:] + left[:first])[:limit]
+
+
+def train(
+    engine: Engine,
+    missing: Sequence[Block],
+    points: Points,
+    directory: str | os.PathLike[str],
+    worker: tuple[int, int],
+) -> Iterator[finished.Finished]:
+    """Trains blocks until all of them are stored, by whomever, and yields them all.
+
+    Args:
+      engine: trains blocks.
+      missing: the blocks that were not there at the start.
+      points: where their points come from.
+      directory: where all workers store theirs.
+      worker: which worker of how many.
+
+    Yields:
+      Finished blocks as `Engine.run` does, stored already.
+    """
+    trained: set[int] = set()
+    while True:
+        done = trained | set(storage.finished_blocks(directory))
+        chunk = next_blocks(missing, done, worker, engine.blocks_per_call)
+        if not chunk:
+            break
+        for batch in finished.store(directory, engine.run(chunk, points)):
+            trained |= {index for index, _ in batch}
+            yield batch
+    # All are there: what others did is read once, and what is damaged is trained again.
+    others = {block.index: block for block in missing if block.index not in trained}
+    found = finished.read(directory, others)
+    yield list(found.items())
+    damaged = [block for index, block in others.items() if index not in found]
+    yield from finished.store(directory, engine.run(damaged, points))

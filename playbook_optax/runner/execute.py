@@ -529,7 +529,7 @@ class Engine:
 def blocks_per_device(width: int, num_blocks: int, num_devices: int) -> int:
     """How many blocks of this width one device holds at a time, for a study of so many blocks."""
     most = max(1, min(BLOCKS_PER_DEVICE, TRIALS_PER_DEVICE // width))
-    each = -(-num_blocks // num_devices)
+    each = -(-max(num_blocks, 1) // num_devices)
     num_calls = -(-each // most)
     return max(1, -(-each // num_calls))
 

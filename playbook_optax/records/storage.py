@@ -77,6 +77,13 @@ _DTYPES = {
 }
 
 
+def stored_dtype(name: str) -> np.dtype:
+    """The dtype of this name; `ValueError` unless it is one that is stored."""
+    if name not in _DTYPES:
+        raise ValueError(f"the dtype {name!r} is not stored")
+    return _DTYPES[name]
+
+
 class StorageError(Exception):
     """Something about a study directory that the caller has to know; the base of all below."""
 
@@ -101,7 +108,8 @@ class NewerFormat(StorageError):  # noqa: N818
     """The files were written by a newer version of this package."""
 
 
-def _file_error(path: Path, action: str, error: OSError) -> NotWritable:
+def file_error(path: Path, action: str, error: OSError) -> NotWritable:
+    """What the system's refusal means for the study."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         why = "the disk is full; free some space and run the same command again"
     else:
@@ -223,7 +231,8 @@ def _open_for_reading(path: Path, corrupt: type[StorageError]) -> tuple[int, int
     return descriptor, status.st_size
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Brings the names in a directory to the disk."""
     if os.name != "posix":  # Other systems cannot open a directory; their rename is enough.
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -273,10 +282,10 @@ def _commit(path: Path, chunks: Callable[[], Iterable[bytes]], *, replace: bool)
                 continue
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
             return placed
     except OSError as error:
-        raise _file_error(path, "write", error) from error
+        raise file_error(path, "write", error) from error
     raise AssertionError("unreachable")
 
 
@@ -306,7 +315,7 @@ def _prepare(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _file_error(folder, "create the directory", error) from error
+        raise file_error(folder, "create the directory", error) from error
     if folder.name == _BLOCKS_NAME and folder.is_symlink():
         raise NotWritable(
             f"{str(folder)!r} is a symbolic link: nothing is written outside the study directory. "
@@ -328,10 +337,11 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
         try:
             _write_temporary(folder, (b"probe",)).unlink(missing_ok=True)
         except OSError as error:
-            raise _file_error(folder, "write in", error) from error
+            raise file_error(folder, "write in", error) from error
 
 
-def _process_exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether a process with this number runs on this machine; True where that is not known."""
     if os.name != "posix":  # Elsewhere os.kill would end the process.
         return True
     try:
@@ -369,7 +379,7 @@ def remove_temporary_files(directory: str | os.PathLike[str]) -> int:
                 fresh = time.time() - status.st_mtime < _STALE_SECONDS
                 if not stat.S_ISREG(status.st_mode):
                     continue
-                if fresh and _process_exists(int(match.group(1))):
+                if fresh and process_exists(int(match.group(1))):
                     continue
                 path.unlink()
                 removed += 1
@@ -381,7 +391,7 @@ def remove_temporary_files(directory: str | os.PathLike[str]) -> int:
 # The spec ---------------------------------------------------------------------------------------
 
 
-def _spec_bytes(spec: Mapping[str, Any]) -> bytes:
+def _document_bytes(spec: Mapping[str, Any]) -> bytes:
     content = dict(spec)
     version = content.pop("schema_version", SCHEMA_VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or version != SCHEMA_VERSION:
@@ -419,9 +429,14 @@ def write_spec(
       ValueError: `spec` holds something that JSON cannot, or another schema version.
       NotWritable: the system refused.
     """
-    content = _spec_bytes(spec)
-    path = _prepare(Path(directory)) / _SPEC_NAME
-    return _commit(path, lambda: (content,), replace=replace)
+    return write_document(Path(directory) / _SPEC_NAME, spec, replace=replace)
+
+
+def write_document(path: Path, content: Mapping[str, Any], *, replace: bool = True) -> bool:
+    """Writes strict JSON with its SHA-256, whole or not at all: `write_spec` to any path."""
+    document = _document_bytes(content)
+    _prepare(path.parent)
+    return _commit(path, lambda: (document,), replace=replace)
 
 
 def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -438,14 +453,19 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
       CorruptSpec: its content does not match its digest, or it is not strict JSON.
       NewerFormat: a newer version of this package wrote it.
     """
-    path = Path(directory) / _SPEC_NAME
+    return read_document(Path(directory) / _SPEC_NAME)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Reads what `write_document` wrote, and raises what `read_spec` does."""
+    directory = path.parent
     try:
         descriptor, size = _open_for_reading(path, CorruptSpec)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NoStudy(f"{str(directory)!r} holds no study: {str(path)!r} is missing.") from error
     with open(descriptor, "rb") as file:
         if size > _MAX_JSON_BYTES:
-            raise CorruptSpec(f"{str(path)!r} has {size} bytes, too many for a study.json.")
+            raise CorruptSpec(f"{str(path)!r} has {size} bytes, too many for a {path.name}.")
         raw = file.read(size)
     advice = "Restore it from a copy, or start the study again in an empty directory."
     start = len(_SPEC_PREFIX)
@@ -461,7 +481,7 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
             del document["sha256"]
             spec = {name: _decode(item) for name, item in document.items()}
     except (ValueError, KeyError, RecursionError) as error:
-        raise CorruptSpec(f"{str(path)!r} is not a valid study.json: {error}. {advice}") from error
+        raise CorruptSpec(f"{str(path)!r} is not a valid {path.name}: {error}. {advice}") from error
     if newer:
         doubt = "" if intact else " Its checksum does not match, so it may be damaged instead."
         raise NewerFormat(

@@ -1,6 +1,7 @@
 """Blocks of trials as one compiled program, sharded over the devices of a mesh."""
 
 import concurrent.futures
+import functools
 import itertools
 import queue
 import threading
@@ -16,7 +17,8 @@ import numpy as np
 from playbook_optax.records import weights
 from playbook_optax.runner.devices import DATA_AXIS, TRIALS_AXIS
 from playbook_optax.runner.plan import Block, Points
-from playbook_optax.trials import train
+from playbook_optax.runner.resume import Keeper, Saved
+from playbook_optax.trials import host_data, train
 
 # After so many steps the live trials are packed together again: 1/32 of a run, so that a trial that
 # broke costs 1/64 of a run more than it must, but often enough to be worth the move.
@@ -56,6 +58,18 @@ class _Programs(NamedTuple):
     init: Any
     advance: Any
     result: Any
+
+
+class _Call(NamedTuple):
+    """Blocks that are trained together, and the save they are part of, if any."""
+
+    blocks: Sequence[Block]
+    group: tuple[int, ...]
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The blocks' indices."""
+        return tuple(block.index for block in self.blocks)
 
 
 class Engine:
@@ -122,6 +136,7 @@ class Engine:
             if _num_bytes(shapes) * self._sweep_steps > MAX_GATHERED_BYTES:
                 self._make_batch = None
         self._compiled: _Programs | None = None
+        self._state_shapes: Any = None
         self._block_programs: tuple[Any, Any] | None = None
 
     @property
@@ -159,7 +174,7 @@ class Engine:
             common = (inputs, self._key, self._data)
             chunk = self._chunk_shapes
             init = self._sharded_jit(self._init_local, (True, False, False, False))
-            states = jax.tree.map(
+            states = self._state_shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharded),
                 jax.eval_shape(init, *common, chunk),
             )
@@ -347,37 +362,49 @@ class Engine:
     # Whole studies -----------------------------------------------------------------------------
 
     def run(
-        self, blocks: Sequence[Block], points: Points
+        self, blocks: Sequence[Block], points: Points, keeper: Keeper | None = None
     ) -> Iterator[list[tuple[int, dict[str, np.ndarray]]]]:
         """Trains blocks and yields them as they finish, a call's worth at a time.
 
         Args:
           blocks: the blocks to train, in order.
           points: where their points come from.
+          keeper: saves blocks in training, brings back what was saved, and stops when asked to.
 
         Yields:
-          Pairs of a block's index and its arrays, as `records.study_from_blocks` takes them.
+          Pairs of a block's index and its arrays, as `records.study_from_blocks` takes them; when
+          the next ones are asked for, these must be stored.
         """
-        pending: tuple[Sequence[Block], Any] | None = None
-        for call in self._calls(blocks):
-            work = self._train(call, points)
+        keeper = keeper or Keeper()
+        pending: tuple[_Call, Any] | None = None
+        for call in self._calls(blocks, keeper):
+            work = self._train(call, points, keeper)
             results = next(work)
             # This call is on its way while the last one's results are fetched and stored.
             if pending is not None:
                 yield self._fetch(*pending, points)
+                keeper.drop(pending[0].indices)
             for results in work:  # noqa: B007 - only the last is not None.
                 pass
             pending = (call, results)
+            if keeper.asked_to_stop:
+                break
         if pending is not None:
             yield self._fetch(*pending, points)
+            keeper.drop(pending[0].indices)
+        keeper.check()
 
-    def _calls(self, blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
-        """Groups of blocks of one seed, all about equally large."""
-        for seed in sorted({block.seed for block in blocks}):
-            same = [block for block in blocks if block.seed == seed]
-            num_calls = -(-len(same) // self.blocks_per_call)
-            for part in np.array_split(np.arange(len(same)), num_calls):
-                yield [same[i] for i in part]
+    def _calls(self, blocks: Sequence[Block], keeper: Keeper) -> Iterator[_Call]:
+        """Groups of blocks of one seed: first what was saved in training, then the others."""
+        left = {block.index: block for block in blocks}
+        for group in keeper.groups(left):
+            together = [left.pop(index) for index in group]
+            for part in _parts(together, self.blocks_per_call):
+                yield _Call(part, group)
+        for seed in sorted({block.seed for block in left.values()}):
+            same = [block for block in left.values() if block.seed == seed]
+            for part in _parts(same, self.blocks_per_call):
+                yield _Call(part, ())
 
     def _place(
         self, blocks: Sequence[Block], rows: Sequence[Mapping[str, np.ndarray]]
@@ -404,46 +431,100 @@ class Engine:
         device, position = divmod(slot, self._per_device)
         return device + position * self._num_devices
 
-    def _train(self, blocks: Sequence[Block], points: Points) -> Iterator[Any]:
+    def _train(self, call: _Call, points: Points, keeper: Keeper) -> Iterator[Any]:
         """Trains one call; yields None when the device has work, and at last the results."""
         programs = self.compile()
-        rows = [points.rows(block.trials) for block in blocks]
-        inputs = jax.device_put(self._place(blocks, rows), self._sharded)
-        common = (inputs, self._key, self._data)
-        num_steps = self._trial.num_steps
-        states = None
-        for start, stop, chunk in self._segments(0):
+        rows = [points.rows(block.trials) for block in call.blocks]
+        inputs = jax.device_put(self._place(call.blocks, rows), self._sharded)
+        saved = keeper.load(call.group, self._saved_shapes(len(call.group))) if call.group else None
+        states = None if saved is None else self._restore(call, saved)
+        begin = (0, None) if saved is None else (saved.step, saved.position)
+        for start, stop, chunk, position in self._segments(*begin):
             if states is None:
-                states = programs.init(*common, chunk)
+                states = programs.init(inputs, self._key, self._data, chunk)
             states = self._advance(states, inputs, start, stop, chunk)
-            if stop < num_steps:
+            if stop < self._trial.num_steps:
                 yield None
                 jax.block_until_ready(states.place)
+                rows_now = functools.partial(self._rows_of, call.blocks, states)
+                keeper.between_calls(call.indices, stop, rows_now, position)
         yield programs.result(states, inputs)
 
-    def _segments(self, start: int) -> Iterator[tuple[int, int, Any]]:
-        """(start, stop, chunk of host batches or None) of each call of the program in turn."""
+    def _segments(self, start: int, position: Any) -> Iterator[tuple[int, int, Any, Any]]:
+        """Each call of the program: start, stop, host batches, and where their iterator stands."""
         num_steps = self._trial.num_steps
         if self._host_batches is not None:
-            for chunk in prefetch(self._host_batches(start), num_steps - start, self._chunk_length):
+            batches = host_data.batches_from(self._host_batches, start, position)
+            for chunk, at in prefetch(batches, num_steps - start, self._chunk_length, start):
                 stop = min(start + self._chunk_length, num_steps)
-                yield start, stop, jax.device_put(chunk, self._batch_sharding)
+                yield start, stop, jax.device_put(chunk, self._batch_sharding), at
                 start = stop
             return
         length = self._sweep_steps
         while start < num_steps:
             stop = min(start + length, num_steps)
             began = time.monotonic()
-            yield start, stop, None
+            yield start, stop, None, None
             seconds = max(time.monotonic() - began, 1e-3)
             start = stop
             # At most four times as long as the last, which may have been quick by chance.
             growth = min(4.0, SECONDS_PER_CALL / seconds)
             length = max(self._sweep_steps, int(length * growth))
 
+    # Saves: leaves of the states, rows in the order of the call's blocks.
+
+    def _saved_shapes(self, num_blocks: int) -> list[Any]:
+        """Dtypes and shapes of what is saved of so many blocks."""
+        self.compile()
+        return [
+            jax.ShapeDtypeStruct((num_blocks * self._width, *leaf.shape[1:]), leaf.dtype)
+            for leaf in jax.tree.leaves(jax.eval_shape(_as_data, self._state_shapes.trials))
+        ]
+
+    def _slot_rows(self, num_blocks: int) -> np.ndarray:
+        """The first row of each block of a call, shape (block,), live or not."""
+        slots = [self._slot_block(slot, num_blocks) for slot in range(self.blocks_per_call)]
+        return np.array([slots.index(number) for number in range(num_blocks)]) * self._width
+
+    def _rows_of(self, blocks: Sequence[Block], states: States) -> list[np.ndarray]:
+        """What is saved, on the host."""
+        host = jax.device_get(_as_data(states.trials))
+        place = np.asarray(states.place).reshape(self._num_devices, -1)
+        # Live trials have been moved to the front: find where each place's trial is now.
+        rows_per_device = place.shape[1]
+        first = np.arange(self._num_devices)[:, None] * rows_per_device
+        now = (np.argsort(place, axis=1) + first).reshape(-1)
+        starts = self._slot_rows(len(blocks))
+        rows = now[(starts[:, None] + np.arange(self._width)).reshape(-1)]
+        return [leaf[rows] for leaf in jax.tree.leaves(host)]
+
+    def _restore(self, call: _Call, saved: Saved) -> States:
+        """The states of a call's blocks, as they were saved perhaps on other devices."""
+        shapes = self._state_shapes.trials
+        num_rows = self.blocks_per_call * self._width
+        starts = self._slot_rows(len(call.blocks))
+        rows = (starts[:, None] + np.arange(self._width)).reshape(-1)
+        places = np.array([saved.blocks.index(index) for index in call.indices]) * self._width
+        source = (places[:, None] + np.arange(self._width)).reshape(-1)
+
+        def spread(leaf: np.ndarray) -> np.ndarray:
+            # Rows that hold no trial count as broken at step 0, as zeros say.
+            whole = np.zeros((num_rows, *leaf.shape[1:]), leaf.dtype)
+            whole[rows] = leaf[source]
+            return whole
+
+        data_shapes = jax.eval_shape(_as_data, shapes)
+        trials = jax.tree.unflatten(
+            jax.tree.structure(data_shapes), [spread(leaf) for leaf in saved.arrays]
+        )
+        place = np.tile(np.arange(num_rows // self._num_devices, dtype=np.int32), self._num_devices)
+        placed = jax.device_put((trials, place), self._sharded)
+        return States(_from_data(placed[0], shapes), placed[1])
+
     def _fetch(
-        self, blocks: Sequence[Block], results: Any, points: Points
+        self, call: _Call, results: Any, points: Points
     ) -> list[tuple[int, dict[str, np.ndarray]]]:
+        blocks = call.blocks
         host = jax.device_get(results)
         out = []
         for slot in range(self.blocks_per_call):
@@ -561,6 +642,33 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
     return jnp.zeros(shape, dtype)
 
 
+def _parts(blocks: Sequence[Block], most: int) -> Iterator[Sequence[Block]]:
+    """Blocks in as few parts of about equal size as hold at most so many."""
+    num_parts = -(-len(blocks) // most)
+    for part in np.array_split(np.arange(len(blocks)), max(num_parts, 1)):
+        yield [blocks[i] for i in part]
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _as_data(tree: Any) -> Any:
+    """A tree with random keys as the numbers they are."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _from_data(tree: Any, like: Any) -> Any:
+    """What `_as_data` was given, of the dtypes of `like`."""
+
+    def restore(shape: Any, leaf: Any) -> Any:
+        if not _is_key(shape):
+            return leaf
+        return jax.random.wrap_key_data(leaf, impl=str(jax.random.key_impl(shape)))
+
+    return jax.tree.map(restore, like, tree)
+
+
 def _num_bytes(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
@@ -620,16 +728,19 @@ def _stack(batches: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *batches)
 
 
-def prefetch(batches: Iterator[Any], num_steps: int, length: int) -> Iterator[Any]:
+def prefetch(
+    batches: Iterator[Any], num_steps: int, length: int, first: int = 0
+) -> Iterator[tuple[Any, Any]]:
     """Chunks of host batches, read ahead in a thread; the last one is padded to the same shape.
 
     Args:
       batches: the batches.
       num_steps: how many of them.
       length: batches in a chunk.
+      first: the step of the first batch.
 
     Yields:
-      Chunks, leaves (step, ...).
+      Chunks, leaves (step, ...), and where the iterator stands after each.
 
     Raises:
       ValueError: the batches ended before.
@@ -653,10 +764,12 @@ def prefetch(batches: Iterator[Any], num_steps: int, length: int) -> Iterator[An
                 chunk = list(itertools.islice(batches, wanted))
                 if len(chunk) < wanted:
                     raise ValueError(
-                        f"host_batches ended after {start + len(chunk)} batches; the run needs "
-                        f"num_steps = {num_steps}. Repeat the data inside the iterator."
+                        f"host_batches ended after {first + start + len(chunk)} batches; the run "
+                        f"needs num_steps = {first + num_steps}. Repeat the data inside the "
+                        "iterator."
                     )
-                if not put(_stack(chunk + [chunk[-1]] * (length - wanted))):
+                stacked = _stack(chunk + [chunk[-1]] * (length - wanted))
+                if not put((stacked, host_data.position(batches))):
                     return
             put(None)
         except BaseException as error:  # Raised again in the thread that trains.

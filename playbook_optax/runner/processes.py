@@ -29,6 +29,7 @@ from playbook_optax.records import storage
 from playbook_optax.runner import agreement, finished
 from playbook_optax.runner.execute import Engine
 from playbook_optax.runner.plan import Block, Points
+from playbook_optax.runner.resume import Keeper
 
 # A process that has not begun the call when others are this far ahead will never come.
 ARRIVAL_SECONDS = 600.0
@@ -204,6 +205,7 @@ class Group:
         missing: Sequence[Block],
         points: Points,
         directory: str | os.PathLike[str] | None,
+        keeper: Keeper,
     ) -> Iterator[finished.Finished]:
         """Trains this process's share and yields all blocks, also those of others.
 
@@ -212,6 +214,7 @@ class Group:
           missing: the blocks that this process has not got.
           points: where their points come from.
           directory: where all processes store blocks, or None.
+          keeper: as for `Engine.run`.
 
         Yields:
           Finished blocks as `Engine.run` does, stored already.
@@ -221,7 +224,7 @@ class Group:
         blocks = {block.index: block for block in missing}
         owner = {index: number % self.size for number, index in enumerate(agreed)}
         mine = [block for index, block in blocks.items() if owner.get(index) == self.index]
-        for batch in finished.store(directory, engine.run(mine, points)):
+        for batch in finished.store(directory, engine.run(mine, points, keeper)):
             if directory is None:
                 for index, arrays in batch:
                     self._send(index, arrays)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from playbook_optax import _checks
-from playbook_optax.records import storage, study
+from playbook_optax.records import checkpoints, storage, study
 from playbook_optax.runner import (
     devices,
     execute,
@@ -19,6 +19,8 @@ from playbook_optax.runner import (
     processes,
     remote,
     replay,
+    resume,
+    signals,
     workers,
 )
 from playbook_optax.runner.progress import Progress
@@ -48,6 +50,7 @@ def run_study(
     executor: concurrent.futures.Executor | None = None,
     worker: tuple[int, int] | None = None,
     directory: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 60.0,
     progress: bool = True,
 ) -> study.Study:
     """Trains many trials in one compiled program and returns their record.
@@ -85,6 +88,8 @@ def run_study(
         whole though other workers die.
       directory: where to store the study. A study that is there already is continued: finished
         blocks are read, not trained again.
+      checkpoint_seconds: with `directory`, how long to train between saves of blocks that are not
+        finished; a killed run loses no more than that.
       progress: show a progress bar when standard error is a terminal.
 
     Returns:
@@ -95,6 +100,9 @@ def run_study(
         is compiled or written; a directory that holds another study; or processes of one job that
         differ in the call.
       NotWritable: the directory cannot be written, before the first step.
+      KeyboardInterrupt: Ctrl-C. The first one stops when everything that is finished, and what is
+        not, is stored; a second one stops at once.
+      SystemExit: SIGTERM, likewise, with status 143.
       RuntimeError: the executor broke, or another process of the job failed; what is stored stays,
         and the same call continues.
 
@@ -133,6 +141,7 @@ def run_study(
             mesh=mesh,
             executor=executor,
             worker=worker,
+            checkpoint_seconds=checkpoint_seconds,
             progress=progress,
         )
         return runner.run(points, num_trials=num_trials, directory=directory)
@@ -160,6 +169,7 @@ class StudyRunner:
       mesh: mesh to shard trials over.
       executor: whose workers train.
       worker: which worker of how many.
+      checkpoint_seconds: how long to train between saves of unfinished blocks.
       progress: show a progress bar.
 
     Raises:
@@ -184,6 +194,7 @@ class StudyRunner:
         mesh: jax.sharding.Mesh | None = None,
         executor: concurrent.futures.Executor | None = None,
         worker: tuple[int, int] | None = None,
+        checkpoint_seconds: float = 60.0,
         progress: bool = True,
     ) -> None:
         train.check_key("key", key)
@@ -195,6 +206,8 @@ class StudyRunner:
         if trials_per_block is not None:
             trials_per_block = _checks.check_count("trials_per_block", trials_per_block)
         _check_places(mesh, executor, worker)
+        _checks.check_number("checkpoint_seconds", checkpoint_seconds, at_least=0.0)
+        self._checkpoint_seconds = float(checkpoint_seconds)
         self._executor = executor
         self._worker = None if worker is None else workers.check_worker(worker)
         self._mesh = processes.local_part(devices.trial_mesh(mesh))
@@ -311,6 +324,7 @@ class StudyRunner:
         if directory is not None:
             storage.check_writable(directory)
             storage.remove_temporary_files(directory)
+            checkpoints.remove_temporary_folders(directory)
             try:
                 stored = storage.read_spec(directory)
             except storage.NoStudy:
@@ -400,7 +414,10 @@ class StudyRunner:
         blocks = plan.blocks_of(num_trials, self._num_seeds, width)
         done = dict(before)
         steps = width * self._trial.num_steps
-        with processes.together() as group:
+        with (
+            processes.together() as group,
+            signals.stop_requests(_where_finished_is(directory)) as stop,
+        ):
             if group is not None:
                 group.agree(spec)
             if directory is not None:
@@ -408,10 +425,12 @@ class StudyRunner:
                     group.check_shared(directory)
                 _write_spec(directory, spec)
                 done |= finished.read(directory, {block.index for block in blocks} - set(done))
+            keeper = resume.Keeper(stop, directory, self._checkpoint_seconds)
+            keeper.sweep(set(done))
             missing = [block for block in blocks if block.index not in done]
             show = self._progress and (group is None or group.index == 0)
             with Progress(show, self._work.name, len(missing), steps) as progress:
-                for batch in self._finish(missing, points, width, spec, directory):
+                for batch in self._finish(missing, points, width, spec, directory, keeper):
                     done |= dict(batch)
                     real = [arrays["trial"] < num_trials for _, arrays in batch]
                     progress.update(
@@ -422,6 +441,8 @@ class StudyRunner:
                             for rows, (_, arrays) in zip(real, batch, strict=True)
                         ),
                     )
+                    keeper.check()
+            keeper.sweep(set(done))
         kept = self._keep != "none"
         like = {k: getattr(self._shapes, k) for k in ("params", "model_state")} if kept else None
         extend = None
@@ -453,18 +474,20 @@ class StudyRunner:
         width: int,
         spec: Mapping[str, Any],
         directory: str | os.PathLike[str] | None,
+        keeper: resume.Keeper,
     ) -> Iterator[finished.Finished]:
         """Trains blocks here, or has them trained, and yields them once they are stored."""
         group = processes.current()
         num_blocks = -(-len(missing) // self._num_seeds)
         if group is not None:
             engine = self._engine(width, -(-num_blocks // group.size))
-            return group.train(engine, missing, points, directory)
+            return group.train(engine, missing, points, directory, keeper)
         if self._worker is not None and directory is not None:
             engine = self._engine(width, -(-num_blocks // self._worker[1]))
-            return workers.train(engine, missing, points, directory, self._worker)
+            return workers.train(engine, missing, points, directory, self._worker, keeper)
         if self._executor is None:
-            return finished.store(directory, self._engine(width, num_blocks).run(missing, points))
+            engine = self._engine(width, num_blocks)
+            return finished.store(directory, engine.run(missing, points, keeper))
         batches = remote.train(
             self._executor,
             missing,
@@ -474,11 +497,16 @@ class StudyRunner:
             make_payload=lambda: remote.pack(
                 _rebuild, {**self._recipe, "trials_per_block": width}, self._key, spec
             ),
-            where="Nothing is stored without directory=."
-            if directory is None
-            else f"Finished blocks are stored in {str(directory)!r}: the same call continues.",
+            where=_where_finished_is(directory),
         )
         return finished.store(directory, batches)
+
+
+def _where_finished_is(directory: str | os.PathLike[str] | None) -> str:
+    """The end of a message when a study stops before it is whole."""
+    if directory is None:
+        return "Nothing is stored without directory=."
+    return f"What is finished is stored in {str(directory)!r}: the same call continues."
 
 
 def _rebuild(**recipe: Any) -> tuple[remote.TrainBlocks, dict[str, Any]]:

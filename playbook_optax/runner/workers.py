@@ -13,6 +13,7 @@ from playbook_optax.records import storage
 from playbook_optax.runner import finished
 from playbook_optax.runner.execute import Engine
 from playbook_optax.runner.plan import Block, Points
+from playbook_optax.runner.resume import Keeper
 
 
 def check_worker(worker: Any) -> tuple[int, int]:
@@ -72,6 +73,7 @@ def train(
     points: Points,
     directory: str | os.PathLike[str],
     worker: tuple[int, int],
+    keeper: Keeper,
 ) -> Iterator[finished.Finished]:
     """Trains blocks until all of them are stored, by whomever, and yields them all.
 
@@ -81,6 +83,7 @@ def train(
       points: where their points come from.
       directory: where all workers store theirs.
       worker: which worker of how many.
+      keeper: as for `Engine.run`.
 
     Yields:
       Finished blocks as `Engine.run` does, stored already.
@@ -91,7 +94,7 @@ def train(
         chunk = next_blocks(missing, done, worker, engine.blocks_per_call)
         if not chunk:
             break
-        for batch in finished.store(directory, engine.run(chunk, points)):
+        for batch in finished.store(directory, engine.run(chunk, points, keeper)):
             trained |= {index for index, _ in batch}
             yield batch
     # All are there: what others did is read once, and what is damaged is trained again.
@@ -99,4 +102,4 @@ def train(
     found = finished.read(directory, others)
     yield list(found.items())
     damaged = [block for index, block in others.items() if index not in found]
-    yield from finished.store(directory, engine.run(damaged, points))
+    yield from finished.store(directory, engine.run(damaged, points, keeper))

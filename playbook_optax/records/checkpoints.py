@@ -1,0 +1,328 @@
+"""Saves inside long blocks: the state of unfinished trials, so that a kill costs seconds.
+
+A study directory's ``checkpoints`` holds one folder for each group of blocks that is being trained,
+and in it the two newest saves, ``step-00000400`` and so on. A save is a folder with Orbax's files
+of the arrays in ``arrays`` and a ``manifest.json`` that says what they are. It is made under a
+temporary name and renamed, so that one with the right name is whole. Orbax reads most single-bit
+flips silently wrong; so the manifest has a SHA-256 of every file, which is compared before Orbax
+reads them, and one of the arrays, which is compared with what it has read. Where they differ the
+save before is used.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from playbook_optax import _checks
+from playbook_optax.records import storage
+
+NUM_KEPT = 2
+
+_FOLDER = "checkpoints"
+_NAME = re.compile(r"[a-z0-9-]{1,64}")
+_SAVE = re.compile(r"step-([0-9]{8,10})")
+_TEMPORARY = re.compile(r"\.tmp-([0-9]{1,10})-[0-9a-f]{16}")
+_MANIFEST = "manifest.json"
+_ARRAYS = "arrays"
+
+
+class Checkpoints:
+    """The saves of one group of blocks.
+
+    Args:
+      directory: the study directory.
+      name: names the group: lower-case letters, digits and hyphens, at most 64.
+
+    Raises:
+      ValueError: another name.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"name = {name!r} must be of lower-case letters, digits and hyphens.")
+        self._folder = Path(directory) / _FOLDER / name
+
+    def write(self, step: int, arrays: Sequence[np.ndarray], meta: Mapping[str, Any]) -> None:
+        """Saves arrays, and removes all but the newest `NUM_KEPT` saves.
+
+        Args:
+          step: updates done; a save of the same step that is there already stays.
+          arrays: host arrays of any shapes and dtypes but random keys.
+          meta: what strict JSON can hold.
+
+        Raises:
+          NotWritable: the system refused; older saves are untouched.
+          ImportError: Orbax is not installed.
+        """
+        checkpointer, save_args, _ = _orbax()
+        arrays = [np.ascontiguousarray(array).reshape(np.shape(array)) for array in arrays]
+        final = self._folder / f"step-{step:08d}"
+        temporary = self._folder / f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            _real_folder(self._folder.parent)
+            _real_folder(self._folder)
+            temporary.mkdir()
+            # Orbax stores no empty arrays, and needs none: the manifest has their shapes.
+            filled = {_leaf(i): array for i, array in enumerate(arrays) if array.size}
+            if filled:
+                with _quiet():
+                    checkpointer.save(temporary.absolute() / _ARRAYS, args=save_args(filled))
+            manifest = {
+                "step": step,
+                "meta": dict(meta),
+                "arrays": [[str(array.dtype), list(array.shape)] for array in arrays],
+                "arrays_sha256": _digest(arrays),
+                "files_sha256": _sync_and_digest(temporary),
+            }
+            storage.write_document(temporary / _MANIFEST, manifest)
+            # Whoever saved this step before saved the same: a folder is never replaced.
+            with contextlib.suppress(FileExistsError):
+                _rename(temporary, final)
+            storage.sync_directory(self._folder)
+        except OSError as error:
+            if isinstance(error, storage.NotWritable):
+                raise
+            raise storage.file_error(final, "write", error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self._saves()[NUM_KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def meta(self) -> dict[str, Any] | None:
+        """The meta of the newest save whose manifest is sound; None if there is none."""
+        for save in self._saves():
+            manifest = _manifest(save)
+            if manifest is not None:
+                return dict(manifest["meta"])
+        return None
+
+    def read_newest(
+        self, like: Sequence[Any]
+    ) -> tuple[int, list[np.ndarray], dict[str, Any]] | None:
+        """The newest save that is what was written, and of these dtypes and shapes.
+
+        Args:
+          like: what has ``dtype`` and ``shape``, one for each array.
+
+        Returns:
+          (step, arrays, meta); None if there is no sound save.
+        """
+        wanted = [[str(np.dtype(one.dtype)), list(one.shape)] for one in like]
+        for save in self._saves():
+            manifest = _manifest(save)
+            if manifest is None or manifest["arrays"] != wanted:
+                continue
+            if not _intact(save, manifest["files_sha256"]):
+                continue
+            arrays = _read_arrays(save, wanted)
+            if arrays is not None and _digest(arrays) == manifest["arrays_sha256"]:
+                return manifest["step"], arrays, dict(manifest["meta"])
+        return None
+
+    def remove(self) -> None:
+        """Removes all saves of the group, once its blocks are finished."""
+        if not self._folder.is_symlink():
+            shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Other groups have saves there.
+            self._folder.parent.rmdir()
+
+    def _saves(self) -> list[Path]:
+        """Folders of finished saves, newest first."""
+        try:
+            names = os.listdir(self._folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found = [(int(match.group(1)), name) for name in names if (match := _SAVE.fullmatch(name))]
+        return [self._folder / name for _, name in sorted(found, reverse=True)]
+
+
+def groups(directory: str | os.PathLike[str]) -> list[str]:
+    """The names of all groups that have a folder.
+
+    Args:
+      directory: the study directory.
+
+    Returns:
+      Names in alphabetical order.
+    """
+    folder = Path(directory) / _FOLDER
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(
+        name
+        for name in names
+        if _NAME.fullmatch(name) and stat.S_ISDIR((folder / name).lstat().st_mode)
+    )
+
+
+def remove_temporary_folders(directory: str | os.PathLike[str]) -> int:
+    """Removes what a killed process of this machine left half written.
+
+    Args:
+      directory: the study directory.
+
+    Returns:
+      How many folders were removed.
+    """
+    removed = 0
+    for name in groups(directory):
+        folder = Path(directory) / _FOLDER / name
+        for path in _children(folder):
+            match = _TEMPORARY.fullmatch(path.name)
+            if match and not storage.process_exists(int(match.group(1))):
+                shutil.rmtree(path, ignore_errors=True)
+                removed += 1
+    return removed
+
+
+def _children(folder: Path) -> Iterable[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:  # Removed by its owner meanwhile.
+        return []
+
+
+def _real_folder(folder: Path) -> None:
+    """Makes a folder; a link there could lead writes out of the study directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise storage.NotWritable(
+            f"{str(folder)!r} is a symbolic link: nothing is written outside the study directory. "
+            "Replace it by a real directory."
+        )
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    try:
+        os.rename(temporary, final)
+    except OSError as error:
+        if final.is_dir():
+            raise FileExistsError(str(final)) from error
+        raise
+
+
+def _leaf(number: int) -> str:
+    return f"leaf-{number:05d}"
+
+
+def _manifest(save: Path) -> dict[str, Any] | None:
+    """A save's manifest; None if it is not what was written."""
+    try:
+        if save.is_symlink():
+            return None
+        return storage.read_document(save / _MANIFEST)
+    except (storage.StorageError, OSError):
+        return None
+
+
+def _read_arrays(save: Path, wanted: Sequence[Any]) -> list[np.ndarray] | None:
+    """What Orbax reads, in the wanted dtypes and shapes; None if it cannot."""
+    checkpointer, _, restore_args = _orbax()
+    filled = [_leaf(i) for i, (_, shape) in enumerate(wanted) if 0 not in shape]
+    found: Mapping[str, Any] = {}
+    try:
+        if filled:
+            with _quiet():
+                found = checkpointer.restore(save.absolute() / _ARRAYS, args=restore_args(filled))
+        arrays = []
+        for i, (dtype, shape) in enumerate(wanted):
+            empty = np.empty(shape, storage.stored_dtype(dtype))
+            array = np.asarray(found[_leaf(i)]) if 0 not in shape else empty
+            if (str(array.dtype), list(array.shape)) != (dtype, shape):
+                return None
+            arrays.append(array)
+    except Exception:
+        # Damage shows in as many ways as Orbax and its libraries have parts.
+        return None
+    return arrays
+
+
+def _digest(arrays: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _sync_and_digest(folder: Path) -> dict[str, str]:
+    """Brings all files below a folder to the disk, which Orbax leaves to the system.
+
+    Returns:
+      Path below the folder to SHA-256.
+    """
+    digests = {}
+    for path, _, names in os.walk(folder):
+        for name in names:
+            whole = Path(path) / name
+            with open(whole, "rb") as file:
+                os.fsync(file.fileno())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[whole.relative_to(folder).as_posix()] = digest
+        storage.sync_directory(Path(path))
+    return digests
+
+
+def _intact(save: Path, digests: Mapping[str, str]) -> bool:
+    """Whether every file is there and what it was."""
+    try:
+        for name, expected in digests.items():
+            with open(save / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    return False
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's warnings about how it goes about it off the user's terminal."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
+
+
+def _orbax() -> tuple[Any, Any, Any]:
+    """A checkpointer of this process alone, and what makes its arguments to save and restore."""
+    ocp = _checks.require("orbax.checkpoint", "checkpoints", "Saving inside a long block")
+    import jax
+
+    # Each process of a job saves blocks of its own: it must not wait for the others.
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"playbook-optax-{index}",
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=False, multiprocessing_options=alone
+    )
+
+    def restore_args(names: Sequence[str]) -> Any:
+        return ocp.args.PyTreeRestore(
+            item=dict.fromkeys(names, 0),
+            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names},
+        )
+
+    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=alone)
+    return checkpointer, ocp.args.PyTreeSave, restore_args

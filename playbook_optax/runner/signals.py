@@ -1,0 +1,91 @@
+"""Ctrl-C and SIGTERM while a study trains: the first stops at a safe moment, the second at once."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+TERMINATED = 128 + signal.SIGTERM
+"""The exit status of a process that SIGTERM ended, as shells give it."""
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """Ctrl-C, taken at a moment when everything that was finished is stored."""
+
+
+class StudyTerminated(SystemExit):
+    """SIGTERM, likewise; ends the process with status 143 unless it is caught."""
+
+
+class StopRequest:
+    """Whether a signal asked to stop.
+
+    Args:
+      where: what becomes of what is finished, the end of a message.
+
+    Attributes:
+      requested: the signal, or None.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.requested: signal.Signals | None = None
+        self._where = where
+
+    def check(self) -> None:
+        """Raises if a signal asked to stop; called at moments when that loses nothing.
+
+        Raises:
+          StudyInterrupted: after SIGINT.
+          StudyTerminated: after SIGTERM.
+        """
+        if self.requested == signal.SIGINT:
+            raise StudyInterrupted(f"Interrupted. {self._where}")
+        if self.requested == signal.SIGTERM:
+            print(f"Terminated. {self._where}", file=sys.stderr)
+            raise StudyTerminated(TERMINATED)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.requested is None:
+            self.requested = signal.Signals(number)
+            print(
+                f"{self.requested.name}: stops at the next safe moment. Again to stop at once.",
+                file=sys.stderr,
+            )
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise StudyTerminated(TERMINATED)
+
+
+@contextmanager
+def stop_requests(where: str) -> Iterator[StopRequest]:
+    """Takes SIGINT and SIGTERM over while a study trains.
+
+    Signals reach Python in the main thread only; in another one, or where somebody else has a
+    handler of his own for a signal, that signal is left to him.
+
+    Args:
+      where: what becomes of what is finished, the end of a message.
+
+    Yields:
+      What to ask at safe moments.
+    """
+    request = StopRequest(where)
+    ours: dict[signal.Signals, Any] = {}
+    usual: dict[signal.Signals, Callable[..., Any] | int] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in usual.items():
+            if signal.getsignal(number) == handler:
+                ours[number] = signal.signal(number, request._handle)
+    try:
+        yield request
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)

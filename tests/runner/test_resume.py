@@ -1,0 +1,316 @@
+"""Blocks that are stopped in the middle continue where they were, to the last bit."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_workloads as tiny
+
+import playbook_optax as pbx
+from playbook_optax.records import checkpoints
+from playbook_optax.runner import execute, resume, signals
+from playbook_optax.trials import host_data
+
+STEPS = 64
+ARGUMENTS = {
+    "num_steps": STEPS,
+    "eval_every": 8,
+    "key": jax.random.key(0),
+    "progress": False,
+    "keep": "final",
+}
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+@pytest.fixture(autouse=True)
+def _short_calls(monkeypatch):
+    # A call of the program after every 16 steps, so that a run of 64 is saved three times.
+    monkeypatch.setattr(execute, "SECONDS_PER_CALL", 0.0)
+
+
+def killed_after(monkeypatch, num_saves):
+    """Makes the run die after so many saves, as after kill -9: nothing is cleaned up."""
+    saves = itertools.count(1)
+    original = resume.Keeper.between_calls
+
+    def dies(self, *args):
+        original(self, *args)
+        if next(saves) == num_saves:
+            raise Killed
+
+    monkeypatch.setattr(resume.Keeper, "between_calls", dies)
+
+
+def content(study):
+    weights = [jax.tree.leaves(study.params(i)) for i in range(study.num_trials)]
+    return (
+        {
+            str(name): np.asarray(values.values).tobytes()
+            for name, values in study.data.data_vars.items()
+            if name != "infeasible_reason"
+        },
+        [np.asarray(leaf).tobytes() for leaves in weights for leaf in leaves],
+    )
+
+
+def counted(workload, counts):
+    """The workload, with a count of its updates."""
+
+    def loss(params, state, batch, key):
+        jax.debug.callback(lambda _: counts.append(0), jax.tree.leaves(params)[0])
+        return workload.loss(params, state, batch, key)
+
+    return pbx.Workload(**{**vars(workload), "loss": loss})
+
+
+RATES = {"learning_rate": np.float32([0.1, 1e30, 0.02, 0.3])}
+
+
+@pytest.mark.parametrize(("width", "independent"), [(1, False), (2, False), (2, True)])
+def test_a_block_continues_where_it_was_saved(tmp_path, monkeypatch, width, independent):
+    counts = []
+    workload = counted(tiny.mlp(), counts)
+    arguments = {**ARGUMENTS, "trials_per_block": width, "independent": independent}
+    whole = pbx.run_study(workload, tiny.momentum, RATES, **arguments)
+    jax.effects_barrier()
+    in_all = len(counts)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        with pytest.raises(Killed):
+            pbx.run_study(
+                workload,
+                tiny.momentum,
+                RATES,
+                **arguments,
+                directory=tmp_path,
+                checkpoint_seconds=0.0,
+            )
+    assert len(checkpoints.groups(tmp_path)) == 1
+    jax.effects_barrier()
+    counts.clear()
+    resumed = pbx.run_study(workload, tiny.momentum, RATES, **arguments, directory=tmp_path)
+    jax.effects_barrier()
+    assert content(resumed) == content(whole)
+    assert 0 < len(counts) <= in_all * 0.55
+    assert checkpoints.groups(tmp_path) == []
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_damaged_saves_cost_steps_and_no_bits(tmp_path, monkeypatch, damaged):
+    arguments = {**ARGUMENTS, "trials_per_block": 2, "directory": tmp_path}
+    with monkeypatch.context() as patch:
+        killed_after(patch, 3)
+        with pytest.raises(Killed):
+            pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments, checkpoint_seconds=0.0)
+    saves = sorted(tmp_path.glob("checkpoints/*/step-*"), reverse=True)
+    assert [save.name for save in saves] == ["step-00000048", "step-00000032"]
+    for save in saves[:damaged]:
+        largest = max(save.rglob("*"), key=lambda path: path.stat().st_size)
+        raw = bytearray(largest.read_bytes())
+        raw[len(raw) // 2] ^= 16
+        largest.write_bytes(raw)
+    resumed = pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments)
+    whole = pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **{**arguments, "directory": None})
+    assert content(resumed) == content(whole)
+
+
+class Counting:
+    """An iterator of batches that knows where it stands, and ignores where to start."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.next += 1
+        return np.float32([self.next % 7])
+
+    def get_state(self):
+        return str(self.next).encode()
+
+    def set_state(self, state):
+        self.next = int(state)
+
+
+def grain_batches(start):
+    dataset = grain.MapDataset.source(np.arange(40, dtype=np.float32)).shuffle(seed=3)
+    return iter(dataset.repeat().batch(4).to_iter_dataset())
+
+
+def skipping(start):
+    return (np.float32([step % 5, 1.0]) for step in itertools.count(start))
+
+
+@pytest.mark.parametrize(
+    ("host_batches", "starts"),
+    [(lambda start: Counting(), {0}), (grain_batches, {0}), (skipping, {0, 32})],
+    ids=["state", "grain", "skip"],
+)
+def test_host_data_continue_at_the_right_batch(tmp_path, monkeypatch, host_batches, starts):
+    asked = set()
+    monkeypatch.setattr(execute, "MAX_CHUNK_STEPS", 16)
+
+    def batches(start):
+        asked.add(start)
+        return host_batches(start)
+
+    def loss(params, state, batch, key):
+        return jnp.mean((params["w"].sum() - 0.1 * batch) ** 2), (state, {})
+
+    workload = pbx.Workload(
+        name="host",
+        init=lambda key: ({"w": jnp.ones(2)}, {}),
+        loss=loss,
+        batch=None,
+        host_batches=batches,
+        evaluate=lambda params, state, data: {"valid/loss": jnp.sum(params["w"] ** 2)},
+        objective="valid/loss",
+        version="1",
+    )
+    points = {"learning_rate": np.float32([0.01, 0.05])}
+    whole = pbx.run_study(workload, tiny.sgd, points, **ARGUMENTS)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        with pytest.raises(Killed):
+            pbx.run_study(
+                workload,
+                tiny.sgd,
+                points,
+                **ARGUMENTS,
+                directory=tmp_path,
+                checkpoint_seconds=0.0,
+            )
+    asked.clear()
+    resumed = pbx.run_study(workload, tiny.sgd, points, **ARGUMENTS, directory=tmp_path)
+    assert content(resumed) == content(whole)
+    assert asked == starts
+
+
+def test_an_iterator_that_lost_its_methods_is_an_error():
+    with pytest.raises(ValueError, match="without them"):
+        host_data.batches_from(lambda start: iter(()), 5, {"state": 1})
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import jax, numpy as np
+import playbook_optax as pbx
+pbx.use_cpu_cores({devices})
+import tiny_workloads as tiny
+from playbook_optax.runner import execute, resume
+execute.SECONDS_PER_CALL = 0.0
+if {die}:
+    original = resume.Keeper.between_calls
+    def dies(self, *args):
+        original(self, *args)
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    resume.Keeper.between_calls = dies
+study = pbx.run_study(tiny.mlp(), tiny.momentum, tiny.SPACE, num_trials=6, num_steps=64,
+                      eval_every=8, key=jax.random.key(0), trials_per_block=2, progress=False,
+                      directory={directory!r}, checkpoint_seconds=0.0)
+print(study.data["valid/loss"].values.tobytes().hex()[:4000])
+"""
+
+
+def run_script(directory, devices, die):
+    script = SCRIPT.format(
+        tests=os.path.dirname(tiny.__file__), directory=str(directory), devices=devices, die=die
+    )
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+
+
+def test_other_devices_continue_a_killed_run(tmp_path):  # 57, 83
+    killed = run_script(tmp_path / "killed", 1, die=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(checkpoints.groups(tmp_path / "killed")) == 1
+    resumed = run_script(tmp_path / "killed", 2, die=False)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = run_script(tmp_path / "whole", 1, die=False)
+    assert resumed.stdout == whole.stdout
+    assert len(whole.stdout) > 100
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)],
+)
+def test_a_signal_stops_after_saving(tmp_path, monkeypatch, capfd, number, error):  # 75, 76
+    original = resume.Keeper.between_calls
+
+    def signalled(self, blocks, step, *args):
+        if step == 32:
+            os.kill(os.getpid(), number)
+        original(self, blocks, step, *args)
+
+    arguments = {**ARGUMENTS, "trials_per_block": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Keeper, "between_calls", signalled)
+        with pytest.raises(error) as raised:
+            pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments, directory=tmp_path)
+    told = capfd.readouterr().err
+    assert f"{number.name}: stops at the next safe moment" in told
+    if error is SystemExit:
+        assert raised.value.code == 143
+        assert "the same call continues" in told
+    else:
+        assert "the same call continues" in str(raised.value)
+    assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["step-00000032"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments, directory=tmp_path)
+    assert content(resumed) == content(pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, signals.StudyTerminated)],
+)
+def test_a_second_signal_stops_at_once(capfd, number, error):
+    with signals.stop_requests("Here.") as stop:
+        os.kill(os.getpid(), number)
+        assert stop.requested == number
+        with pytest.raises(error):
+            signal.raise_signal(number)
+    capfd.readouterr()
+
+
+def test_others_handlers_and_threads_are_left_alone():
+    mine = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        handler = signal.getsignal(signal.SIGTERM)
+        with signals.stop_requests("Here."):
+            assert signal.getsignal(signal.SIGTERM) is handler
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, mine)
+    seen = []
+
+    def elsewhere():
+        with signals.stop_requests("Here.") as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGINT)))
+            stop.check()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [(None, signal.default_int_handler)]

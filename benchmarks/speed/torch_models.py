@@ -81,7 +81,12 @@ def model(name: str, fused: bool = True) -> nn.Module:
     def mlp(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
-    makers = {"mlp": lambda: mlp(128), "tiny": lambda: mlp(16), "cnn": Images, "lm": lambda: Bytes(fused)}
+    makers = {
+        "mlp": lambda: mlp(128),
+        "tiny": lambda: mlp(16),
+        "cnn": Images,
+        "lm": lambda: Bytes(fused),
+    }
     return makers[name]().to(DEVICE)
 
 

@@ -8,13 +8,16 @@ import sys
 import jax
 
 import playbook_optax as pbx
-from benchmarks import layouts, norms, samplers, studies, transforms
+from benchmarks import layouts, norms, samplers, studies
+from benchmarks.speed.__main__ import main as speed
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def main():
     quick = "--quick" in sys.argv
+    # First, while this process has neither a device nor threads of its own; stored apart.
+    speed(["--quick"] if quick else [])
     pbx.use_cpu_cores()
     report = {
         "machine": platform.machine(),
@@ -22,7 +25,7 @@ def main():
         "devices": jax.local_device_count(),
         "versions": {"jax": jax.__version__, "playbook_optax": pbx.__version__},
     }
-    for module in (transforms, layouts, norms, samplers, studies):
+    for module in (layouts, norms, samplers, studies):
         print(f"== {module.__name__}")
         report[module.__name__.removeprefix("benchmarks.")] = module.run(quick=quick)
     RESULTS.mkdir(exist_ok=True)

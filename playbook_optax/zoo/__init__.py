@@ -1,7 +1,7 @@
 """Workloads on real data that come with the package, in Flax linen; digits need extra ``data``."""
 
 from playbook_optax.zoo.blocks import Residual, ResidualBlock
-from playbook_optax.zoo.digits import digits_mlp, digits_recurrent, digits_resmlp
+from playbook_optax.zoo.digits import digits_cnn, digits_mlp, digits_recurrent, digits_resmlp
 from playbook_optax.zoo.entry import Entry, load, names
 from playbook_optax.zoo.text import bytes_baselines, bytes_transformer
 
@@ -11,6 +11,7 @@ __all__ = [
     "ResidualBlock",
     "bytes_baselines",
     "bytes_transformer",
+    "digits_cnn",
     "digits_mlp",
     "digits_recurrent",
     "digits_resmlp",

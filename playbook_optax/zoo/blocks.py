@@ -178,6 +178,26 @@ class MLP(nn.Module):
         return nn.Dense(self.num_outputs)(x)
 
 
+class CNN(nn.Module):
+    """Convolutions with ReLU after each, an average over 2 x 2 pixels, and a dense layer.
+
+    Attributes:
+      channels: channels of the convolutions, each 3 x 3, with zeros around the image.
+      num_outputs: units of the last layer.
+    """
+
+    channels: tuple[int, ...]
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """Maps images x, shape (batch, height, width, channel), to (batch, num_outputs)."""
+        for channels in self.channels:
+            x = nn.relu(nn.Conv(channels, (3, 3))(x))
+        x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+        return nn.Dense(self.num_outputs)(x.reshape(len(x), -1))
+
+
 class ResidualMLP(nn.Module):
     """A dense layer, residual blocks, and a dense layer.
 

@@ -83,6 +83,37 @@ def digits_mlp(*, width: int = 128, num_hidden: int = 1, batch_size: int = 128) 
 
 
 @_checks.named_arguments
+def digits_cnn(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 32) -> Workload:
+    """A small convolutional net on digits: the usual model for images, 50 MFLOP a training step.
+
+    Objective, standardization and test examples are as in `digits_mlp`.
+
+    Args:
+      channels: channels of the 3 x 3 convolutions, in order.
+      batch_size: training examples in a batch.
+
+    Returns:
+      The workload; its data are NumPy arrays, x of shape (example, 8, 8, 1), y of shape (example,).
+
+    Raises:
+      ImportError: scikit-learn is not installed (the extra ``data``).
+      ValueError: channels that are no non-empty tuple of positive integers, a batch size that is
+        not a positive integer, or too large a batch.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> zoo.digits_cnn(channels=(8,)).data["train"]["x"].shape
+      (1197, 8, 8, 1)
+
+    Source: playbook, "Choosing the model architecture" (start from a simple, known model).
+    """
+    if not isinstance(channels, (tuple, list)) or not channels:
+        raise ValueError(f"channels must be a tuple such as (16, 32), got {channels!r}.")
+    channels = tuple(_checks.check_count("channels", count) for count in channels)
+    return _workload(blocks.CNN(channels, NUM_CLASSES), "digits_cnn", batch_size, (8, 8, 1))
+
+
+@_checks.named_arguments
 def digits_resmlp(
     norm: str = "post",
     rezero: bool = False,

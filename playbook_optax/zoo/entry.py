@@ -112,6 +112,13 @@ def _entries() -> dict[str, Entry]:
             _DIGITS_BUDGET,
         ),
         (
+            "digits_cnn",
+            "CNN, two 3 x 3 convolutions: ten times the MLP's work",
+            digits.digits_cnn,
+            3.0,
+            (16, 200, 20),
+        ),
+        (
             "bytes_transformer",
             "4-layer byte transformer, Norm(x + f(x)): unstable",
             text.bytes_transformer,

@@ -78,6 +78,26 @@ def test_residual_names_what_is_wrong():
         blocks.Residual(nn.Dense(3), "pre", 1).init(key, x)
 
 
+def test_cnn_is_its_formula():
+    x = np.random.default_rng(1).normal(size=(2, 4, 6, 1)).astype(np.float32)
+    module = blocks.CNN((3, 5), 7)
+    params = random_like(module.init(jax.random.key(0), jnp.asarray(x))["params"])
+    hidden = x.astype(np.float64)
+    for name in ("Conv_0", "Conv_1"):
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        padded = np.pad(hidden, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        output = np.zeros((*hidden.shape[:3], kernel.shape[-1])) + bias
+        for row in range(4):
+            for column in range(6):
+                patch = padded[:, row : row + 3, column : column + 3]
+                output[:, row, column] += np.tensordot(patch, kernel, 3)
+        hidden = np.maximum(output, 0)
+    pooled = hidden.reshape(2, 2, 2, 3, 2, 5).mean((2, 4))
+    want = pooled.reshape(2, -1) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+    got = module.apply({"params": params}, jnp.asarray(x))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_is_its_formula():
     batch, time, width, heads = 2, 4, 6, 2
     x = np.random.default_rng(1).normal(size=(batch, time, width)).astype(np.float32)

@@ -90,6 +90,20 @@ def test_resmlp_has_twelve_blocks_of_the_placement_that_was_asked_for():
     ]
 
 
+def test_cnn_sees_the_same_pixels_as_images():
+    workload = zoo.digits_cnn(channels=(2, 3))
+    x = workload.data["train"]["x"]
+    assert x.shape == (1197, 8, 8, 1)
+    np.testing.assert_array_equal(x.reshape(-1, 64), zoo.digits_mlp().data["train"]["x"])
+    params, state = workload.init(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == {
+        "Conv_0": {"kernel": (3, 3, 1, 2), "bias": (2,)},
+        "Conv_1": {"kernel": (3, 3, 2, 3), "bias": (3,)},
+        "Dense_0": {"kernel": (48, 10), "bias": (10,)},
+    }
+    assert set(workload.final_evaluate(params, state)) == {"test/loss", "test/error_rate"}
+
+
 @pytest.mark.parametrize("pixels", [1, 8, 64])
 def test_recurrent_net_reads_the_same_pixels_in_order(pixels):
     sequences = zoo.digits_recurrent(pixels_per_step=pixels, width=4)
@@ -115,6 +129,9 @@ def test_bad_arguments_are_named():
     for name in ("width", "pixels_per_step", "batch_size"):
         with pytest.raises(ValueError, match=name):
             zoo.digits_recurrent(**{name: 0})
+    for channels in ((), 16, (16, 0), ("16",)):
+        with pytest.raises(ValueError, match="channels"):
+            zoo.digits_cnn(channels=channels)
     with pytest.raises(ValueError, match="gain"):
         zoo.digits_recurrent(gain=0.0)
     with pytest.raises(TypeError, match="did you mean 'width'"):

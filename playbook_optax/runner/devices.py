@@ -1,6 +1,7 @@
 """The devices that a study runs on."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,3 +80,42 @@ def trial_mesh(mesh: Any) -> jax.sharding.Mesh:
             f"examples of a batch, got {mesh.axis_names}."
         )
     return jax.sharding.Mesh(mesh.devices, (TRIALS_AXIS, DATA_AXIS)[: len(mesh.axis_names)])
+
+
+def free_memory(mesh: jax.sharding.Mesh) -> int | None:
+    """Bytes that a program may take on each local device of a mesh, as far as the system tells.
+
+    Args:
+      mesh: the devices.
+
+    Returns:
+      On an accelerator nine tenths of what its allocator has; on a CPU, whose devices share one
+      memory, the available memory of the machine or control group, divided among them. None if it
+      is not known.
+    """
+    device = mesh.local_devices[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else int(0.9 * (limit - stats.get("bytes_in_use", 0)))
+    found = [size for size in (_available_memory(), _control_group_memory()) if size is not None]
+    return min(found) // len(mesh.local_devices) if found else None
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {line.partition(":")[0]: line.partition(":")[2].split() for line in lines}
+    size = sizes.get("MemAvailable")
+    return int(size[0]) * 1024 if size else None
+
+
+def _control_group_memory() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (folder / f"memory.{name}" for name in ("max", "current"))
+        return int(limit.read_text()) - int(used.read_text())
+    except (OSError, ValueError):  # No control group, or one without a limit ("max").
+        return None

@@ -40,6 +40,10 @@ BLOCKS_PER_DEVICE = 32
 P = jax.sharding.PartitionSpec
 
 
+class OutOfMemory(MemoryError):  # noqa: N818
+    """A block is too wide for the device; the message names a width to use."""
+
+
 class States(NamedTuple):
     """The trials of a call between two calls of the program, live ones first.
 
@@ -374,8 +378,20 @@ class Engine:
         Yields:
           Pairs of a block's index and its arrays, as `records.study_from_blocks` takes them; when
           the next ones are asked for, these must be stored.
+
+        Raises:
+          OutOfMemory: the device has too little memory.
         """
-        keeper = keeper or Keeper()
+        try:
+            yield from self._run(blocks, points, keeper or Keeper())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise OutOfMemory(too_wide(self._width, max(1, self._width // 2))) from error
+
+    def _run(
+        self, blocks: Sequence[Block], points: Points, keeper: Keeper
+    ) -> Iterator[list[tuple[int, dict[str, np.ndarray]]]]:
         pending: tuple[_Call, Any] | None = None
         for call in self._calls(blocks, keeper):
             work = self._train(call, points, keeper)
@@ -605,6 +621,21 @@ class Engine:
             if step == 0:
                 yield chunk
             yield chunk
+
+
+def too_wide(width: int, fitting: int | None) -> str:
+    """What to tell when a block does not fit."""
+    if width == 1:
+        return (
+            "one trial alone does not fit into the device's memory: make the model, the batches or "
+            "the evaluation's batches smaller, or shard each trial over several devices with a "
+            "second axis of mesh=."
+        )
+    return (
+        f"blocks of {width} trials do not fit into the device's memory; use "
+        f"trials_per_block={fitting}. The width decides bits: a study that is stored already "
+        "cannot change it, so begin in another directory."
+    )
 
 
 def blocks_per_device(width: int, num_blocks: int, num_devices: int) -> int:

@@ -103,6 +103,8 @@ def run_study(
       KeyboardInterrupt: Ctrl-C. The first one stops when everything that is finished, and what is
         not, is stored; a second one stops at once.
       SystemExit: SIGTERM, likewise, with status 143.
+      MemoryError: a block does not fit into the device's memory; names the width to use. A width
+        that was not given is halved instead, as long as no block is stored.
       RuntimeError: the executor broke, or another process of the job failed; what is stored stays,
         and the same call continues.
 
@@ -238,6 +240,8 @@ class StudyRunner:
         self._eval_every, self._progress = eval_every, progress
         self._trials_per_block = trials_per_block
         self._auto_width: int | None = None
+        # Widths of which a device's memory holds one block only.
+        self._one_place: set[int] = set()
         first = {name: values[0] for name, values in self._like.items()}
         self._work = resolve(workload, first)
         data = self._work.data
@@ -281,8 +285,14 @@ class StudyRunner:
           ValueError: other names or dtypes, or a directory that holds another study.
           NotWritable: the directory cannot be written, before the first step.
         """
-        with processes.together():
-            return self._train(*self._begin(points, num_trials, directory), directory, {})
+        with processes.together() as group:
+            while True:
+                begun = self._begin(points, num_trials, directory)
+                try:
+                    return self._train(*begun, directory, {})
+                except execute.OutOfMemory:
+                    if group is not None or not self._narrow(begun, directory):
+                        raise
 
     def prepare(
         self,
@@ -334,7 +344,7 @@ class StudyRunner:
         if width is None and stored is not None:
             width = int(stored["trials_per_block"])
         if width is None and (group is None or group.index == 0):
-            width = self._chosen_width()
+            width = self._chosen_width(count)
         if group is not None and self._trials_per_block is None:
             width = int(group.share(width))
         assert width is not None
@@ -351,10 +361,53 @@ class StudyRunner:
             return self._begin(points, num_trials, directory)
         return rows, count, width, spec
 
-    def _chosen_width(self) -> int:
+    def _chosen_width(self, num_trials: int) -> int:
+        """By backend and size of a step, halved until a block fits into the memory."""
         if self._auto_width is None:
             self._auto_width = plan.choose_width(self._workload, *self._arguments)
+        while not self._fits(self._auto_width, num_trials) and self._auto_width > 1:
+            self._auto_width //= 2
         return self._auto_width
+
+    def _fits(self, width: int, num_trials: int) -> bool:
+        """Whether blocks of this width fit, if need be one to a device; as far as can be told."""
+        free = devices.free_memory(self._mesh)
+        if free is None or self._executor is not None:
+            return True
+        num_blocks = -(-num_trials // width)
+        if self._engine(width, num_blocks).memory() <= free:
+            return True
+        self._one_place.add(width)
+        return self._engine(width, num_blocks).memory() <= free
+
+    def _check_fits(self, width: int, num_trials: int) -> None:
+        if self._fits(width, num_trials):
+            return
+        fitting = width
+        while fitting > 1 and not self._fits(fitting, num_trials):
+            fitting //= 2
+        raise execute.OutOfMemory(execute.too_wide(width, fitting))
+
+    def _narrow(
+        self,
+        begun: tuple[plan.Points, int, int, dict[str, Any]],
+        directory: str | os.PathLike[str] | None,
+    ) -> bool:
+        """Halves the width after the device ran out of memory, if it is ours and nothing is stored.
+
+        Returns:
+          Whether another attempt is worth it.
+        """
+        rows, count, width, _ = begun
+        ours = self._trials_per_block is None and self._worker is None and self._executor is None
+        stored = directory is not None and storage.finished_blocks(directory)
+        if not ours or stored or width == 1:
+            return False
+        self._auto_width = width // 2
+        if directory is not None:
+            spec = self._spec(rows, self._auto_width, fingerprints=True)
+            storage.write_spec(directory, {**spec, "num_trials": count})
+        return True
 
     def _spec(self, points: plan.Points, width: int, *, fingerprints: bool) -> dict[str, Any]:
         spec = plan.make_spec(
@@ -383,9 +436,12 @@ class StudyRunner:
         """The engine for blocks of this width, made for a study of about so many blocks."""
         num_devices = self._mesh.shape[devices.TRIALS_AXIS]
         wanted = execute.blocks_per_device(width, num_blocks, num_devices)
+        if width in self._one_place:
+            wanted = 1
         engine = self._engines.get(width)
         # Another number of places is another program: worth it only for a much longer study.
-        if engine is None or wanted > _MUCH_LONGER * engine.blocks_per_device:
+        crowded = width in self._one_place and engine is not None and engine.blocks_per_device > 1
+        if engine is None or crowded or wanted > _MUCH_LONGER * engine.blocks_per_device:
             engine = self._engines[width] = execute.Engine(
                 self._trial,
                 self._key,
@@ -428,6 +484,8 @@ class StudyRunner:
             keeper = resume.Keeper(stop, directory, self._checkpoint_seconds)
             keeper.sweep(set(done))
             missing = [block for block in blocks if block.index not in done]
+            if missing:
+                self._check_fits(width, num_trials)
             show = self._progress and (group is None or group.index == 0)
             with Progress(show, self._work.name, len(missing), steps) as progress:
                 for batch in self._finish(missing, points, width, spec, directory, keeper):

@@ -36,6 +36,7 @@ from playbook_optax.optimizers import (
 )
 from playbook_optax.records.study import BestTrial, NoFeasibleTrial, Study, load_study
 from playbook_optax.runner.devices import use_cpu_cores
+from playbook_optax.runner.preflight import Preflight, preflight
 from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 from playbook_optax.trials.arrays import evaluate_in_batches
@@ -51,6 +52,7 @@ __all__ = [
     "Integer",
     "NoFeasibleTrial",
     "NormInfo",
+    "Preflight",
     "SearchSpace",
     "Study",
     "Trial",
@@ -72,6 +74,7 @@ __all__ = [
     "nadamw",
     "nesterov",
     "norm_info",
+    "preflight",
     "procedures",
     "reducers",
     "rmsprop",

@@ -38,9 +38,7 @@ def use_cpu_cores(n: int | None = None) -> int:
     Source: playbook, "Where can I find an implementation of quasi-random search?" (trials of a
     quasi-random study are independent and can run in parallel).
     """
-    if n is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        n = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    n = num_cores() if n is None else n
     n = _checks.check_count("n", n)
     try:
         jax.config.update("jax_num_cpu_devices", n)
@@ -53,6 +51,12 @@ def use_cpu_cores(n: int | None = None) -> int:
             "imports, before any array is made."
         ) from error
     return n
+
+
+def num_cores() -> int:
+    """The CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 
 
 def trial_mesh(mesh: Any) -> jax.sharding.Mesh:

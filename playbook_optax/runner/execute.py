@@ -561,6 +561,45 @@ class Engine:
         )
         return advanced
 
+    def rehearse(
+        self, blocks: Sequence[Block], points: Points, seconds: float
+    ) -> tuple[float, float]:
+        """Trains the first steps of a call, for its time alone.
+
+        Args:
+          blocks: at most `blocks_per_call`, of one seed.
+          points: where their points come from.
+          seconds: how long to go on, about.
+
+        Returns:
+          Seconds that the first evaluation took, and that a step took, of all trials.
+        """
+        programs = self.compile()
+        inputs = self._place(blocks, [points.rows(block.trials) for block in blocks])
+        inputs = jax.device_put(inputs, self._sharded)
+        chunk = next(self.feed(1))
+        # Within a sweep, a chunk, and the time before the second evaluation.
+        last = min(self._sweep_steps, int(self._trial.eval_steps[1]) - 1)
+        if self._host_batches is not None:
+            last = min(last, self._chunk_length)
+
+        def timed(states: States, start: int, stop: int) -> tuple[States, float]:
+            began = time.monotonic()
+            states = self._advance(states, inputs, start, stop, chunk)
+            jax.block_until_ready(states)
+            return states, time.monotonic() - began
+
+        spent, evaluation, per_step = 0.0, 0.0, 0.0
+        while spent < seconds:
+            states = programs.init(inputs, self._key, self._data, chunk)
+            jax.block_until_ready(states)
+            states, evaluation = timed(states, 0, 1)
+            if last <= 1:  # Evaluated after each step: the two cannot be told apart.
+                return 0.0, evaluation
+            states, took = timed(states, 1, last)
+            spent, per_step = spent + took + evaluation, took / (last - 1)
+        return max(evaluation - per_step, 0.0), per_step
+
     # One block, step by step ---------------------------------------------------------------------
 
     def begin_block(self, block: Block, points: Points, chunk: Any) -> tuple[States, Any]:

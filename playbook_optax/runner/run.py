@@ -361,6 +361,23 @@ class StudyRunner:
             return self._begin(points, num_trials, directory)
         return rows, count, width, spec
 
+    def fitting_width(self, num_trials: int) -> int:
+        """The width that a new study of so many trials gets.
+
+        Args:
+          num_trials: number of trials.
+
+        Returns:
+          Trials per block.
+
+        Raises:
+          OutOfMemory: a given width does not fit, or not even one trial.
+        """
+        width = self._trials_per_block
+        width = self._chosen_width(num_trials) if width is None else width
+        self._check_fits(width, num_trials)
+        return width
+
     def _chosen_width(self, num_trials: int) -> int:
         """By backend and size of a step, halved until a block fits into the memory."""
         if self._auto_width is None:
@@ -375,10 +392,10 @@ class StudyRunner:
         if free is None or self._executor is not None:
             return True
         num_blocks = -(-num_trials // width)
-        if self._engine(width, num_blocks).memory() <= free:
+        if self.engine(width, num_blocks).memory() <= free:
             return True
         self._one_place.add(width)
-        return self._engine(width, num_blocks).memory() <= free
+        return self.engine(width, num_blocks).memory() <= free
 
     def _check_fits(self, width: int, num_trials: int) -> None:
         if self._fits(width, num_trials):
@@ -432,7 +449,7 @@ class StudyRunner:
             spec |= self._fingerprints
         return spec
 
-    def _engine(self, width: int, num_blocks: int) -> execute.Engine:
+    def engine(self, width: int, num_blocks: int) -> execute.Engine:
         """The engine for blocks of this width, made for a study of about so many blocks."""
         num_devices = self._mesh.shape[devices.TRIALS_AXIS]
         wanted = execute.blocks_per_device(width, num_blocks, num_devices)
@@ -513,7 +530,7 @@ class StudyRunner:
             record: study.Study, trial: int, seed: int, start: int, stop: int, per_layer: bool
         ) -> Any:
             block = plan.blocks_of(trial + 1, self._num_seeds, width)[seed - self._num_seeds]
-            engine = self._engine(width, 1)
+            engine = self.engine(width, 1)
             program = replay.Replayer(engine, self._workload, trial % width, per_layer)
             return program.run(record, block, points, trial, start, stop)
 
@@ -538,20 +555,20 @@ class StudyRunner:
         group = processes.current()
         num_blocks = -(-len(missing) // self._num_seeds)
         if group is not None:
-            engine = self._engine(width, -(-num_blocks // group.size))
+            engine = self.engine(width, -(-num_blocks // group.size))
             return group.train(engine, missing, points, directory, keeper)
         if self._worker is not None and directory is not None:
-            engine = self._engine(width, -(-num_blocks // self._worker[1]))
+            engine = self.engine(width, -(-num_blocks // self._worker[1]))
             return workers.train(engine, missing, points, directory, self._worker, keeper)
         if self._executor is None:
-            engine = self._engine(width, num_blocks)
+            engine = self.engine(width, num_blocks)
             return finished.store(directory, engine.run(missing, points, keeper))
         batches = remote.train(
             self._executor,
             missing,
             points,
             spec=spec,
-            train_blocks=lambda blocks, points: self._engine(width, 1).run(blocks, points),
+            train_blocks=lambda blocks, points: self.engine(width, 1).run(blocks, points),
             make_payload=lambda: remote.pack(
                 _rebuild, {**self._recipe, "trials_per_block": width}, self._key, spec
             ),
@@ -573,7 +590,7 @@ def _rebuild(**recipe: Any) -> tuple[remote.TrainBlocks, dict[str, Any]]:
     width = recipe["trials_per_block"]
     points, _ = plan.make_points(recipe["points_like"], None, recipe["key"])
     spec = runner._spec(points, width, fingerprints=True)
-    return runner._engine(width, 1).run, spec
+    return runner.engine(width, 1).run, spec
 
 
 def _check_places(mesh: Any, executor: Any, worker: Any) -> None:

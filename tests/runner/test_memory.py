@@ -21,7 +21,7 @@ def study(**arguments):
 def needed(width):
     """Bytes that one block of this width needs on a device."""
     runner = StudyRunner(tiny.mlp(), tiny.momentum, RATES, **ARGUMENTS, trials_per_block=width)
-    return runner._engine(width, 1).memory()
+    return runner.engine(width, 1).memory()
 
 
 def test_memory_grows_with_the_width():

@@ -1,0 +1,265 @@
+"""`preflight`: what a study will take and whether it can run, before anything is spent."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+
+from playbook_optax import _checks
+from playbook_optax.analysis.findings import Finding
+from playbook_optax.runner import devices, execute, plan
+from playbook_optax.runner.run import StudyRunner
+from playbook_optax.search_space import SearchSpace
+from playbook_optax.trials import train
+from playbook_optax.trials.workload import WorkloadLike
+
+_SECTION = "Deciding how long to train when training is compute-bound"
+# How long one width is timed.
+_TIMED_SECONDS = 1.0
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One width of a block, compiled and timed.
+
+    Attributes:
+      trials_per_block: the width.
+      seconds_per_step: seconds for one step of one trial, all devices at work; evaluations left
+        out.
+      seconds_per_evaluation: seconds for one evaluation of one trial, likewise.
+      compile_seconds: tracing and compiling.
+      bytes_per_device: memory that the programs take, data and all trials of a call included.
+    """
+
+    trials_per_block: int
+    seconds_per_step: float
+    seconds_per_evaluation: float
+    compile_seconds: float
+    bytes_per_device: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What `preflight` found.
+
+    Attributes:
+      trials_per_block: the width that `run_study` takes unless another is given; None if the study
+        cannot run.
+      timings: one for each width that was tried, that of `run_study` first.
+      num_devices: devices that train.
+      bytes_available: memory of each device, None if it is not known.
+      num_trials: trials of the study.
+      num_steps: updates of each.
+      seconds: estimate for the whole study, compiling included, if no trial breaks; None if it
+        cannot run.
+      findings: what stands in the way, and what would be better.
+    """
+
+    trials_per_block: int | None
+    timings: tuple[Timing, ...]
+    num_devices: int
+    bytes_available: int | None
+    num_trials: int
+    num_steps: int
+    seconds: float | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the study can run."""
+        return self.seconds is not None
+
+    def __str__(self) -> str:
+        lines = []
+        if self.seconds is not None:
+            own = self.timings[0]
+            free = "" if self.bytes_available is None else f" of {self.bytes_available / _GIB:.1f}"
+            lines += [
+                f"{self.num_trials} trials of {self.num_steps} steps take about "
+                f"{self.seconds:,.0f} s on {self.num_devices} device(s), of which "
+                f"{own.compile_seconds:.0f} s to compile.",
+                f"A block is {own.trials_per_block} trial(s) wide; each device needs "
+                f"{own.bytes_per_device / _GIB:.2f}{free} GiB.",
+            ]
+        return "\n".join([*lines, *map(str, self.findings)])
+
+
+@_checks.named_arguments
+def preflight(
+    workload: WorkloadLike,
+    make_optimizer: train.MakeOptimizer,
+    points: SearchSpace | Mapping[str, Any],
+    *,
+    num_steps: int = 1000,
+    eval_every: int | None = None,
+    num_trials: int | None = None,
+    num_seeds: int = 1,
+    independent: bool = False,
+    keep: str = "none",
+    make_schedule: train.MakeSchedule | None = None,
+    trials_per_block: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    key: chex.PRNGKey | None = None,
+) -> Preflight:
+    """Says what fits, how long it will take, and what cannot be traced, before it is spent.
+
+    The study's programs are compiled and run for about a second at the width that `run_study` would
+    choose, and at another one to compare with. `run_study` itself chooses by backend and size alone
+    and not by timing: the width decides bits, and a study's bits must not hang on what else the
+    machine was doing. Where the other width is much faster here, a finding says so.
+
+    Args:
+      workload: as in `run_study`, as are all others.
+      make_optimizer: makes the optimizer of a point.
+      points: a `SearchSpace`, or name to array (trial,).
+      num_steps: updates of each trial.
+      eval_every: updates between evaluations; a twentieth of the steps if None.
+      num_trials: trials; 64 if None, with a `SearchSpace`.
+      num_seeds: repetitions of each trial.
+      independent: give each trial randomness of its own.
+      keep: weights to keep.
+      make_schedule: makes the schedule of a point.
+      trials_per_block: width of a block.
+      mesh: mesh to shard trials over.
+      key: the key; ``jax.random.key(0)`` if None.
+
+    Returns:
+      The report; print it. What cannot be traced is a finding in it, not an exception.
+
+    Raises:
+      ValueError: an argument that has nothing to do with tracing is bad.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import playbook_optax as pbx
+      >>> workload = pbx.Workload(
+      ...     name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+      ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+      ...     evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()}, objective="valid/loss")
+      >>> space = pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 10.0, scale="log")})
+      >>> report = pbx.preflight(workload, lambda p: pbx.sgd(p["learning_rate"]), space)
+      >>> report.ok, report.trials_per_block
+      (True, 8)
+      >>> bad = pbx.preflight(workload, lambda p: pbx.sgd(float(p["learning_rate"])), space)
+      >>> bad.ok, bad.findings[0].code
+      (False, 'cannot_trace')
+
+    Source: playbook, "Deciding how long to train when training is compute-bound".
+    """
+    key = jax.random.key(0) if key is None else key
+    train.check_key("key", key)
+    num_steps = _checks.check_count("num_steps", num_steps)
+    eval_every = max(1, num_steps // 20) if eval_every is None else eval_every
+    eval_every = _checks.check_count("eval_every", eval_every)
+    if num_trials is None and isinstance(points, SearchSpace):
+        num_trials = 64
+    rows, count = plan.make_points(points, num_trials, key)
+    count *= _checks.check_count("num_seeds", num_seeds)
+    local = devices.trial_mesh(mesh)
+    num_devices, free = local.shape[devices.TRIALS_AXIS], devices.free_memory(local)
+
+    def runner(width: int | None) -> StudyRunner:
+        return StudyRunner(
+            workload,
+            make_optimizer,
+            points,
+            num_steps=num_steps,
+            eval_every=eval_every,
+            key=key,
+            num_seeds=num_seeds,
+            independent=independent,
+            keep=keep,
+            make_schedule=make_schedule,
+            trials_per_block=width,
+            mesh=mesh,
+            progress=False,
+        )
+
+    def refused(code: str, error: BaseException, suggestion: str) -> Preflight:
+        finding = Finding(code, "error", str(error), {}, _SECTION, suggestion)
+        return Preflight(None, (), num_devices, free, count, num_steps, None, (finding,))
+
+    try:
+        own = runner(trials_per_block)
+        width = own.fitting_width(count)
+    except execute.OutOfMemory as error:
+        return refused("does_not_fit", error, "")
+    except Exception as error:
+        cause = type(error).__name__
+        suggestion = (
+            "Values of a point, parameters and data are traced: use jnp and jax.lax on them, "
+            "and give what decides shapes or structure to a study of its own."
+        )
+        told = error if str(error) else ValueError(cause)
+        return refused("cannot_trace", told, suggestion)
+    num_evals = len(train.evaluation_steps(num_steps, eval_every))
+    first = _timed(own, width, rows, count, num_steps, num_evals)
+    timings, findings = [first], []
+    other = plan.CPU_WIDTH if width == 1 else 1
+    if trials_per_block is None and jax.default_backend() == "cpu" and other <= count:
+        timings.append(_timed(runner(other), other, rows, count, num_steps, num_evals))
+        findings += _compared(*timings)
+    if num_devices == 1 and jax.default_backend() == "cpu":
+        findings += _idle_cores()
+    seconds = first.compile_seconds + count * (
+        num_steps * first.seconds_per_step + num_evals * first.seconds_per_evaluation
+    )
+    return Preflight(
+        width, tuple(timings), num_devices, free, count, num_steps, seconds, tuple(findings)
+    )
+
+
+def _timed(
+    runner: StudyRunner,
+    width: int,
+    points: plan.Points,
+    num_trials: int,
+    num_steps: int,
+    num_evals: int,
+) -> Timing:
+    """Compiles blocks of a width and runs a full call of them for a while."""
+    began = time.monotonic()
+    engine = runner.engine(width, -(-num_trials // width))
+    engine.compile()
+    compile_seconds = time.monotonic() - began
+    blocks = plan.blocks_of(engine.blocks_per_call * width, 1, width)
+    evaluation, steps = engine.rehearse(blocks, points, _TIMED_SECONDS)
+    trials = len(blocks) * width
+    return Timing(width, steps / trials, evaluation / trials, compile_seconds, engine.memory())
+
+
+def _compared(own: Timing, other: Timing) -> list[Finding]:
+    ratio = own.seconds_per_step / other.seconds_per_step
+    if ratio < 1.25:
+        return []
+    return [
+        Finding(
+            "other_width_faster",
+            "info",
+            f"Blocks of {other.trials_per_block} trial(s) take {1 / ratio:.2f} times as long for a "
+            f"step as those of {own.trials_per_block}.",
+            {"ratio": ratio, "trials_per_block": other.trials_per_block},
+            _SECTION,
+            f"Give trials_per_block={other.trials_per_block}.",
+        )
+    ]
+
+
+def _idle_cores() -> list[Finding]:
+    cores = devices.num_cores()
+    if cores < 2:
+        return []
+    return [
+        Finding(
+            "idle_cores",
+            "warning",
+            f"One CPU device trains, and the machine has {cores} cores.",
+            {"cores": cores},
+            _SECTION,
+            "Call pbx.use_cpu_cores() before any array is made.",
+        )
+    ]

@@ -1,0 +1,66 @@
+"""Trials over devices, and batches over a second axis, on eight forced host devices."""
+
+import os
+import subprocess
+import sys
+
+import tiny_workloads as tiny
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import jax, jax.numpy as jnp, numpy as np
+import playbook_optax as pbx
+pbx.use_cpu_cores(8)
+import tiny_workloads as tiny
+
+def study(mesh, workload=None, **arguments):
+    found = pbx.run_study(workload or tiny.mlp(), tiny.momentum, tiny.SPACE, num_trials=7,
+                          num_steps=40, eval_every=10, key=jax.random.key(0), progress=False,
+                          trials_per_block=2, mesh=mesh, **arguments)
+    return found.data["valid/loss"].values
+
+def mesh(*shape):
+    names = ("trials", "data")[:len(shape)]
+    return jax.sharding.Mesh(np.array(jax.devices()[:int(np.prod(shape))]).reshape(shape), names)
+
+alone = study(mesh(1))
+for count in (2, 3, 8):
+    np.testing.assert_array_equal(study(mesh(count)), alone)
+np.testing.assert_array_equal(study(None), alone)
+# A batch that is cut is summed in another order: close, and the same however trials are spread.
+for workload, arguments in ((None, {{}}), (None, {{"independent": True}})):
+    whole = study(mesh(1), workload, **arguments)
+    cut = study(mesh(1, 4), workload, **arguments)
+    np.testing.assert_allclose(cut, whole, rtol=1e-3)
+    np.testing.assert_array_equal(study(mesh(2, 4), workload, **arguments), cut)
+
+# The program works on shards: no device has a whole batch.
+from playbook_optax.runner.run import StudyRunner
+runner = StudyRunner(tiny.mlp(), tiny.momentum, tiny.SPACE, num_steps=40, eval_every=10,
+                     key=jax.random.key(0), trials_per_block=1, mesh=mesh(2, 4), progress=False)
+text = runner.engine(1, 2).compile().advance.as_text()
+print("all-reduce" in text)
+
+host = pbx.Workload(**{{**vars(tiny.quadratic()), "batch": None, "version": "1",
+    "loss": lambda p, s, b, k: (jnp.mean(jnp.sum(b * p["w"] ** 2, axis=1)), (s, {{}})),
+    "init": lambda key: ({{"w": jnp.ones(3)}}, {{}}),
+    "evaluate": lambda p, s, d: {{"valid/loss": jnp.sum(p["w"] ** 2)}},
+    "host_batches": lambda start: (np.full((8, 3), 1 + (start + i) % 5, np.float32)
+                                   for i in range(10**6))}})
+np.testing.assert_allclose(study(mesh(2, 4), host), study(mesh(1), host), rtol=1e-4)
+print("done")
+"""
+
+
+def test_a_mesh_of_trials_and_one_of_trials_and_data():  # 82, 83
+    script = SCRIPT.format(tests=os.path.dirname(tiny.__file__))
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.split() == ["True", "done"]

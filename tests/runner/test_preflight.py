@@ -1,0 +1,134 @@
+"""What a study will take, said before it is spent."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_workloads as tiny
+
+import playbook_optax as pbx
+from playbook_optax.runner import devices
+
+RATES = {"learning_rate": np.geomspace(1e-3, 0.3, 12).astype(np.float32)}
+
+
+def codes(report):
+    return [finding.code for finding in report.findings]
+
+
+def test_a_study_that_can_run():
+    report = pbx.preflight(tiny.mlp(), tiny.momentum, RATES, num_steps=200, eval_every=50)
+    assert report.ok
+    assert (report.num_trials, report.num_steps, report.num_devices) == (12, 200, 1)
+    study = pbx.run_study(
+        tiny.mlp(),
+        tiny.momentum,
+        RATES,
+        num_steps=5,
+        eval_every=5,
+        key=jax.random.key(0),
+        progress=False,
+    )
+    assert report.trials_per_block == study.spec["trials_per_block"] == 8
+    assert [timing.trials_per_block for timing in report.timings] == [8, 1]
+    for timing in report.timings:
+        assert 0 < timing.seconds_per_step < 1
+        assert 0 <= timing.seconds_per_evaluation < 1
+        assert 0 < timing.compile_seconds < 600
+        assert 0 < timing.bytes_per_device < 2**30
+    own = report.timings[0]
+    # Evaluations before the first step and after 50, 100, 150 and 200.
+    training = 12 * (200 * own.seconds_per_step + 5 * own.seconds_per_evaluation)
+    assert report.seconds == pytest.approx(own.compile_seconds + training)
+    assert "12 trials of 200 steps" in str(report)
+    assert set(codes(report)) <= {"other_width_faster", "idle_cores"}
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_given_width_is_the_one_that_is_timed(width):
+    space = pbx.preflight(
+        tiny.mlp(), tiny.momentum, tiny.SPACE, trials_per_block=width, eval_every=1, num_steps=3
+    )
+    assert space.num_trials == 64
+    assert [timing.trials_per_block for timing in space.timings] == [width]
+    assert space.timings[0].seconds_per_evaluation == 0
+
+
+def test_host_batches_are_timed_too():
+    quadratic = tiny.quadratic()
+    host = pbx.Workload(
+        **{
+            **vars(quadratic),
+            "batch": None,
+            "host_batches": lambda start: iter([quadratic.data] * 40),
+            "version": "1",
+        }
+    )
+    report = pbx.preflight(host, tiny.sgd, RATES, num_steps=40, eval_every=40, num_seeds=2)
+    assert report.ok
+    assert report.num_trials == 24
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "told"),
+    [
+        (lambda p: optax.sgd(float(p["learning_rate"])), "traced value"),
+        (lambda p: optax.sgd(0.1 if p["learning_rate"] > 0.1 else 0.2), "Python `if`"),
+        (lambda p: optax.sgd(np.sqrt(p["learning_rate"])), "jnp"),
+        (lambda p: optax.sgd(p["lr"]), "no hyperparameter 'lr'"),
+        (lambda p: 3, "must return an optax.GradientTransformation"),
+    ],
+)
+def test_what_cannot_be_traced_is_told_with_what_to_use_instead(make_optimizer, told):
+    report = pbx.preflight(tiny.mlp(), make_optimizer, RATES)
+    assert not report.ok
+    assert report.timings == ()
+    assert codes(report) == ["cannot_trace"]
+    assert told in report.findings[0].message
+    assert "jnp" in report.findings[0].suggestion
+    assert report.findings[0].message in str(report)
+
+
+def test_what_does_not_fit_is_told(monkeypatch):
+    monkeypatch.setattr(devices, "free_memory", lambda mesh: 1)
+    report = pbx.preflight(tiny.mlp(), tiny.momentum, RATES)
+    assert not report.ok
+    assert codes(report) == ["does_not_fit"]
+    assert report.bytes_available == 1
+
+
+def test_idle_cores_and_a_better_width_are_told(monkeypatch):
+    from playbook_optax.runner import plan
+
+    monkeypatch.setattr(devices, "num_cores", lambda: 4)
+    # So small a step is much faster side by side, whatever the machine.
+    monkeypatch.setattr(plan, "CPU_FLOPS_PER_STEP", 0)
+    report = pbx.preflight(tiny.quadratic(), tiny.sgd, RATES, num_steps=300, eval_every=300)
+    assert report.trials_per_block == 1
+    assert codes(report) == ["other_width_faster", "idle_cores"]
+    assert report.findings[0].suggestion == "Give trials_per_block=8."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "num_steps"),
+        ({"eval_every": 1.5}, "eval_every"),
+        ({"key": 3}, "key must be one random key"),
+        ({"num_trial": 3}, "num_trials"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pbx.preflight(tiny.mlp(), tiny.momentum, RATES, **arguments)
+
+
+def test_own_errors_are_told():
+    def loss(params, state, batch, key):
+        raise ZeroDivisionError
+
+    workload = pbx.Workload(**{**vars(tiny.quadratic()), "loss": loss})
+    report = pbx.preflight(workload, tiny.sgd, {"learning_rate": jnp.ones(2)})
+    assert codes(report) == ["cannot_trace"]
+    assert report.findings[0].message == "ZeroDivisionError"

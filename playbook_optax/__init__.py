@@ -35,7 +35,7 @@ from playbook_optax.optimizers import (
     sgd,
 )
 from playbook_optax.records.study import BestTrial, NoFeasibleTrial, Study, load_study
-from playbook_optax.runner.devices import use_cpu_cores
+from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.preflight import Preflight, preflight
 from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
@@ -90,5 +90,6 @@ __all__ = [
     "schedules",
     "sgd",
     "trial_key",
+    "use_compilation_cache",
     "use_cpu_cores",
 ]

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from playbook_optax import _checks, chapters, optimizers, report
@@ -27,10 +28,10 @@ from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.stability import Stabilization, stabilize
 from playbook_optax.procedures.verdict import Verdict
-from playbook_optax.records.storage import StorageError
+from playbook_optax.records.storage import StorageError, read_spec
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
-from playbook_optax.runner.devices import use_cpu_cores
-from playbook_optax.runner.run import run_study
+from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
+from playbook_optax.runner.run import StudyRunner, run_study
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.workload import Workload, WorkloadLike
 
@@ -180,6 +181,8 @@ class Tune(_Training):
     """Smallest momentum, which is b1 of Adam."""
     b1_high: float | None = None
     """Largest momentum, which is b1 of Adam; below 1."""
+    prepare: bool = False
+    """Store what is to be trained and stop, for `playbook-optax run` to train in many processes."""
 
     def space(self, loaded: _Loaded, optimizer: str) -> SearchSpace:
         """As for every command, with the range of the momentum as given."""
@@ -197,17 +200,23 @@ class Tune(_Training):
         folder = self.folder("tune")
         num_steps = loaded.num_steps if self.num_steps is None else self.num_steps
         num_steps = _checks.check_count("num_steps", num_steps)
-        study = run_study(
+        runner = StudyRunner(
             loaded.workload,
             functools.partial(_make_optimizer, optimizer),
             space,
-            num_trials=loaded.num_trials if self.num_trials is None else self.num_trials,
             num_steps=num_steps,
             eval_every=max(1, num_steps // 20) if self.eval_every is None else self.eval_every,
             key=jax.random.key(seed),
             trials_per_block=self.trials_per_block,
-            directory=folder,
         )
+        num_trials = loaded.num_trials if self.num_trials is None else self.num_trials
+        if self.prepare:
+            runner.prepare(space, num_trials=num_trials, directory=folder)
+            _write_command(folder, "tune", self.workload, optimizer, space)
+            own = "" if _is_zoo(self.workload) else f" --workload {self.workload}"
+            print(f"Prepared. Train it with: {PROG} run {folder}{own} --worker I --of N")
+            return 0
+        study = runner.run(space, num_trials=num_trials, directory=folder)
         _write_command(folder, "tune", self.workload, optimizer, space)
         return _finish(_judged(study, optimizer), folder)
 
@@ -256,6 +265,56 @@ class Stabilize(_Training):
             print("\nRecipe")
             print(textwrap.indent(recipe, "  "))
         print(f"\nReport   {page}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Train a stored study on, as one of several processes that share its directory."""
+
+    study: Path
+    """The directory of the study: one that `tune --prepare` made, or that was interrupted."""
+    worker: int = 0
+    """Which worker this is, from 0."""
+    of: int = 1
+    """How many workers there are; each makes this call, with its own number."""
+    workload: str | None = None
+    """Your workload, package.module:attribute; a name of the zoo is taken from the directory."""
+
+    def run(self) -> int:
+        """Trains until the study is whole, by whomever."""
+        spec = read_spec(self.study)
+        name, optimizer = _stored_command(self.study)
+        if self.workload is None and not _is_zoo(name):
+            # What a directory names may be anybody's: only the person at the terminal imports it.
+            raise UsageError(
+                f"the study is of your own workload {name!r}: say so with --workload {name}"
+            )
+        if self.workload not in (None, name):
+            raise UsageError(f"the study is of {name!r}, not of {self.workload!r}.")
+        points: Any = spec["points"]
+        if spec["space"] is not None:
+            points = SearchSpace.from_dict(spec["space"])
+        else:
+            points = {k: np.asarray(v, spec["dtypes"][k]) for k, v in points.items()}
+        key = jax.numpy.asarray(np.asarray(spec["key"]["data"], np.uint32))
+        if spec["key"]["impl"] is not None:
+            key = jax.random.wrap_key_data(key, impl=spec["key"]["impl"])
+        study = run_study(
+            load_workload(name).workload,
+            functools.partial(_make_optimizer, optimizer),
+            points,
+            num_trials=spec["num_trials"] if spec["space"] is not None else None,
+            num_steps=spec["num_steps"],
+            eval_every=spec["eval_every"],
+            num_seeds=spec["num_seeds"],
+            independent=spec["independent"],
+            keep=spec["keep"],
+            key=key,
+            worker=(self.worker, self.of),
+            directory=self.study,
+        )
+        print(f"{study.num_trials} trials are stored. See them with: {PROG} report {self.study}")
         return 0
 
 
@@ -409,6 +468,26 @@ def _write_command(
     kept = {"command": command, "workload": workload, "optimizer": optimizer}
     text = json.dumps({**kept, "space": space.to_dict()}, indent=1)
     report.write_file(folder / _COMMAND_FILE, text.encode())
+
+
+def _is_zoo(name: str) -> bool:
+    return ":" not in name
+
+
+def _stored_command(folder: Path) -> tuple[str, str]:
+    """The workload's name and the optimizer's that a command kept beside its study."""
+    try:
+        with open(folder / _COMMAND_FILE, "rb") as file:
+            command = json.loads(file.read(_MAX_COMMAND_BYTES))
+        name, optimizer = command["workload"], command["optimizer"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{folder / _COMMAND_FILE} is missing or damaged: only a study that `{PROG} tune` made "
+            "can be trained on from its directory alone."
+        ) from error
+    if not isinstance(name, str) or not isinstance(optimizer, str) or optimizer not in _RANGES:
+        raise UsageError(f"{folder / _COMMAND_FILE} names no workload and optimizer of ours.")
+    return name, optimizer
 
 
 def _judged(study: Study, optimizer: str | None) -> _Judged:
@@ -595,6 +674,7 @@ _COMMANDS = {
     "sweep": Sweep,
     "tune": Tune,
     "stabilize": Stabilize,
+    "run": Run,
     "report": Report,
     "diagnose": Diagnose,
     "zoo": Zoo,
@@ -660,7 +740,7 @@ def _told_by_us(error: Exception) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program ``playbook-optax``: makes each CPU core a device, then `run`.
+    """The program ``playbook-optax``: makes each CPU core a device, keeps programs, then `run`.
 
     Args:
       arguments: the words after the program's name; those of this process if None.
@@ -669,6 +749,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit code.
     """
     use_cpu_cores()
+    use_compilation_cache()
     try:
         return run(arguments)
     except KeyboardInterrupt:

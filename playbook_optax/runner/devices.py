@@ -1,6 +1,8 @@
 """The devices that a study runs on."""
 
+import hashlib
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,49 @@ def use_cpu_cores(n: int | None = None) -> int:
             "imports, before any array is made."
         ) from error
     return n
+
+
+@_checks.named_arguments
+def use_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path:
+    """Keeps compiled programs on disk, so that a process starts where an earlier one compiled.
+
+    It is JAX's own persistent cache; a directory that is set already (by
+    ``JAX_COMPILATION_CACHE_DIR`` or ``jax.config``) stays. The command line calls this.
+
+    Args:
+      directory: where; a folder of the user's cache directory, one for each kind of processor,
+        if None.
+
+    Returns:
+      The directory.
+
+    Example:
+      >>> import playbook_optax as pbx
+      >>> pbx.use_compilation_cache("/tmp/programs")  # doctest: +SKIP
+      PosixPath('/tmp/programs')
+
+    Source: playbook, "Deciding how long to train when training is compute-bound" (a study's time
+    is for training).
+    """
+    already = jax.config.read("jax_compilation_cache_dir")
+    if already is not None:
+        return Path(already)
+    if directory is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        directory = Path(base) / "playbook-optax" / f"jax-{jax.__version__}-{_processor()}"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    return Path(directory)
+
+
+def _processor() -> str:
+    """Names this kind of processor: programs compiled for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    told = "\n".join([platform.machine(), *(kind or lines[:1])])
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def num_cores() -> int:

@@ -3,6 +3,9 @@
 import pathlib
 
 import hypothesis
+import os
+import tempfile
+
 import jax
 import matplotlib
 
@@ -21,3 +24,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("repeatable")
+
+# The command line keeps compiled programs: not in the cache of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "playbook-optax-tests")

@@ -232,3 +232,38 @@ def test_the_program_tunes_a_users_own_module(tmp_path):
     assert failed.returncode == 1
     assert "my own mistake" in failed.stderr
     assert "mymodule.py" in failed.stderr
+
+
+def test_a_prepared_study_is_trained_by_workers(folder, capsys):
+    directory = folder / "study"
+    tune = ["tune", "own_workloads:square", "--directory", str(directory), *TINY]
+    assert cli.run([*tune, "--prepare"]) == 0
+    assert "--workload own_workloads:square --worker I --of N" in capsys.readouterr().out
+    assert load_study(directory).num_trials == 0
+    # A directory's own word is not enough to import somebody's code.
+    assert cli.run(["run", str(directory)]) == 2
+    assert "--workload own_workloads:square" in capsys.readouterr().err
+    own = ["--workload", "own_workloads:square"]
+    assert cli.run(["run", str(directory), "--workload", "own_workloads:build"]) == 2
+    capsys.readouterr()
+    for worker in ("1", "0"):
+        assert cli.run(["run", str(directory), *own, "--worker", worker, "--of", "2"]) == 0
+        assert "12 trials are stored" in capsys.readouterr().out
+    there = load_study(directory).data["valid/loss"].values
+    assert cli.run(["report", str(directory)]) == 0
+    assert cli.run([*tune[:2], "--directory", str(folder / "alone"), *TINY]) == 0
+    np.testing.assert_array_equal(there, load_study(folder / "alone").data["valid/loss"].values)
+
+
+def test_run_needs_what_tune_kept(folder, capsys):
+    directory = folder / "study"
+    tune = ["tune", "own_workloads:square", "--directory", str(directory), *TINY, "--prepare"]
+    assert cli.run(tune) == 0
+    (directory / "command.json").write_text('{"workload": "digits_mlp", "optimizer": "__import__"}')
+    assert cli.run(["run", str(directory)]) == 2
+    assert "names no workload and optimizer of ours" in capsys.readouterr().err
+    (directory / "command.json").unlink()
+    assert cli.run(["run", str(directory)]) == 2
+    assert "missing or damaged" in capsys.readouterr().err
+    assert cli.run(["run", str(folder / "nothing")]) == 2
+    assert cli.run(["run", str(directory), "--worker", "2", "--of", "2"]) == 2

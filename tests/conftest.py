@@ -1,11 +1,10 @@
 """Settings of every test: warnings are errors, ranks never promote silently, seeds are fixed."""
 
-import pathlib
-
-import hypothesis
 import os
+import pathlib
 import tempfile
 
+import hypothesis
 import jax
 import matplotlib
 

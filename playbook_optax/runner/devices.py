@@ -77,7 +77,7 @@ def use_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Pa
     Source: playbook, "Deciding how long to train when training is compute-bound" (a study's time
     is for training).
     """
-    already = jax.config.jax_compilation_cache_dir
+    already = jax.config.values["jax_compilation_cache_dir"]
     if already is not None:
         return Path(already)
     if directory is None:

@@ -34,7 +34,11 @@ def test_a_given_directory(unset, tmp_path):
 
 def test_processors_differ(monkeypatch):
     def cpuinfo(text):
-        monkeypatch.setattr(pathlib.Path, "read_text", lambda self: text)
+        class System(type(pathlib.Path())):
+            def read_text(self):
+                return text
+
+        monkeypatch.setattr(devices, "Path", System)
         return devices._processor()
 
     one = cpuinfo("model name : A\nflags : avx\ncpu MHz : 1\n")
@@ -44,12 +48,13 @@ def test_processors_differ(monkeypatch):
 
 def test_memory_is_read_where_the_system_tells(monkeypatch):
     def told(files):
-        def read_text(self):
-            if self.name not in files:
-                raise FileNotFoundError(self)
-            return files[self.name]
+        class System(type(pathlib.Path())):
+            def read_text(self):
+                if self.name not in files:
+                    raise FileNotFoundError(self)
+                return files[self.name]
 
-        monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+        monkeypatch.setattr(devices, "Path", System)
         return devices.free_memory(devices.trial_mesh(None))
 
     info = "MemTotal: 100 kB\nMemAvailable: 50 kB\n"

@@ -68,10 +68,12 @@ class Checkpoints:
         arrays = [np.ascontiguousarray(array).reshape(np.shape(array)) for array in arrays]
         final = self._folder / f"step-{step:08d}"
         temporary = self._folder / f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
+        made = False
         try:
             _real_folder(self._folder.parent)
             _real_folder(self._folder)
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
+            made = True
             # Orbax stores no empty arrays, and needs none: the manifest has their shapes.
             filled = {_leaf(i): array for i, array in enumerate(arrays) if array.size}
             if filled:
@@ -89,8 +91,14 @@ class Checkpoints:
             with contextlib.suppress(FileExistsError):
                 _rename(temporary, final)
             storage.sync_directory(self._folder)
-        except OSError as error:
-            if isinstance(error, storage.NotWritable):
+        except storage.NotWritable:
+            raise
+        except Exception as error:
+            # Another worker has finished these blocks and removed their saves, this one included;
+            # Orbax tells so in several ways.
+            if made and not temporary.exists():
+                return
+            if not isinstance(error, OSError):
                 raise
             raise storage.file_error(final, "write", error) from error
         finally:

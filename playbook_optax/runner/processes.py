@@ -18,7 +18,7 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Group:
         self._call = f"playbook_optax/{call}"
         self._exchanges = itertools.count()
         self._looked = time.monotonic()
+        self._check_stop: Callable[[], None] = lambda: None
 
     # Messages.
 
@@ -79,6 +80,7 @@ class Group:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
             self.check()
+            self._check_stop()
             if end is not None and time.monotonic() > end:
                 raise ProcessFailed(
                     f"process {process} of {self.size} did not come to this call within "
@@ -219,6 +221,7 @@ class Group:
         Yields:
           Finished blocks as `Engine.run` does, stored already.
         """
+        self._check_stop = keeper.check
         # A file may have come between two looks: process 0's look decides who trains what.
         agreed = self.share([block.index for block in missing])
         blocks = {block.index: block for block in missing}

@@ -40,6 +40,7 @@ TASKS_PER_WORKER = 2
 # Studies that a worker keeps ready, their data on its devices.
 KEPT_STUDIES = 2
 
+_CHECK_SECONDS = 1.0
 _IMPORTED_BY = os.getpid()
 
 
@@ -282,6 +283,7 @@ def train(
     spec: Mapping[str, Any],
     train_blocks: TrainBlocks,
     make_payload: Callable[[], bytes],
+    check: Callable[[], None],
     where: str,
 ) -> Iterator[finished.Finished]:
     """Trains blocks on an executor's workers and yields them as they finish, in any order.
@@ -293,6 +295,7 @@ def train(
       spec: the study's spec, with fingerprints.
       train_blocks: this process's own, for executors whose workers are threads of it.
       make_payload: makes what `run_task` unpacks; called once, and only if some worker asks.
+      check: called every second while nothing finishes; may raise.
       where: the end of an error message: what becomes of what is finished.
 
     Yields:
@@ -329,7 +332,11 @@ def train(
         while waiting or flying:
             while waiting and len(flying) < SPARE_TASKS + TASKS_PER_WORKER * len(workers):
                 submit(_Batch([waiting.pop() for _ in range(min(size, len(waiting)))]))
-            future = answers.get()
+            try:
+                future = answers.get(timeout=_CHECK_SECONDS)
+            except queue.Empty:
+                check()
+                continue
             batch = flying.pop(future)
             answer = _result(future, batch, where)
             if answer is None:

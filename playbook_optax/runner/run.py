@@ -572,6 +572,7 @@ class StudyRunner:
             make_payload=lambda: remote.pack(
                 _rebuild, {**self._recipe, "trials_per_block": width}, self._key, spec
             ),
+            check=keeper.check,
             where=_where_finished_is(directory),
         )
         return finished.store(directory, batches)

@@ -141,7 +141,6 @@ class Engine:
                 self._make_batch = None
         self._compiled: _Programs | None = None
         self._state_shapes: Any = None
-        self._block_programs: tuple[Any, Any] | None = None
 
     @property
     def data(self) -> Any:

@@ -262,6 +262,13 @@ def make_trial(
     )
     eval_every = _checks.check_count("eval_every", eval_every)
     _checks.check_choice("keep", keep, KEEP)
+    for flag in ("jax_debug_nans", "jax_debug_infs"):
+        if jax.config.values[flag]:
+            raise ValueError(
+                f"{flag} is on, which makes an error of what a trial records as data: that it "
+                "diverged, and NaN for what was never measured. Turn it off, "
+                f'jax.config.update("{flag}", False); Study.replay shows the step that broke.'
+            )
     if not isinstance(workload, Workload) and not callable(workload):
         resolve(workload, None)
     if not callable(make_optimizer):

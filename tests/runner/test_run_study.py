@@ -243,6 +243,27 @@ def test_another_version_of_jax_warns(tmp_path):  # 68
         study_of(tiny.SPACE, 1, directory=tmp_path)
 
 
+def test_x64_toggled_on_resume_is_refused(tmp_path):  # 53
+    study_of(tiny.SPACE, 2, workload=tiny.quadratic(), make_optimizer=tiny.sgd, directory=tmp_path)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="x64 is False there and True here"):
+        study_of(
+            tiny.SPACE, 2, workload=tiny.quadratic(), make_optimizer=tiny.sgd, directory=tmp_path
+        )
+
+
+@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
+def test_debugging_flags_that_forbid_nan_are_explained(flag):  # 52
+    jax.config.update(flag, True)
+    try:
+        with pytest.raises(ValueError, match=rf"{flag} is on.*replay shows the step"):
+            study_of(tiny.SPACE, 2)
+        report = pbx.preflight(tiny.mlp(), tiny.momentum, tiny.SPACE)
+    finally:
+        jax.config.update(flag, False)
+    assert not report.ok
+    assert flag in report.findings[0].message
+
+
 def test_an_unwritable_directory_stops_before_the_first_step(tmp_path):  # 63
     place = tmp_path / "file"
     place.write_text("not a directory")

@@ -7,9 +7,14 @@ temporary name and renamed, so that one with the right name is whole. Orbax read
 flips silently wrong; so the manifest has a SHA-256 of every file, which is compared before Orbax
 reads them, and one of the arrays, which is compared with what it has read. Where they differ the
 save before is used.
+
+In a job of several processes each saves blocks of its own, and Orbax writes NumPy arrays in the
+first process only. The others store theirs in ``arrays.pbx``, in the format of finished blocks.
 """
 
+import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -17,14 +22,17 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from playbook_optax import _checks
 from playbook_optax.records import storage
+
+_T = TypeVar("_T")
 
 NUM_KEPT = 2
 
@@ -34,6 +42,15 @@ _SAVE = re.compile(r"step-([0-9]{8,10})")
 _TEMPORARY = re.compile(r"\.tmp-([0-9]{1,10})-[0-9a-f]{16}")
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
+_OWN_ARRAYS = "arrays.pbx"
+_FIELDS = {
+    "step": int,
+    "meta": dict,
+    "arrays": list,
+    "arrays_sha256": str,
+    "files_sha256": dict,
+}
+_OS_ERROR = re.compile(r"os_error_code='([0-9]{1,4})'")
 
 
 class Checkpoints:
@@ -64,7 +81,6 @@ class Checkpoints:
           NotWritable: the system refused; older saves are untouched.
           ImportError: Orbax is not installed.
         """
-        checkpointer, save_args, _ = _orbax()
         arrays = [np.ascontiguousarray(array).reshape(np.shape(array)) for array in arrays]
         final = self._folder / f"step-{step:08d}"
         temporary = self._folder / f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
@@ -74,11 +90,7 @@ class Checkpoints:
             _real_folder(self._folder)
             temporary.mkdir(parents=True)
             made = True
-            # Orbax stores no empty arrays, and needs none: the manifest has their shapes.
-            filled = {_leaf(i): array for i, array in enumerate(arrays) if array.size}
-            if filled:
-                with _quiet():
-                    checkpointer.save(temporary.absolute() / _ARRAYS, args=save_args(filled))
+            _write_arrays(temporary, arrays)
             manifest = {
                 "step": step,
                 "meta": dict(meta),
@@ -87,24 +99,34 @@ class Checkpoints:
                 "files_sha256": _sync_and_digest(temporary),
             }
             storage.write_document(temporary / _MANIFEST, manifest)
-            # Whoever saved this step before saved the same: a folder is never replaced.
-            with contextlib.suppress(FileExistsError):
-                _rename(temporary, final)
+            self._place(temporary, final)
             storage.sync_directory(self._folder)
         except storage.NotWritable:
             raise
-        except Exception as error:
-            # Another worker has finished these blocks and removed their saves, this one included;
-            # Orbax tells so in several ways.
+        except OSError as error:
+            # Another worker has finished these blocks and removed their saves, this one included.
             if made and not temporary.exists():
                 return
-            if not isinstance(error, OSError):
-                raise
             raise storage.file_error(final, "write", error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self._saves()[NUM_KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        # What is newer was passed over when this work began, unless another worker is ahead.
+        kept = [save for save in self._saves() if _step(save) <= step or _is_sound(save)]
+        for save in self._saves():
+            if save not in kept[:NUM_KEPT]:
+                shutil.rmtree(save, ignore_errors=True)
+
+    @staticmethod
+    def _place(temporary: Path, final: Path) -> None:
+        """Gives a save its name; a sound one of that step stays, being the same."""
+        try:
+            _rename(temporary, final)
+        except FileExistsError:
+            if not _is_sound(final):
+                # Whoever else replaces it has written the same.
+                shutil.rmtree(final, ignore_errors=True)
+                with contextlib.suppress(FileExistsError):
+                    _rename(temporary, final)
 
     def meta(self) -> dict[str, Any] | None:
         """The meta of the newest save whose manifest is sound; None if there is none."""
@@ -150,8 +172,8 @@ class Checkpoints:
             names = os.listdir(self._folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        found = [(int(match.group(1)), name) for name in names if (match := _SAVE.fullmatch(name))]
-        return [self._folder / name for _, name in sorted(found, reverse=True)]
+        saves = [self._folder / name for name in names if _SAVE.fullmatch(name)]
+        return sorted(saves, key=_step, reverse=True)
 
 
 def groups(directory: str | os.PathLike[str]) -> list[str]:
@@ -221,6 +243,10 @@ def _rename(temporary: Path, final: Path) -> None:
         raise
 
 
+def _step(save: Path) -> int:
+    return int(save.name.removeprefix("step-"))
+
+
 def _leaf(number: int) -> str:
     return f"leaf-{number:05d}"
 
@@ -228,27 +254,76 @@ def _leaf(number: int) -> str:
 def _manifest(save: Path) -> dict[str, Any] | None:
     """A save's manifest; None if it is not what was written."""
     try:
-        if save.is_symlink():
+        if save.is_symlink() or (save / _MANIFEST).is_symlink():
             return None
-        return storage.read_document(save / _MANIFEST)
+        manifest = storage.read_document(save / _MANIFEST)
     except (storage.StorageError, OSError):
         return None
+    if not all(isinstance(manifest.get(field), kind) for field, kind in _FIELDS.items()):
+        return None
+    return manifest
+
+
+def _is_sound(save: Path) -> bool:
+    """Whether a save's files are those that were written."""
+    manifest = _manifest(save)
+    return manifest is not None and _intact(save, manifest["files_sha256"])
+
+
+def _write_arrays(folder: Path, arrays: Sequence[np.ndarray]) -> None:
+    """Stores arrays; those without elements are known from the manifest, and Orbax refuses them.
+
+    Raises:
+      OSError: the system refused.
+    """
+    filled = {_leaf(i): array for i, array in enumerate(arrays) if array.size}
+    checkpointer, save_args, _ = _orbax()
+    if not filled:
+        return
+    if jax.process_index() > 0:
+        (folder / _OWN_ARRAYS).write_bytes(storage.block_to_bytes(0, filled))
+        return
+    try:
+        _run(lambda: checkpointer.save(folder.absolute() / _ARRAYS, args=save_args(filled)))
+    except OSError:
+        raise
+    except Exception as error:
+        # What the system refuses, a full disk first of all, is an error of many types in Orbax.
+        number = _OS_ERROR.search(str(error))
+        code = errno.EIO if number is None else int(number.group(1))
+        why = str(error).partition("\n")[0] if number is None else os.strerror(code)
+        raise OSError(code, why) from error
 
 
 def _read_arrays(save: Path, wanted: Sequence[Any]) -> list[np.ndarray] | None:
-    """What Orbax reads, in the wanted dtypes and shapes; None if it cannot."""
+    """What is stored, in the wanted dtypes and shapes; None if it cannot be read."""
+    filled = {_leaf(i): one for i, one in enumerate(wanted) if 0 not in one[1]}
     checkpointer, _, restore_args = _orbax()
-    filled = [_leaf(i) for i, (_, shape) in enumerate(wanted) if 0 not in shape]
+    path = save.absolute() / _ARRAYS
+
+    def restore() -> Mapping[str, Any]:
+        # Nothing is read that declares itself larger than what is wanted.
+        tree = checkpointer.metadata(path).item_metadata.tree
+        for name, (dtype, shape) in filled.items():
+            found = tree[name]
+            chunk = found.storage.chunk_shape
+            fits = all(one <= max(size, 1) for one, size in zip(chunk, shape, strict=True))
+            if [str(found.dtype), list(found.shape)] != [dtype, shape] or not fits:
+                raise ValueError(f"{name} is not {dtype} of shape {shape}")
+        restored: Mapping[str, Any] = checkpointer.restore(path, args=restore_args(list(filled)))
+        return restored
+
     found: Mapping[str, Any] = {}
     try:
-        if filled:
-            with _quiet():
-                found = checkpointer.restore(save.absolute() / _ARRAYS, args=restore_args(filled))
+        if (save / _OWN_ARRAYS).exists():
+            found = storage.block_from_bytes((save / _OWN_ARRAYS).read_bytes(), 0)
+        elif filled:
+            found = _run(restore)
         arrays = []
         for i, (dtype, shape) in enumerate(wanted):
             empty = np.empty(shape, storage.stored_dtype(dtype))
             array = np.asarray(found[_leaf(i)]) if 0 not in shape else empty
-            if (str(array.dtype), list(array.shape)) != (dtype, shape):
+            if [str(array.dtype), list(array.shape)] != [dtype, shape]:
                 return None
             arrays.append(array)
     except Exception:
@@ -284,8 +359,18 @@ def _sync_and_digest(folder: Path) -> dict[str, str]:
 
 
 def _intact(save: Path, digests: Mapping[str, str]) -> bool:
-    """Whether every file is there and what it was."""
+    """Whether the files are those that were written, and no others; no link is followed."""
     try:
+        files: dict[str, str] = {}
+        for path, folders, names in os.walk(save):
+            for name in (*folders, *names):
+                whole = Path(path) / name
+                mode = whole.lstat().st_mode
+                if not (stat.S_ISDIR(mode) if name in folders else stat.S_ISREG(mode)):
+                    return False
+            files |= {(Path(path) / name).relative_to(save).as_posix(): name for name in names}
+        if set(files) != {*digests, _MANIFEST}:
+            return False
         for name, expected in digests.items():
             with open(save / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
@@ -295,26 +380,25 @@ def _intact(save: Path, digests: Mapping[str, str]) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's warnings about how it goes about it off the user's terminal."""
+def _run(function: Callable[[], _T]) -> _T:
+    """Calls Orbax, which would take this thread's event loop away, in another thread."""
 
-    def is_error(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
+    def is_fatal(record: logging.LogRecord) -> bool:
+        # What fails is raised, and told once.
+        return record.levelno >= logging.CRITICAL
 
     logger = logging.getLogger("absl")
-    logger.addFilter(is_error)
+    logger.addFilter(is_fatal)
     try:
-        yield
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(function).result()
     finally:
-        logger.removeFilter(is_error)
+        logger.removeFilter(is_fatal)
 
 
 def _orbax() -> tuple[Any, Any, Any]:
     """A checkpointer of this process alone, and what makes its arguments to save and restore."""
     ocp = _checks.require("orbax.checkpoint", "checkpoints", "Saving inside a long block")
-    import jax
-
     # Each process of a job saves blocks of its own: it must not wait for the others.
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(

@@ -2,12 +2,15 @@
 
 import os
 import pathlib
+import signal
 import tempfile
 
 import hypothesis
 import jax
 import matplotlib
 
+# A parent in the background of a shell ignores Ctrl-C, which its children inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests train the same tiny program: it is compiled once.

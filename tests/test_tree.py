@@ -63,6 +63,22 @@ def test_no_element_is_left_out_of_the_norm(shape):
     np.testing.assert_array_equal(jax.vmap(norm)(jnp.asarray(one)), np.ones(len(some)))
 
 
+@pytest.mark.parametrize("bad", [None, np.nan])
+def test_many_leaves_are_none_left_out(bad):
+    rng = np.random.default_rng(5)
+    sizes = [*range(1, 30), 5000]
+    tree = [rng.normal(size=size).astype(np.float32) for size in sizes]
+    tree.append(rng.normal(size=7).astype(np.float16))
+    np.testing.assert_allclose(norm(tree), _reference(tree), rtol=3e-7)
+    if bad is not None:
+        for leaf in tree:
+            kept, leaf[-1] = leaf[-1], bad
+            assert not np.isfinite(norm(tree))
+            assert not _tree.all_finite(tree)
+            leaf[-1] = kept
+    assert _tree.all_finite(tree)
+
+
 def test_zero_empty_and_zero_size_trees_have_norm_zero():
     for tree in (jnp.zeros(300), {}, {"a": None}, jnp.zeros((0, 3))):
         assert float(norm(tree)) == 0.0

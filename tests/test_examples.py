@@ -56,7 +56,19 @@ def test_readme_blocks_run_in_order(tmp_path):
     assert out.returncode == 0, out.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+# It trains whole rounds of remedies, which alone takes minutes.
+LONG_NOTEBOOKS = ("my_loss_explodes",)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, marks=pytest.mark.slow if path.stem in LONG_NOTEBOOKS else (), id=path.stem
+        )
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    ],
+)
 def test_notebooks_execute(path, tmp_path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")

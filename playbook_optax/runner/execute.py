@@ -195,6 +195,7 @@ class Engine:
                 self._compiled = _Programs(*threads.map(lambda one: one.compile(), lowered))
         return self._compiled
 
+    @functools.cached_property
     def memory(self) -> int:
         """Bytes that one device needs, data included: the most that any of the programs takes."""
 

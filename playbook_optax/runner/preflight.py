@@ -229,7 +229,7 @@ def _timed(
     blocks = plan.blocks_of(engine.blocks_per_call * width, 1, width)
     evaluation, steps = engine.rehearse(blocks, points, _TIMED_SECONDS)
     trials = len(blocks) * width
-    return Timing(width, steps / trials, evaluation / trials, compile_seconds, engine.memory())
+    return Timing(width, steps / trials, evaluation / trials, compile_seconds, engine.memory)
 
 
 def _compared(own: Timing, other: Timing) -> list[Finding]:

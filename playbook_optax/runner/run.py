@@ -60,7 +60,9 @@ def run_study(
     trials, their number or order, or the number of devices (with at most one per core).
 
     In a job of several processes (`jax.distributed`) every process makes the same call, trains its
-    share of the blocks on its own devices, and returns the whole study.
+    share of the blocks on its own devices, and returns the whole study. Batches from the host
+    (`Workload.host_batches`) are read by each process for itself, from an iterator of its own and
+    for the blocks that it trains; where a mesh has a second axis, each device gets its slice.
 
     Args:
       workload: a `Workload`, or a function of the point that gives one.
@@ -77,7 +79,8 @@ def run_study(
         `make_optimizer` as ``point["learning_rate"]``.
       trials_per_block: width of a block: 1 trains one trial after another inside the program,
         which is the faster on a CPU above about 1 MFLOP a step. Chosen by backend and size if None.
-      mesh: a one-dimensional mesh to shard trials over; all local devices if None. Of a mesh over
+      mesh: a mesh to shard trials over; all local devices if None. A second axis, whatever its
+        name, cuts the batches of each trial, for trials that need several devices. Of a mesh over
         several processes, each uses its own devices.
       executor: a PEP 3148 executor, such as `concurrent.futures.ProcessPoolExecutor` with spawned
         workers or ``client.get_executor()`` of a Dask client; its workers train the blocks, this
@@ -392,10 +395,10 @@ class StudyRunner:
         if free is None or self._executor is not None:
             return True
         num_blocks = -(-num_trials // width)
-        if self.engine(width, num_blocks).memory() <= free:
+        if self.engine(width, num_blocks).memory <= free:
             return True
         self._one_place.add(width)
-        return self.engine(width, num_blocks).memory() <= free
+        return self.engine(width, num_blocks).memory <= free
 
     def _check_fits(self, width: int, num_trials: int) -> None:
         if self._fits(width, num_trials):
@@ -498,7 +501,8 @@ class StudyRunner:
                     group.check_shared(directory)
                 _write_spec(directory, spec)
                 done |= finished.read(directory, {block.index for block in blocks} - set(done))
-            keeper = resume.Keeper(stop, directory, self._checkpoint_seconds)
+            shared = self._worker is not None
+            keeper = resume.Keeper(stop, directory, self._checkpoint_seconds, shared)
             keeper.sweep(set(done))
             missing = [block for block in blocks if block.index not in done]
             if missing:

@@ -52,6 +52,7 @@ def test_the_cost_is_that_of_every_study_that_was_run(quadratic):
     )
 
 
+@pytest.mark.slow
 def test_rare_huge_gradients_are_clipped_and_the_recipe_is_the_remedy():
     workload = outliers()
     space = pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 1.0, scale="log")})

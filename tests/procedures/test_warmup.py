@@ -118,6 +118,7 @@ def test_the_cost_is_what_was_run(helped):
     assert helped.cost == trial_steps(helped)
 
 
+@pytest.mark.slow
 def test_a_run_repeats_exactly():
     arguments = {"num_steps": 60, "unstable_learning_rate": 0.01, "num_trials": 2}
     one, two = (

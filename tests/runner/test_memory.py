@@ -21,14 +21,14 @@ def study(**arguments):
 def needed(width):
     """Bytes that one block of this width needs on a device."""
     runner = StudyRunner(tiny.mlp(), tiny.momentum, RATES, **ARGUMENTS, trials_per_block=width)
-    return runner.engine(width, 1).memory()
+    return runner.engine(width, 1).memory
 
 
 def test_memory_grows_with_the_width():
     assert needed(1) < needed(2) < needed(8)
 
 
-@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("directory", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_chosen_width_is_halved_until_it_fits(tmp_path, monkeypatch, directory):  # 55
     usual = study()
     assert usual.spec["trials_per_block"] == 8

@@ -90,6 +90,7 @@ def test_what_cannot_be_traced_is_told_with_what_to_use_instead(make_optimizer, 
     assert report.findings[0].message in str(report)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told(monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda mesh: 1)
     report = pbx.preflight(tiny.mlp(), tiny.momentum, RATES)

@@ -42,7 +42,7 @@ def rates(*values):
     return {"learning_rate": np.array(values, np.float32)}
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_bits_depend_on_the_point_and_the_width_alone(width):
     a, b, c, d, wild = 0.1, 0.02, 0.3, 0.05, 1e30
     base = study_of(rates(a, b, c), trials_per_block=width)

@@ -8,8 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax.records import checkpoints
+from playbook_optax.records import checkpoints, storage
+from playbook_optax.runner import finished
 from playbook_optax.runner.signals import StopRequest
+
+# How often a worker looks whether others have stored the blocks that it is training.
+LOOK_SECONDS = 10.0
+
+
+class DoneByOthers(Exception):  # noqa: N818
+    """Other workers have stored all blocks that are being trained here."""
 
 
 class Saved(NamedTuple):
@@ -35,6 +43,7 @@ class Keeper:
       stop: the request to stop, or None.
       directory: the study directory, or None to save nothing.
       seconds: how long to train between two saves.
+      shared: whether other workers train blocks of the same study.
     """
 
     def __init__(
@@ -42,9 +51,11 @@ class Keeper:
         stop: StopRequest | None = None,
         directory: str | os.PathLike[str] | None = None,
         seconds: float = float("inf"),
+        shared: bool = False,
     ) -> None:
         self._stop, self._directory, self._seconds = stop, directory, seconds
-        self._saved_at = time.monotonic()
+        self._shared = shared
+        self._saved_at = self._looked_at = time.monotonic()
 
     @property
     def asked_to_stop(self) -> bool:
@@ -72,16 +83,31 @@ class Keeper:
           position: that of a `Saved`.
 
         Raises:
+          DoneByOthers: other workers have stored them all.
           NotWritable: the system refused to store them.
-          StudyInterrupted: Ctrl-C.
+          KeyboardInterrupt: Ctrl-C.
           StudyTerminated: SIGTERM.
         """
+        if self._stored_by_others(blocks):
+            self.drop(blocks)
+            raise DoneByOthers
         due = time.monotonic() - self._saved_at > self._seconds
         if self._directory is not None and (due or self.asked_to_stop):
             meta = {"blocks": list(blocks), "position": position}
             checkpoints.Checkpoints(self._directory, _name(blocks)).write(step, arrays(), meta)
             self._saved_at = time.monotonic()
         self.check()
+
+    def _stored_by_others(self, blocks: Sequence[int]) -> bool:
+        """Whether all these blocks are stored and sound, as far as the last look shows."""
+        if not self._shared or time.monotonic() - self._looked_at < LOOK_SECONDS:
+            return False
+        assert self._directory is not None
+        self._looked_at = time.monotonic()
+        wanted = set(blocks)
+        if not wanted.issubset(storage.finished_blocks(self._directory)):
+            return False
+        return wanted == set(finished.read(self._directory, wanted))
 
     def groups(self, missing: Iterable[int]) -> list[tuple[int, ...]]:
         """Blocks that were in training together when they were last saved.

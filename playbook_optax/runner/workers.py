@@ -4,6 +4,7 @@ Nobody talks to anybody: a block's file is there whole or not at all, and whoeve
 the same bytes. So a worker that dies leaves nothing to clean up, and the others do its blocks.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,11 @@ from playbook_optax.records import storage
 from playbook_optax.runner import finished
 from playbook_optax.runner.execute import Engine
 from playbook_optax.runner.plan import Block, Points
-from playbook_optax.runner.resume import Keeper
+from playbook_optax.runner.resume import DoneByOthers, Keeper
+
+# In how many calls a worker trains its own share. More leave less to wait for at the end
+# (`python -m benchmarks.scaling` simulates it); fewer pack live trials better.
+CALLS_PER_SHARE = 4
 
 
 def check_worker(worker: Any) -> tuple[int, int]:
@@ -42,29 +47,37 @@ def check_worker(worker: Any) -> tuple[int, int]:
 
 
 def next_blocks(
-    missing: Sequence[Block], done: set[int], worker: tuple[int, int], limit: int
+    missing: Sequence[Block],
+    done: set[int],
+    worker: tuple[int, int],
+    limit: int,
+    num_devices: int = 1,
 ) -> list[Block]:
     """What a worker trains next: its own share in order, then what others have not done.
 
-    Own blocks are every n-th. Others' are taken from the end, where their owners come last, each
-    helper from a place of its own, so that two seldom train the same block.
+    Own blocks are every n-th, some at a time, so that others find what a slow worker has not begun.
+    Others' are taken from the end, where their owners come last, each helper from a place of its
+    own, so that two seldom train the same block; and no more than an n-th of them, because the
+    blocks of a call finish together: fewer are there sooner.
 
     Args:
       missing: the blocks that nobody had finished at the start.
       done: indices of those finished since.
       worker: which worker of how many.
       limit: how many blocks at most.
+      num_devices: blocks that take no longer than one.
 
     Returns:
       The blocks, none when all are done.
     """
     index, number = worker
-    own = [block for block in missing[index::number] if block.index not in done]
+    share = missing[index::number]
+    own = [block for block in share if block.index not in done]
     if own:
-        return own[:limit]
+        return own[: min(limit, max(num_devices, -(-len(share) // CALLS_PER_SHARE)))]
     left = [block for block in reversed(missing) if block.index not in done]
     first = index * len(left) // number
-    return (left[first:] + left[:first])[:limit]
+    return (left[first:] + left[:first])[: min(limit, max(num_devices, -(-len(left) // number)))]
 
 
 def train(
@@ -89,17 +102,25 @@ def train(
       Finished blocks as `Engine.run` does, stored already.
     """
     trained: set[int] = set()
+    limit = engine.blocks_per_call
     while True:
         done = trained | set(storage.finished_blocks(directory))
-        chunk = next_blocks(missing, done, worker, engine.blocks_per_call)
+        chunk = next_blocks(missing, done, worker, limit, limit // engine.blocks_per_device)
         if not chunk:
             break
-        for batch in finished.store(directory, engine.run(chunk, points, keeper)):
-            trained |= {index for index, _ in batch}
-            yield batch
+        with contextlib.suppress(DoneByOthers):
+            for batch in finished.store(directory, engine.run(chunk, points, keeper)):
+                trained |= {index for index, _ in batch}
+                yield batch
     # All are there: what others did is read once, and what is damaged is trained again.
     others = {block.index: block for block in missing if block.index not in trained}
-    found = finished.read(directory, others)
-    yield list(found.items())
-    damaged = [block for index, block in others.items() if index not in found]
-    yield from finished.store(directory, engine.run(damaged, points, keeper))
+    while others:
+        found = finished.read(directory, others)
+        yield list(found.items())
+        damaged = [block for index, block in others.items() if index not in found]
+        others = {block.index: block for block in damaged}
+        with contextlib.suppress(DoneByOthers):
+            for batch in finished.store(directory, engine.run(damaged, points, keeper)):
+                yield batch
+                for index, _ in batch:
+                    del others[index]

@@ -47,6 +47,14 @@ host = pbx.Workload(**{{**vars(tiny.quadratic()), "batch": None, "version": "1",
     "host_batches": lambda start: (np.full((8, 3), 1 + (start + i) % 5, np.float32)
                                    for i in range(10**6))}})
 np.testing.assert_allclose(study(mesh(2, 4), host), study(mesh(1), host), rtol=1e-4)
+# Each device is given its quarter of the batches that the host reads, and no more.
+fed = StudyRunner(host, tiny.momentum, tiny.SPACE, num_steps=40, eval_every=10,
+                  key=jax.random.key(0), trials_per_block=2, mesh=mesh(2, 4), progress=False)
+_, _, chunk, _ = next(fed.engine(2, 1)._segments(0, None))
+assert chunk.shape == (40, 8, 3)
+for shard in chunk.addressable_shards:
+    assert shard.data.shape == (40, 2, 3)
+    assert shard.index[1].start == 2 * (shard.device.id % 4)
 print("done")
 """
 

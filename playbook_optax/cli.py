@@ -210,14 +210,14 @@ class Tune(_Training):
             trials_per_block=self.trials_per_block,
         )
         num_trials = loaded.num_trials if self.num_trials is None else self.num_trials
+        # Before the first step: `run` continues a study that was interrupted here.
+        runner.prepare(space, num_trials=num_trials, directory=folder)
+        _write_command(folder, "tune", self.workload, optimizer, space)
         if self.prepare:
-            runner.prepare(space, num_trials=num_trials, directory=folder)
-            _write_command(folder, "tune", self.workload, optimizer, space)
             own = "" if _is_zoo(self.workload) else f" --workload {self.workload}"
             print(f"Prepared. Train it with: {PROG} run {folder}{own} --worker I --of N")
             return 0
         study = runner.run(space, num_trials=num_trials, directory=folder)
-        _write_command(folder, "tune", self.workload, optimizer, space)
         return _finish(_judged(study, optimizer), folder)
 
 

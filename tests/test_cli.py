@@ -255,6 +255,19 @@ def test_a_prepared_study_is_trained_by_workers(folder, capsys):
     np.testing.assert_array_equal(there, load_study(folder / "alone").data["valid/loss"].values)
 
 
+def test_an_interrupted_study_is_trained_on(folder, capsys, monkeypatch):
+    def interrupted(*args, **named):
+        raise KeyboardInterrupt
+
+    directory = folder / "study"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.StudyRunner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(["tune", "own_workloads:square", "--directory", str(directory), *TINY])
+    assert cli.run(["run", str(directory), "--workload", "own_workloads:square"]) == 0
+    assert "12 trials are stored" in capsys.readouterr().out
+
+
 def test_run_needs_what_tune_kept(folder, capsys):
     directory = folder / "study"
     tune = ["tune", "own_workloads:square", "--directory", str(directory), *TINY, "--prepare"]

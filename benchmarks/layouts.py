@@ -87,6 +87,11 @@ def run(quick=False):
     args = (_normal(32, 8, 8, 16), _normal(3, 3, 16, 32))
     gradient = jax.grad(convolution, (0, 1))
     result["convolution 16 -> 32, 32 images of 8 x 8"] = _ratio(gradient, args, scale, rounds)
+
+    # The first layer: nobody asks for the gradient of the images.
+    args = (_normal(32, 8, 8, 1), _normal(3, 3, 1, 16))
+    gradient = jax.grad(convolution, 1)
+    result["convolution 1 -> 16, 32 images of 8 x 8"] = _ratio(gradient, args, scale, rounds)
     print(json.dumps(result, indent=1))
     return result
 

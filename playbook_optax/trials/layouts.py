@@ -8,7 +8,10 @@ core, inside a loop (`python -m benchmarks.layouts` prints the ratios again):
   side has the longer free axis, XLA's code reaches a quarter of the machine's rate and less.
 - The same inside a batch of products, as the gradient of attention has them.
 - Inside a loop, convolutions are not brought to the one layout that is fast, as they are outside
-  (jax #12868). The gradients of a convolution are up to twenty times slower for it.
+  (jax #12868). The gradients of a convolution are up to thirty times slower for it.
+
+A convolution of one or a few channels, as the first layer of a network of images is, has no fast
+code in any layout; it becomes a product.
 
 On other backends nothing is changed: their libraries take any layout.
 """
@@ -21,6 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+# A convolution of at most so many channels becomes a product, if its kernel has no more elements
+# than this, each of which costs a slice, and its patches take no more than this.
+FEW_CHANNELS = 4
+MAX_KERNEL = 64
+MAX_PATCH_BYTES = 16 * 2**20
 # Products whose narrower side has this many columns or more are fast as they are, unless the wider
 # side comes first.
 NARROW = 64
@@ -138,19 +146,69 @@ def _convolution(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -
     numbers = jax.lax.ConvDimensionNumbers(
         (0, last, *spatial), (last, last - 1, *(i - 1 for i in spatial)), (0, last, *spatial)
     )
-    given = jax.lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
-    if given == numbers:
-        return jax.lax.conv_general_dilated_p.bind(lhs, rhs, dimension_numbers=numbers, **params)
     # A spec lists where batch, feature and space stand; each becomes an order of axes.
     lhs = _ordered(lhs, (lhs_spec[0], *lhs_spec[2:], lhs_spec[1]))
     rhs = _ordered(rhs, (*rhs_spec[2:], rhs_spec[1], rhs_spec[0]))
-    out = jax.lax.conv_general_dilated_p.bind(lhs, rhs, dimension_numbers=numbers, **params)
+    if _is_small(lhs, rhs, params):
+        out = _patch_product(lhs, rhs, params)
+    else:
+        out = jax.lax.conv_general_dilated_p.bind(lhs, rhs, dimension_numbers=numbers, **params)
     order = (out_spec[0], *out_spec[2:], out_spec[1])
     inverse = tuple(int(axis) for axis in np.argsort(order))
     return (
         out
         if inverse == tuple(range(len(order)))
         else jax.lax.transpose(jax.lax.optimization_barrier(out), inverse)
+    )
+
+
+def _is_small(lhs: Any, rhs: Any, params: dict[str, Any]) -> bool:
+    """Whether a convolution, laid out already, is quicker as a product."""
+    groups = params["feature_group_count"] * params["batch_group_count"]
+    undilated = all(step == 1 for step in params["lhs_dilation"])
+    num_taps = int(np.prod(rhs.shape[:-2]))
+    num_bytes = lhs.size * lhs.dtype.itemsize * num_taps
+    return (
+        lhs.shape[-1] <= FEW_CHANNELS
+        and groups == 1
+        and undilated
+        and num_taps <= MAX_KERNEL
+        and num_bytes <= MAX_PATCH_BYTES
+    )
+
+
+def _patch_product(lhs: Any, rhs: Any, params: dict[str, Any]) -> Any:
+    """A convolution as one product: each place's patch of examples with the kernel."""
+    *kernel, _, num_out = rhs.shape
+    strides, dilation = params["window_strides"], params["rhs_dilation"]
+    padded = jax.lax.pad(
+        lhs,
+        jnp.zeros((), lhs.dtype),
+        [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)],
+    )
+    reach = [(size - 1) * step for size, step in zip(kernel, dilation, strict=True)]
+    places = [
+        (size - far - 1) // stride + 1
+        for size, far, stride in zip(padded.shape[1:-1], reach, strides, strict=True)
+    ]
+
+    def patch(offset: tuple[int, ...]) -> Any:
+        """What one element of the kernel sees, shape (batch, place..., channel)."""
+        first = [at * step for at, step in zip(offset, dilation, strict=True)]
+        last = [
+            start + (count - 1) * stride + 1
+            for start, count, stride in zip(first, places, strides, strict=True)
+        ]
+        begin, end = (0, *first, 0), (lhs.shape[0], *last, lhs.shape[-1])
+        return jax.lax.slice(padded, begin, end, (1, *strides, 1))
+
+    patches = jnp.concatenate([patch(offset) for offset in np.ndindex(*kernel)], axis=-1)
+    return jax.lax.dot_general(
+        patches,
+        rhs.reshape(-1, num_out),
+        (((patches.ndim - 1,), (0,)), ((), ())),
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
     )
 
 

@@ -81,6 +81,7 @@ def test_other_products_are_left_alone():
         {},
         {"window_strides": (2, 1), "padding": "VALID"},
         {"rhs_dilation": (1, 2), "lhs_dilation": (2, 1), "padding": ((1, 1), (2, 2))},
+        {"rhs_dilation": (2, 1), "window_strides": (1, 2), "padding": ((2, 1), (-1, 2))},
         {"feature_group_count": 2},
     ],
 )
@@ -107,6 +108,30 @@ def test_convolutions_and_their_gradients(spec, arguments):
         for numbers in (params["dimension_numbers"],)
     }
     assert specs == {((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))}
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "is_product"),
+    [
+        ((2, 6, 5, 1), (3, 3, 1, 7), True),
+        ((2, 6, 5, 4), (3, 3, 4, 7), True),
+        ((2, 6, 5, 5), (3, 3, 5, 7), False),
+        ((1, 12, 12, 2), (9, 9, 2, 3), False),  # A large kernel.
+        ((8, 256, 256, 3), (3, 3, 3, 2), False),  # Large patches.
+    ],
+)
+def test_few_channels_make_a_product(shape, kernel, is_product):
+    def function(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    x, weights = normal(*shape), normal(*kernel, seed=1)
+    names = [name for name, _ in primitives(layouts.fast_layouts(function), x, weights)]
+    assert ("dot_general" in names) == is_product
+    assert ("conv_general_dilated" in names) != is_product
+    if is_product:
+        agree(function, x, weights)
 
 
 def test_a_convolution_in_one_dimension():

@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--trials", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,8")
     add("--contenders", type=names(available), default=available, help="such as loop,scan")
     add("--parts", type=names(suite.PARTS), default=suite.PARTS, help=",".join(suite.PARTS))
+    add("--seconds", type=float, default=30.0, help="for the rounds of one case; 30 if not given")
     add("--out", type=pathlib.Path, help="file of results, continued if it is there")
     add("--table", action="store_true", help="print the stored results' table, into README.md too")
     given = parser.parse_args(arguments)
@@ -38,7 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(table.write_readme())
         return
     trials = given.trials or (workloads.QUICK_TRIALS if given.quick else workloads.TRIALS)
-    options = suite.Options(given.only, trials, given.contenders, given.parts, given.quick)
+    options = suite.Options(
+        given.only, trials, given.contenders, given.parts, given.quick, given.seconds
+    )
     with suite.Suite(options, given.out) as running:
         running.run()
         print(f"written to {running.path}")

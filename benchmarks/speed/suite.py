@@ -47,6 +47,7 @@ class Options:
       contenders: contenders beside the study.
       parts: parts of the suite.
       quick: short and rough.
+      seconds: how long the rounds of one case may take, three of them at least.
     """
 
     names: tuple[str, ...]
@@ -54,6 +55,7 @@ class Options:
     contenders: tuple[str, ...]
     parts: tuple[str, ...]
     quick: bool
+    seconds: float
 
 
 def num_cores() -> int:
@@ -161,7 +163,7 @@ class Suite:
 
     def _rounds(self, entrants: dict[str, Worker]) -> dict[str, list[float]]:
         """Microseconds per trial-step of each entrant, round by round; the first place rotates."""
-        most, least, limit = (2, 2, 0.0) if self._options.quick else (9, 3, 90.0)
+        most, least, limit = (2, 2, 0.0) if self._options.quick else (9, 3, self._options.seconds)
         found: dict[str, list[float]] = {label: [] for label in entrants}
         start = time.perf_counter()
         for number in range(most):

@@ -345,11 +345,11 @@ def train(
             if answer.error is not None:
                 answer.error.add_note(f"In the executor's worker {answer.worker}:\n{answer.trace}")
                 raise answer.error
+            workers.add(answer.worker)
             if answer.blocks is None:
                 batch.with_payload = True
                 submit(batch)
                 continue
-            workers.add(answer.worker)
             size = max(size, answer.num_devices)
             _warn_of_other_bits(mine, answer, told)
             yield answer.blocks

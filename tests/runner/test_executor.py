@@ -80,6 +80,23 @@ def test_lost_tasks_are_sent_again():
         study(executor=Flaky(set(range(100))))
 
 
+def test_workers_without_the_study_get_more_tasks_before_the_first_block_is_trained():
+    with_payload = []
+
+    class Many(Flaky):
+        def submit(self, function, task, payload):
+            with_payload.append(payload is not None)
+            if payload is not None:
+                return super().submit(function, task, payload)
+            future = concurrent.futures.Future()
+            future.set_result(remote.Answer(f"worker {len(with_payload)}"))
+            return future
+
+    study(tiny.quadratic(), tiny.sgd, num_trials=72, executor=Many(set()))
+    first = remote.SPARE_TASKS
+    assert with_payload[: first + 4] == [False] * first + [True, False, False, True]
+
+
 def test_a_broken_executor_is_an_error_that_says_how_to_continue(tmp_path):
     class Broken(Flaky):
         def submit(self, function, *args):

@@ -113,7 +113,7 @@ class _Training:
     """The only source of randomness."""
     directory: Path | None = None
     """Where to write; runs/WORKLOAD/COMMAND. A study that is there already is continued."""
-    trials_per_block: int | None = None
+    trials_per_block: int | Literal["timed"] | None = None
     """Trials that one program trains side by side; chosen by the machine and the model's size."""
 
     def folder(self, command: str) -> Path:

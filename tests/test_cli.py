@@ -119,6 +119,7 @@ def test_sweep_is_a_grid_between_low_and_high_and_its_report_knows_the_range(fol
     assert again.strip() == told[: told.index("\nReport ")].strip()
 
 
+@pytest.mark.slow
 def test_stabilize_writes_its_page_and_tells_what_it_says(folder, capsys):
     command = ["stabilize", "own_workloads:square", "--optimizer", "sgd", "--directory", "out"]
     assert cli.run([*command, "--num-steps", "60", "--num-trials", "8", "--eval-every", "5"]) == 0

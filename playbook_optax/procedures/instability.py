@@ -78,7 +78,7 @@ def find_unstable_learning_rate(
     point: Mapping[str, Any] | None = None,
     eval_every: int | None = None,
     make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | None = None,
+    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Verdict:
@@ -221,7 +221,7 @@ def probe_early_instability(
     point: Mapping[str, Any] | None = None,
     eval_every: int = 1,
     make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | None = None,
+    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Verdict:

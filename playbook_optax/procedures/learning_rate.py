@@ -34,7 +34,7 @@ def sweep_learning_rate(
     eval_every: int | None = None,
     num_seeds: int = 1,
     make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | None = None,
+    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Verdict:

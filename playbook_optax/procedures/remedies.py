@@ -146,7 +146,7 @@ def compare_remedies(
     point: Mapping[str, Any] | None = None,
     margin: float = 0.1,
     make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | None = None,
+    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Verdict:

@@ -68,7 +68,7 @@ def stabilize(
     optimizers: Mapping[str, Any] | None = None,
     workloads: Mapping[str, WorkloadLike] | None = None,
     make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | None = None,
+    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Verdict:

@@ -94,7 +94,7 @@ def tune_warmup(
     num_seeds: int = 1,
     point: Mapping[str, Any] | None = None,
     eval_every: int | None = None,
-    trials_per_block: int | None = None,
+    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Verdict:

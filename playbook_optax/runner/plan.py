@@ -26,6 +26,8 @@ CPU_WIDTH = 8
 # On an accelerator a step of one trial leaves most of it idle: models.md reckons that time doubles
 # near 330 trials for steps of 5 MFLOP, near 35 for 755. Nobody lent us one to measure it on.
 ACCELERATOR_WIDTHS = ((1e7, 512), (1e8, 128), (float("inf"), 64))
+# The widest block that is timed where all trials side by side are tried.
+MAX_TIMED_WIDTH = 512
 
 # What must agree for a stored study to be continued, and what is only warned of.
 _IDENTITY = (
@@ -198,6 +200,22 @@ def choose_width(
     if jax.default_backend() != "cpu":
         return next(width for most, width in ACCELERATOR_WIDTHS if flops < most)
     return CPU_WIDTH if flops < CPU_FLOPS_PER_STEP else 1
+
+
+def widths_to_time(by_size: int, num_trials: int, num_devices: int) -> list[int]:
+    """Widths worth timing: one trial, some, and all that a device gets.
+
+    Args:
+      by_size: what `choose_width` says.
+      num_trials: trials of the study.
+      num_devices: devices that train it.
+
+    Returns:
+      Widths of at most `num_trials`, ascending.
+    """
+    everything = min(-(-num_trials // num_devices), MAX_TIMED_WIDTH)
+    some = max(by_size, CPU_WIDTH)
+    return sorted({1, everything} | ({some} if some <= num_trials else set()))
 
 
 def fingerprint_data(data: Any) -> str:

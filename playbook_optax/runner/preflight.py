@@ -101,16 +101,17 @@ def preflight(
     independent: bool = False,
     keep: str = "none",
     make_schedule: train.MakeSchedule | None = None,
-    trials_per_block: int | None = None,
+    trials_per_block: int | str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     key: chex.PRNGKey | None = None,
 ) -> Preflight:
     """Says what fits, how long it will take, and what cannot be traced, before it is spent.
 
     The study's programs are compiled and run for about a second at the width that `run_study` would
-    choose, and at another one to compare with. `run_study` itself chooses by backend and size alone
-    and not by timing: the width decides bits, and a study's bits must not hang on what else the
-    machine was doing. Where the other width is much faster here, a finding says so.
+    choose, and at another one to compare with. `run_study` itself chooses by timing only where it
+    is told to (``trials_per_block="timed"``), and else by backend and size: the width decides bits,
+    and a study's bits should not hang on what else the machine was doing. Where the other width is
+    much faster here, a finding says so.
 
     Args:
       workload: as in `run_study`, as are all others.
@@ -123,7 +124,7 @@ def preflight(
       independent: give each trial randomness of its own.
       keep: weights to keep.
       make_schedule: makes the schedule of a point.
-      trials_per_block: width of a block.
+      trials_per_block: as in `run_study`.
       mesh: mesh to shard trials over.
       key: the key; ``jax.random.key(0)`` if None.
 
@@ -162,7 +163,7 @@ def preflight(
     local = devices.trial_mesh(mesh)
     num_devices, free = local.shape[devices.TRIALS_AXIS], devices.free_memory(local)
 
-    def runner(width: int | None) -> StudyRunner:
+    def runner(width: int | str | None) -> StudyRunner:
         return StudyRunner(
             workload,
             make_optimizer,
@@ -226,10 +227,8 @@ def _timed(
     engine = runner.engine(width, -(-num_trials // width))
     engine.compile()
     compile_seconds = time.monotonic() - began
-    blocks = plan.blocks_of(engine.blocks_per_call * width, 1, width)
-    evaluation, steps = engine.rehearse(blocks, points, _TIMED_SECONDS)
-    trials = len(blocks) * width
-    return Timing(width, steps / trials, evaluation / trials, compile_seconds, engine.memory)
+    evaluation, step = runner.rehearse(width, num_trials, points, _TIMED_SECONDS)
+    return Timing(width, step, evaluation, compile_seconds, engine.memory)
 
 
 def _compared(own: Timing, other: Timing) -> list[Finding]:

@@ -29,6 +29,9 @@ from playbook_optax.trials import train
 from playbook_optax.trials.workload import WorkloadLike, resolve
 
 _MUCH_LONGER = 4
+TIMED = "timed"
+# How long each width is timed.
+_TIMED_SECONDS = 0.5
 
 
 @_checks.named_arguments
@@ -45,7 +48,7 @@ def run_study(
     independent: bool = False,
     keep: str = "none",
     make_schedule: train.MakeSchedule | None = None,
-    trials_per_block: int | None = None,
+    trials_per_block: int | str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     executor: concurrent.futures.Executor | None = None,
     worker: tuple[int, int] | None = None,
@@ -78,7 +81,10 @@ def run_study(
       make_schedule: ``make_schedule(point, num_steps)`` returns a schedule, which reaches
         `make_optimizer` as ``point["learning_rate"]``.
       trials_per_block: width of a block: 1 trains one trial after another inside the program,
-        which is the faster on a CPU above about 1 MFLOP a step. Chosen by backend and size if None.
+        which is the faster on a CPU above about 1 MFLOP a step. Chosen by backend and size if None;
+        ``"timed"`` compiles and times one, some and all trials side by side, for about half a
+        second each, and takes the fastest. The width decides bits, so that a study is repeated
+        exactly with the one that its spec records; a stored study keeps it.
       mesh: a mesh to shard trials over; all local devices if None. A second axis, whatever its
         name, cuts the batches of each trial, for trials that need several devices. Of a mesh over
         several processes, each uses its own devices.
@@ -195,7 +201,7 @@ class StudyRunner:
         independent: bool = False,
         keep: str = "none",
         make_schedule: train.MakeSchedule | None = None,
-        trials_per_block: int | None = None,
+        trials_per_block: int | str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         executor: concurrent.futures.Executor | None = None,
         worker: tuple[int, int] | None = None,
@@ -208,6 +214,15 @@ class StudyRunner:
             raise _checks.ArgumentTypeError(
                 f"independent must be True or False, got {independent!r}."
             )
+        self._timed = trials_per_block == TIMED
+        if isinstance(trials_per_block, str):
+            _checks.check_choice("trials_per_block", trials_per_block, (TIMED,))
+            if executor is not None:
+                raise ValueError(
+                    f"trials_per_block={TIMED!r} times this machine, and the executor's workers "
+                    "may be others; give a number."
+                )
+            trials_per_block = None
         if trials_per_block is not None:
             trials_per_block = _checks.check_count("trials_per_block", trials_per_block)
         _check_places(mesh, executor, worker)
@@ -381,10 +396,48 @@ class StudyRunner:
         self._check_fits(width, num_trials)
         return width
 
+    def rehearse(
+        self, width: int, num_trials: int, points: plan.Points, seconds: float
+    ) -> tuple[float, float]:
+        """Trains the first steps of a study at some width, for their time alone.
+
+        Args:
+          width: trials per block.
+          num_trials: trials of the study.
+          points: its points.
+          seconds: how long to go on, about; compiling is not counted.
+
+        Returns:
+          Seconds for one evaluation and for one step, of one trial, with all devices at work.
+        """
+        engine = self.engine(width, -(-num_trials // width))
+        blocks = plan.blocks_of(engine.blocks_per_call * width, 1, width)
+        evaluation, step = engine.rehearse(blocks, points, seconds)
+        trials = len(blocks) * width
+        return evaluation / trials, step / trials
+
+    def _fastest_width(self, by_size: int, num_trials: int) -> int:
+        """The width whose steps are the fastest of those that fit."""
+        points = plan.Points(None, self._like, self._key)
+        num_devices = self._mesh.shape[devices.TRIALS_AXIS]
+        widths = plan.widths_to_time(by_size, num_trials, num_devices)
+        seconds = {
+            width: self.rehearse(width, num_trials, points, _TIMED_SECONDS)[1]
+            for width in widths
+            if self._fits(width, num_trials)
+        }
+        if not seconds:
+            return by_size
+        fastest = min(seconds, key=lambda width: (seconds[width], width))
+        self._engines = {fastest: self._engines[fastest]}
+        return fastest
+
     def _chosen_width(self, num_trials: int) -> int:
-        """By backend and size of a step, halved until a block fits into the memory."""
+        """By backend and size of a step or by timing, halved until a block fits into memory."""
         if self._auto_width is None:
             self._auto_width = plan.choose_width(self._workload, *self._arguments)
+            if self._timed:
+                self._auto_width = self._fastest_width(self._auto_width, num_trials)
         while not self._fits(self._auto_width, num_trials) and self._auto_width > 1:
             self._auto_width //= 2
         return self._auto_width

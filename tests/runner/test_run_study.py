@@ -1,5 +1,6 @@
 """Studies: bits across companions, order, length and devices; storage and resumption; host data."""
 
+import concurrent.futures
 import itertools
 import os
 import subprocess
@@ -13,8 +14,11 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.records import storage
+from playbook_optax.runner import plan
+from playbook_optax.runner.run import StudyRunner
 
 KEY = jax.random.key(0)
+POOL = concurrent.futures.ThreadPoolExecutor(1)
 SHORT = {"num_steps": 6, "eval_every": 3, "key": KEY, "progress": False}
 
 
@@ -164,6 +168,8 @@ def test_one_program_serves_every_call():
         ({"points": rates(0.1), "num_seeds": 0}, "num_seeds"),
         ({"points": rates(0.1), "independent": 1}, "independent"),
         ({"points": rates(0.1), "trials_per_block": 0}, "trials_per_block"),
+        ({"points": rates(0.1), "trials_per_block": "time"}, "'time' is unknown.*'timed'"),
+        ({"points": rates(0.1), "trials_per_block": "timed", "executor": POOL}, "workers"),
         ({"points": rates(0.1), "key": 3}, "key must be one random key"),
         ({"points": rates(0.1), "mesh": "cpu"}, "mesh"),
         ({"points": rates(-0.1)}, None),
@@ -448,3 +454,54 @@ def test_large_steps_train_one_after_another_and_small_ones_side_by_side():
         batch_size=16,
     )
     assert study_of(rates(1e-3), workload=wide).spec["trials_per_block"] == 1
+
+
+@pytest.mark.parametrize(
+    ("speeds", "fastest"),
+    [({1: 1.0, 8: 3.0, 16: 2.0}, 1), ({1: 3.0, 8: 1.0, 16: 2.0}, 8), ({1: 2, 8: 2, 16: 1}, 16)],
+)
+def test_a_timed_width_is_the_fastest_and_stays_with_its_study(
+    tmp_path, monkeypatch, speeds, fastest
+):
+    timed = []
+
+    def rehearse(self, width, num_trials, points, seconds):
+        timed.append(width)
+        self.engine(width, 1)
+        return 0.0, speeds[width]
+
+    monkeypatch.setattr(StudyRunner, "rehearse", rehearse)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("trials",))
+    arguments = {"workload": tiny.quadratic(), "make_optimizer": tiny.sgd, "mesh": mesh}
+    study = study_of(
+        tiny.SPACE, 16, **arguments, trials_per_block="timed", directory=tmp_path / "timed"
+    )
+    assert timed == [1, 8, 16]
+    assert study.spec["trials_per_block"] == fastest
+    given = study_of(tiny.SPACE, 16, **arguments, trials_per_block=fastest)
+    assert bits(study, 3) == bits(given, 3)
+    speeds[fastest] = 9.0
+    again = study_of(
+        tiny.SPACE, 20, **arguments, trials_per_block="timed", directory=tmp_path / "timed"
+    )
+    assert again.spec["trials_per_block"] == fastest
+    assert timed == [1, 8, 16]
+
+
+def test_widths_worth_timing():
+    assert plan.widths_to_time(1, 512, 2) == [1, 8, 256]
+    assert plan.widths_to_time(8, 5, 2) == [1, 3]
+    assert plan.widths_to_time(64, 4000, 1) == [1, 64, 512]
+
+
+def test_small_steps_are_timed_to_be_faster_side_by_side():
+    study = study_of(
+        tiny.SPACE,
+        32,
+        workload=tiny.quadratic(),
+        make_optimizer=tiny.sgd,
+        trials_per_block="timed",
+        num_steps=400,
+        eval_every=400,
+    )
+    assert study.spec["trials_per_block"] > 1

@@ -6,6 +6,7 @@ import itertools
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -128,10 +129,13 @@ class Engine:
             self._chunk_length = chunk_length(first, trial.num_steps)
             self._chunk_shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(
-                    (self._chunk_length, *leaf.shape[1:]), leaf.dtype, sharding=self._batch_sharding
+                    (self._chunk_length, *leaf.shape[1:]),
+                    leaf.dtype,
+                    sharding=self._chunk_sharding(leaf),
                 ),
                 first,
             )
+            self._warn_of_whole_batches(self._chunk_shapes)
         sweep = max(MIN_SWEEP_STEPS, min(MAX_SWEEP_STEPS, trial.num_steps // SWEEPS_PER_RUN))
         self._sweep_steps = min(sweep, trial.num_steps)
         self._make_batch = make_batch
@@ -139,6 +143,11 @@ class Engine:
             shapes = jax.eval_shape(make_batch, data, key, jnp.int32(0))
             if _num_bytes(shapes) * self._sweep_steps > MAX_GATHERED_BYTES:
                 self._make_batch = None
+            self._warn_of_whole_batches(
+                jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes
+                )
+            )
         self._compiled: _Programs | None = None
         self._state_shapes: Any = None
 
@@ -157,11 +166,33 @@ class Engine:
         """How many blocks one call can train."""
         return self._num_devices * self._per_device
 
-    @property
-    def _batch_sharding(self) -> jax.sharding.NamedSharding:
-        """Of batches with a leading axis of steps."""
-        spec = P(None, DATA_AXIS) if DATA_AXIS in self._mesh.axis_names else P()
+    def _is_cut(self, leaf: Any) -> bool:
+        """Whether a leaf of batches, with a leading axis of steps, is cut over the data axis."""
+        has_examples = leaf.ndim > 1 and not _is_key(leaf)
+        size = self._mesh.shape.get(DATA_AXIS, 1)
+        return size > 1 and has_examples and leaf.shape[1] % size == 0
+
+    def _chunk_sharding(self, leaf: Any) -> jax.sharding.NamedSharding:
+        """Of a leaf of batches, with a leading axis of steps."""
+        spec = P(None, DATA_AXIS) if self._is_cut(leaf) else P()
         return jax.sharding.NamedSharding(self._mesh, spec)
+
+    def _put_chunk(self, chunk: Any) -> Any:
+        """Host batches on the devices."""
+        return jax.device_put(chunk, jax.tree.map(self._chunk_sharding, chunk))
+
+    def _warn_of_whole_batches(self, chunk: Any) -> None:
+        size = self._mesh.shape.get(DATA_AXIS, 1)
+        leaves = jax.tree.leaves(chunk)
+        if size > 1 and not any(self._is_cut(leaf) for leaf in leaves):
+            lengths = sorted({leaf.shape[1] for leaf in leaves if leaf.ndim > 1})
+            warnings.warn(
+                f"batches of {lengths} examples are not cut over the {size} devices of the mesh's "
+                "second axis, which do not divide them: each computes them whole. Choose another "
+                "batch size or mesh.",
+                UserWarning,
+                stacklevel=5,
+            )
 
     # The programs ------------------------------------------------------------------------------
 
@@ -347,10 +378,13 @@ class Engine:
 
     def _over_data(self, chunk: Any) -> Any:
         """Batches with a leading axis of steps, sharded over the mesh's second axis, if any."""
-        if DATA_AXIS not in self._mesh.axis_names:
-            return chunk
         return jax.tree.map(
-            lambda leaf: jax.lax.with_sharding_constraint(leaf, P(None, DATA_AXIS)), chunk
+            lambda leaf: (
+                jax.lax.with_sharding_constraint(leaf, P(None, DATA_AXIS))
+                if self._is_cut(leaf)
+                else leaf
+            ),
+            chunk,
         )
 
     def _result_local(self, states: States, inputs: Any) -> Any:
@@ -473,7 +507,7 @@ class Engine:
             batches = host_data.batches_from(self._host_batches, start, position)
             for chunk, at in prefetch(batches, num_steps - start, self._chunk_length, start):
                 stop = min(start + self._chunk_length, num_steps)
-                yield start, stop, jax.device_put(chunk, self._batch_sharding), at
+                yield start, stop, self._put_chunk(chunk), at
                 start = stop
             return
         length = self._sweep_steps
@@ -656,7 +690,7 @@ class Engine:
             yield from itertools.repeat(None, num_steps + 1)
             return
         for step, batch in enumerate(itertools.islice(self._host_batches(0), num_steps)):
-            chunk = jax.device_put(_stack([batch] * self._chunk_length), self._batch_sharding)
+            chunk = self._put_chunk(_stack([batch] * self._chunk_length))
             if step == 0:
                 yield chunk
             yield chunk

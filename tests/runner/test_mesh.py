@@ -55,6 +55,18 @@ assert chunk.shape == (40, 8, 3)
 for shard in chunk.addressable_shards:
     assert shard.data.shape == (40, 2, 3)
     assert shard.index[1].start == 2 * (shard.device.id % 4)
+
+# What has no examples goes whole to each device; so do batches that the axis does not divide.
+import warnings
+uneven = pbx.Workload(**{{**vars(host), "host_batches": lambda start: (
+    {{"x": np.full((6, 3), 1 + (start + i) % 5, np.float32), "scale": np.float32(0.5)}}
+    for i in range(10**6)),
+    "loss": lambda p, s, b, k: (b["scale"] * jnp.mean(b["x"] * p["w"] ** 2), (s, {{}}))}})
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    whole = study(mesh(2, 4), uneven)
+assert ["batches of [6] examples are not cut" in str(one.message) for one in told] == [True], told
+np.testing.assert_allclose(whole, study(mesh(1), uneven), rtol=1e-4)
 print("done")
 """
 

@@ -12,12 +12,8 @@ TERMINATED = 128 + signal.SIGTERM
 """The exit status of a process that SIGTERM ended, as shells give it."""
 
 
-class StudyInterrupted(KeyboardInterrupt):
-    """Ctrl-C, taken at a moment when everything that was finished is stored."""
-
-
 class StudyTerminated(SystemExit):
-    """SIGTERM, likewise; ends the process with status 143 unless it is caught."""
+    """SIGTERM, taken at a safe moment; ends the process with status 143 unless it is caught."""
 
 
 class StopRequest:
@@ -38,11 +34,12 @@ class StopRequest:
         """Raises if a signal asked to stop; called at moments when that loses nothing.
 
         Raises:
-          StudyInterrupted: after SIGINT.
+          KeyboardInterrupt: after SIGINT.
           StudyTerminated: after SIGTERM.
         """
         if self.requested == signal.SIGINT:
-            raise StudyInterrupted(f"Interrupted. {self._where}")
+            # No class of our own: Python ends with the status of Ctrl-C for this very class alone.
+            raise KeyboardInterrupt(f"Interrupted. {self._where}")
         if self.requested == signal.SIGTERM:
             print(f"Terminated. {self._where}", file=sys.stderr)
             raise StudyTerminated(TERMINATED)

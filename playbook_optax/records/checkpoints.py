@@ -22,6 +22,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ _FOLDER = "checkpoints"
 _NAME = re.compile(r"[a-z0-9-]{1,64}")
 _SAVE = re.compile(r"step-([0-9]{8,10})")
 _TEMPORARY = re.compile(r"\.tmp-([0-9]{1,10})-[0-9a-f]{16}")
+_REMOVALS, _SECONDS_PER_REMOVAL = 10, 0.1
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
 _OWN_ARRAYS = "arrays.pbx"
@@ -50,6 +52,8 @@ _FIELDS = {
     "arrays_sha256": str,
     "files_sha256": dict,
 }
+# Of small files, which take a whole block of the disk each.
+_FILES_PER_ARRAY, _BYTES_PER_FILE, _BYTES_PER_SAVE = 3, 4096, 65536
 _OS_ERROR = re.compile(r"os_error_code='([0-9]{1,4})'")
 
 
@@ -109,7 +113,7 @@ class Checkpoints:
                 return
             raise storage.file_error(final, "write", error) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         # What is newer was passed over when this work began, unless another worker is ahead.
         kept = [save for save in self._saves() if _step(save) <= step or _is_sound(save)]
         for save in self._saves():
@@ -283,6 +287,7 @@ def _write_arrays(folder: Path, arrays: Sequence[np.ndarray]) -> None:
     if jax.process_index() > 0:
         (folder / _OWN_ARRAYS).write_bytes(storage.block_to_bytes(0, filled))
         return
+    _reserve(folder, filled.values())
     try:
         _run(lambda: checkpointer.save(folder.absolute() / _ARRAYS, args=save_args(filled)))
     except OSError:
@@ -293,6 +298,40 @@ def _write_arrays(folder: Path, arrays: Sequence[np.ndarray]) -> None:
         code = errno.EIO if number is None else int(number.group(1))
         why = str(error).partition("\n")[0] if number is None else os.strerror(code)
         raise OSError(code, why) from error
+
+
+def _reserve(folder: Path, arrays: Iterable[np.ndarray]) -> None:
+    """Finds out whether a save fits, before Orbax begins.
+
+    Orbax writes all arrays at once. When one fails, it neither stops the others nor waits for them:
+    their files appear in a folder that is being removed, and their threads complain afterwards.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    each = _FILES_PER_ARRAY * _BYTES_PER_FILE
+    size = _BYTES_PER_SAVE + sum(array.nbytes + each for array in arrays)
+    place = folder / "reserved"
+    try:
+        with open(place, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Not every file system can tell.
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, to which threads that Orbax has left behind may still be adding files."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(_SECONDS_PER_REMOVAL)
 
 
 def _read_arrays(save: Path, wanted: Sequence[Any]) -> list[np.ndarray] | None:

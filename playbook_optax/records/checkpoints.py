@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -52,6 +53,10 @@ _FIELDS = {
     "arrays_sha256": str,
     "files_sha256": dict,
 }
+# Orbax makes three files or more of each array, each of which is brought to the disk. Arrays below
+# this size are stored as the bytes of one: one file system had 3.6 s to do for 1 MB in 372 files.
+_JOIN_BELOW_BYTES = 2**20
+_JOINED = "joined"
 # Of small files, which take a whole block of the disk each.
 _FILES_PER_ARRAY, _BYTES_PER_FILE, _BYTES_PER_SAVE = 3, 4096, 65536
 _OS_ERROR = re.compile(r"os_error_code='([0-9]{1,4})'")
@@ -255,6 +260,43 @@ def _leaf(number: int) -> str:
     return f"leaf-{number:05d}"
 
 
+def _packed(arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays as they are stored: large ones by themselves, small ones as bytes one after another.
+
+    Those without elements are known from the manifest, and Orbax refuses them.
+    """
+    packed = {_leaf(i): one for i, one in enumerate(arrays) if one.nbytes >= _JOIN_BELOW_BYTES}
+    small = [one for one in arrays if 0 < one.nbytes < _JOIN_BELOW_BYTES]
+    if small:
+        packed[_JOINED] = np.concatenate([one.reshape(-1).view(np.uint8) for one in small])
+    return packed
+
+
+def _unpacked(found: Mapping[str, Any], wanted: Sequence[Any]) -> list[np.ndarray]:
+    """What `_packed` was given, from [dtype, shape] of each array."""
+    joined = np.asarray(found.get(_JOINED, np.empty(0, np.uint8)))
+    start, arrays = 0, []
+    for i, (name, shape) in enumerate(wanted):
+        dtype = storage.stored_dtype(name)
+        num_bytes = dtype.itemsize * math.prod(shape)
+        if num_bytes >= _JOIN_BELOW_BYTES:
+            arrays.append(np.asarray(found[_leaf(i)]))
+            continue
+        raw = joined[start : start + num_bytes]
+        # A copy, because the bytes of a dtype must begin where the machine can read them.
+        arrays.append(raw.copy().view(dtype).reshape(shape))
+        start += num_bytes
+    return arrays
+
+
+def _packed_shapes(wanted: Sequence[Any]) -> dict[str, list[Any]]:
+    """[dtype, shape] of what `_packed` makes of such arrays."""
+    sizes = [storage.stored_dtype(name).itemsize * math.prod(shape) for name, shape in wanted]
+    shapes = {_leaf(i): wanted[i] for i, size in enumerate(sizes) if size >= _JOIN_BELOW_BYTES}
+    joined = sum(size for size in sizes if size < _JOIN_BELOW_BYTES)
+    return shapes | ({_JOINED: ["uint8", [joined]]} if joined else {})
+
+
 def _manifest(save: Path) -> dict[str, Any] | None:
     """A save's manifest; None if it is not what was written."""
     try:
@@ -275,12 +317,12 @@ def _is_sound(save: Path) -> bool:
 
 
 def _write_arrays(folder: Path, arrays: Sequence[np.ndarray]) -> None:
-    """Stores arrays; those without elements are known from the manifest, and Orbax refuses them.
+    """Stores arrays.
 
     Raises:
       OSError: the system refused.
     """
-    filled = {_leaf(i): array for i, array in enumerate(arrays) if array.size}
+    filled = _packed(arrays)
     checkpointer, save_args, _ = _orbax()
     if not filled:
         return
@@ -336,7 +378,7 @@ def _remove(folder: Path) -> None:
 
 def _read_arrays(save: Path, wanted: Sequence[Any]) -> list[np.ndarray] | None:
     """What is stored, in the wanted dtypes and shapes; None if it cannot be read."""
-    filled = {_leaf(i): one for i, one in enumerate(wanted) if 0 not in one[1]}
+    filled = _packed_shapes(wanted)
     checkpointer, _, restore_args = _orbax()
     path = save.absolute() / _ARRAYS
 
@@ -358,17 +400,13 @@ def _read_arrays(save: Path, wanted: Sequence[Any]) -> list[np.ndarray] | None:
             found = storage.block_from_bytes((save / _OWN_ARRAYS).read_bytes(), 0)
         elif filled:
             found = _run(restore)
-        arrays = []
-        for i, (dtype, shape) in enumerate(wanted):
-            empty = np.empty(shape, storage.stored_dtype(dtype))
-            array = np.asarray(found[_leaf(i)]) if 0 not in shape else empty
-            if [str(array.dtype), list(array.shape)] != [dtype, shape]:
-                return None
-            arrays.append(array)
+        shapes = {name: [str(one.dtype), list(one.shape)] for name, one in found.items()}
+        if shapes != filled:
+            return None
+        return _unpacked(found, wanted)
     except Exception:
         # Damage shows in as many ways as Orbax and its libraries have parts.
         return None
-    return arrays
 
 
 def _digest(arrays: Sequence[np.ndarray]) -> str:

@@ -64,6 +64,23 @@ def test_a_step_that_is_there_stays(tmp_path):
     assert_same(saves.read_newest(arrays())[1], arrays(10))
 
 
+def test_small_arrays_share_files_and_large_ones_have_their_own(tmp_path, monkeypatch):
+    def num_files(directory):
+        return sum(path.is_file() for path in directory.rglob("*"))
+
+    saved(tmp_path / "joined", 10)
+    monkeypatch.setattr(checkpoints, "_JOIN_BELOW_BYTES", 20)
+    saves = saved(tmp_path / "apart", 10)
+    assert_same(saves.read_newest(arrays())[1], arrays(10))
+    assert num_files(tmp_path / "joined") < 10
+    # Of 600 bytes and of 20; the others have 14 or fewer.
+    assert {path.parent.name for path in tmp_path.glob("apart/**/.zarray")} == {
+        "leaf-00000",
+        "leaf-00005",
+        "joined",
+    }
+
+
 def test_what_has_no_contents_can_be_saved(tmp_path):
     saves = checkpoints.Checkpoints(tmp_path, "empty")
     saves.write(1, [np.zeros((0,), np.float32)], {})

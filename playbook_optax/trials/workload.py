@@ -38,7 +38,10 @@ class Workload:
       training_loss: metric by which a trial's own loss is called high; ``train/loss`` if
         `evaluate` returns it, otherwise ``step/loss``, the mean over the last batches.
       host_batches: ``host_batches(start_step) -> Iterator`` of batches from the host, instead of
-        `batch`; for `run_study` only.
+        `batch`; for `run_study` only. Each process of a job calls it for itself and reads only
+        while it trains blocks of its own; a mesh's second axis cuts axis 0 of every leaf. Where
+        its iterator stands is stored with a study, and given to its ``set_state`` when the study
+        is continued: an iterator that unpickles there trusts whoever wrote the directory.
       version: names what cannot be fingerprinted, such as host data; part of a study's identity.
       evaluate_test: like `evaluate`, on `test_data`; called by nothing but `final_evaluate`.
       test_data: pytree of arrays that tuning never sees.

@@ -34,7 +34,7 @@ WORKER = pathlib.Path(__file__).with_name("worker.py")
 TIMEOUT = 300.0
 # A random moment lies within this part of the time that an uninterrupted training takes, counted
 # from where the worker begins to train: so that one study is struck many times before it is whole.
-SPREAD = {"blocks": 0.05, "long": 0.3, "small": 0.5}
+SPREAD = {"blocks": 0.05, "long": 0.1, "small": 0.5}
 BEFORE_TRAINING, WHILE_WRITING, TWICE = 0.05, 0.5, 0.25
 SECONDS_OF_A_WRITE = 0.02
 SIGNALS = {signal.SIGKILL: 0.7, signal.SIGTERM: 0.15, signal.SIGINT: 0.15}
@@ -269,9 +269,9 @@ class Harness:
         return number, twice
 
     def _wait_for_a_write(self, worker):
-        """Waits until something is written, for the first time or the second, third or fourth."""
+        """Waits until something is written, for the first time, the second or the third."""
         seen = temporary_names(worker.directory)
-        wanted = len(seen) + self.random.randint(1, 4)
+        wanted = len(seen) + self.random.randint(1, 3)
 
         def written():
             seen.update(temporary_names(worker.directory))

@@ -449,11 +449,25 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
       The spec as it was written, ``schema_version`` included, tuples as lists.
 
     Raises:
-      NoStudy: there is no such file.
-      CorruptSpec: its content does not match its digest, or it is not strict JSON.
+      NoStudy: there is no such file, and no block either.
+      CorruptSpec: it is missing though there are blocks, its content does not match its digest,
+        or it is not strict JSON.
       NewerFormat: a newer version of this package wrote it.
     """
-    return read_document(Path(directory) / _SPEC_NAME)
+    try:
+        return read_document(Path(directory) / _SPEC_NAME)
+    except NoStudy:
+        if not finished_blocks(directory):
+            raise
+    # The spec is written before the first block: either it came just now, or it was lost.
+    try:
+        return read_document(Path(directory) / _SPEC_NAME)
+    except NoStudy as error:
+        raise CorruptSpec(
+            f"{str(directory)!r} holds blocks, but its {_SPEC_NAME} is missing: nobody can say "
+            "what they are of. Restore it from a copy, or start the study again in an empty "
+            "directory."
+        ) from error
 
 
 def read_document(path: Path) -> dict[str, Any]:

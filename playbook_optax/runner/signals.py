@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -41,21 +41,25 @@ class StopRequest:
             # No class of our own: Python ends with the status of Ctrl-C for this very class alone.
             raise KeyboardInterrupt(f"Interrupted. {self._where}")
         if self.requested == signal.SIGTERM:
-            print(f"Terminated. {self._where}", file=sys.stderr)
+            _tell(f"Terminated. {self._where}")
             raise StudyTerminated(TERMINATED)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.requested is None:
             self.requested = signal.Signals(number)
-            print(
-                f"{self.requested.name}: stops at the next safe moment. Again to stop at once.",
-                file=sys.stderr,
-            )
+            _tell(f"{self.requested.name}: stops at the next safe moment. Again to stop at once.")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
             raise StudyTerminated(TERMINATED)
+
+
+def _tell(message: str) -> None:
+    # A handler may interrupt a write to the same stream, which refuses then; and a terminal that
+    # was hung up takes nothing.
+    with suppress(RuntimeError, ValueError, OSError):
+        print(message, file=sys.stderr)
 
 
 @contextmanager
@@ -70,6 +74,10 @@ def stop_requests(where: str) -> Iterator[StopRequest]:
 
     Yields:
       What to ask at safe moments.
+
+    Raises:
+      KeyboardInterrupt: at the end, after a SIGINT that nobody has asked about.
+      StudyTerminated: likewise after a SIGTERM.
     """
     request = StopRequest(where)
     ours: dict[signal.Signals, Any] = {}
@@ -86,3 +94,4 @@ def stop_requests(where: str) -> Iterator[StopRequest]:
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
+    request.check()

@@ -257,7 +257,8 @@ class Harness:
         elif worker.wait_until(lambda: worker.began("training")):
             if moment < BEFORE_TRAINING + WHILE_WRITING:
                 self._wait_for_a_write(worker)
-                time.sleep(delay * SECONDS_OF_A_WRITE)
+                # The file of a block is there for a millisecond, a save's folder for many.
+                time.sleep(delay**4 * SECONDS_OF_A_WRITE)
             else:
                 end = time.monotonic() + delay * SPREAD[self.kind] * self.seconds
                 worker.wait_until(lambda: time.monotonic() > end, poll=0.001)
@@ -277,7 +278,7 @@ class Harness:
             seen.update(temporary_names(worker.directory))
             return len(seen) >= wanted
 
-        worker.wait_until(written, poll=0.001)
+        worker.wait_until(written, poll=0.0002)
 
     def _check_whole(self, worker, stored):
         assert worker.hash == self.expected, f"other bits: {worker.directory}"

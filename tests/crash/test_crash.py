@@ -35,8 +35,9 @@ def test_small_runs_and_their_files(tmp_path):  # 57, 60, 71, 75, 76
 def test_a_hundred_kills_lose_nothing(tmp_path, kind):
     harness = kills.Harness(kind, tmp_path, cache())
     harness.run(100)
-    assert harness.counts["left an unfinished write"] > 5
-    assert (harness.counts["left a save inside a block"] > 50) == (kind == "long")
+    assert harness.counts["in training"] == 100
+    assert harness.counts["left an unfinished write"] > 0
+    assert harness.counts["left a save inside a block"] > 0
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import playbook_optax as pbx
 from benchmarks.speed import workloads
 from benchmarks.speed.contenders import Study, plain_scan
 from playbook_optax.runner.run import StudyRunner
+from playbook_optax.trials import layouts
 
 NUM_EVALS = 10
 DIVERGES_AT = 0.01
@@ -24,6 +25,8 @@ P = jax.sharding.PartitionSpec
 
 class Bare:
     """The same trials without any feature, written by hand: a loop over blocks on each device.
+
+    Products and convolutions are in the layouts that a study gives them: what is left is features.
 
     Args:
       name: the workload.
@@ -39,9 +42,10 @@ class Bare:
         mesh = jax.sharding.Mesh(np.asarray(devices), ("trials",))
 
         def local(rates: jax.Array, key: jax.Array, data: Any) -> Any:
-            def train(rate: jax.Array) -> Any:
+            def plain(rate: jax.Array) -> Any:
                 return plain_scan(work, num_steps, rate, key, data)
 
+            train = layouts.fast_layouts(plain)
             if width == 1:
                 return jax.lax.map(train, rates)
             return jax.lax.map(jax.vmap(train), rates.reshape(-1, width))

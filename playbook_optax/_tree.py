@@ -122,9 +122,10 @@ def moment_dtype(dtype: Any) -> Any:
 _FOLDS = 8
 _FOLD_FROM_SIZE = 128
 # In a model of many leaves those up to this size are joined first: it would otherwise spend more
-# time in compiling these sums than in compiling its own layers. For few leaves the copies are not
-# worth it: without them a step of a small MLP takes a tenth less.
-_JOIN_TO_SIZE = 4096
+# time in compiling these sums than in compiling its own layers. Copies of more, or of few leaves,
+# are not worth it: clipping ten layers of 64 x 64 takes twice the time if they are joined
+# (`python -m benchmarks.transforms`), and a step of a small MLP a tenth more.
+_JOIN_TO_SIZE = 512
 _JOIN_FROM_LEAVES = 16
 
 

@@ -101,11 +101,14 @@ def test_what_does_not_fit_is_told(monkeypatch):
 
 def test_idle_cores_and_a_better_width_are_told(monkeypatch):
     from playbook_optax.runner import plan
+    from playbook_optax.runner.run import StudyRunner
 
     monkeypatch.setattr(devices, "num_cores", lambda: 4)
-    # So small a step is much faster side by side, whatever the machine.
     monkeypatch.setattr(plan, "CPU_FLOPS_PER_STEP", 0)
+    speeds = {1: 2.0, 8: 1.0}
+    monkeypatch.setattr(StudyRunner, "rehearse", lambda self, width, *_: (0.0, speeds[width]))
     report = pbx.preflight(tiny.quadratic(), tiny.sgd, RATES, num_steps=300, eval_every=300)
+    assert report.findings[0].evidence == {"ratio": 2.0, "trials_per_block": 8}
     assert report.trials_per_block == 1
     assert codes(report) == ["other_width_faster", "idle_cores"]
     assert report.findings[0].suggestion == "Give trials_per_block=8."

@@ -1,6 +1,5 @@
 """Real runs that are killed, and bits that flip: nothing is lost, nothing is read wrong."""
 
-import os
 import shutil
 import signal
 
@@ -50,7 +49,7 @@ def test_a_hundred_thousand_flipped_bits_are_seen(tmp_path):
 def test_ctrl_c_keeps_its_exit_status(capfd):
     # Python gives it for KeyboardInterrupt itself, and for no class derived from it.
     with pytest.raises(KeyboardInterrupt) as raised, signals.stop_requests("Here."):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert type(raised.value) is KeyboardInterrupt
     assert str(raised.value) == "Interrupted. Here."
     capfd.readouterr()

@@ -114,7 +114,19 @@ def _roof(results: dict[str, Any], name: str) -> dict[str, float]:
     }
 
 
-def _more(results: dict[str, Any]) -> list[str]:
+def _over_one(results: dict[str, Any], name: str) -> dict[str, float]:
+    """What is meant by one trial, to the time of 512 trials side by side over its time."""
+    most, one = (
+        results.get(f"steady/{name}/{number}", {}).get("contenders", {}) for number in (512, 1)
+    )
+    if "study" not in most:
+        return {}
+    whole = 512 * most["study"]["microseconds"]
+    rows = {"study": "a study of one trial", "scan": "a jitted scan of one trial"}
+    return {row: whole / one[label]["microseconds"] for label, row in rows.items() if label in one}
+
+
+def _more(results: dict[str, Any], platform: str) -> list[str]:
     """The second table: one column for each workload."""
     names = [n for n in TITLES if any(n in key.split("/")[1:] for key in results)]
     cells: dict[str, dict[str, str]] = {}
@@ -123,6 +135,8 @@ def _more(results: dict[str, Any]) -> list[str]:
         cells.setdefault(row, {})[name] = cell
 
     for name in names:
+        for one, ratio in _over_one(results, name).items() if platform != "cpu" else ():
+            put(f"a study of 512 trials / {one}", name, _number(ratio))
         for number in (8, 64):
             if found := results.get(f"cold/{name}/{number}"):
                 row = f"compiling included, {number} trials: a scan for each trial / a study"
@@ -179,7 +193,7 @@ def markdown(stored: dict[str, Any]) -> str:
         title += " *From a quick run, short and rough: to be replaced by a full one.*"
     if any(result["data"] != "digits" for result in results.values()):
         title += " Random numbers in place of the digits, of the same shapes."
-    parts = [[title], _steady(results), _more(results), _transforms(results)]
+    parts = [[title], _steady(results), _more(results, stored["platform"]), _transforms(results)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 

@@ -137,7 +137,8 @@ class Engine:
             )
             self._warn_of_whole_batches(self._chunk_shapes)
         sweep = max(MIN_SWEEP_STEPS, min(MAX_SWEEP_STEPS, trial.num_steps // SWEEPS_PER_RUN))
-        self._sweep_steps = min(sweep, trial.num_steps)
+        length = train.steps_per_chunk()
+        self._sweep_steps = min(-(-sweep // length) * length, trial.num_steps)
         self._make_batch = make_batch
         if make_batch is not None:
             shapes = jax.eval_shape(make_batch, data, key, jnp.int32(0))
@@ -365,6 +366,10 @@ class Engine:
         """The batches of a sweep, leading axis of steps, once for all trials."""
         assert self._make_batch is not None
         make = self._make_batch
+        if jax.default_backend() != "cpu":
+            # A loop would ask the host before each step; there all are cheaper than one.
+            steps = step + jnp.arange(self._sweep_steps, dtype=jnp.int32)
+            return self._over_data(jax.vmap(make, (None, None, 0))(data, key, steps))
         shapes = jax.eval_shape(make, data, key, step)
         empty = jax.tree.map(
             lambda leaf: _zeros((self._sweep_steps, *leaf.shape), leaf.dtype), shapes

@@ -24,7 +24,7 @@ from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
 CPU_FLOPS_PER_STEP = 1e6
 CPU_WIDTH = 8
 # On an accelerator a step of one trial leaves most of it idle: models.md reckons that time doubles
-# near 330 trials for steps of 5 MFLOP, near 35 for 755. Nobody lent us one to measure it on.
+# near 330 trials for steps of 5 MFLOP, near 35 for 755. `make bench` there prints the time of 512.
 ACCELERATOR_WIDTHS = ((1e7, 512), (1e8, 128), (float("inf"), 64))
 # The widest block that is timed where all trials side by side are tried.
 MAX_TIMED_WIDTH = 512
@@ -195,11 +195,47 @@ def choose_width(
         )
         return jax.grad(lambda p: work.loss(p, model_state, batch, key)[0])(params)
 
-    analysis = jax.jit(gradient).lower(point, key, data, batches).cost_analysis()
-    flops = float((analysis or {}).get("flops", 0.0))
+    flops = product_flops(jax.make_jaxpr(gradient)(point, key, data, batches).jaxpr)
     if jax.default_backend() != "cpu":
         return next(width for most, width in ACCELERATOR_WIDTHS if flops < most)
     return CPU_WIDTH if flops < CPU_FLOPS_PER_STEP else 1
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Floating-point operations of the products and convolutions of a jaxpr.
+
+    XLA's own count is to be had before compiling on a CPU only.
+
+    Args:
+      jaxpr: the jaxpr; of a branch the dearest way counts, of a while loop one round.
+
+    Returns:
+      Their number, a multiplication and an addition as two.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        outputs = float(np.prod(equation.outvars[0].aval.shape)) if equation.outvars else 0.0
+        params = equation.params
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * outputs * float(np.prod([shape[axis] for axis in contracted]))
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            features = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * outputs * float(np.prod(kernel)) / features
+        else:
+            inner = [
+                [getattr(one, "jaxpr", one) for one in (value if is_many else [value])]
+                for value in params.values()
+                for is_many in [isinstance(value, (tuple, list))]
+            ]
+            costs = [
+                max((product_flops(one) for one in ways if hasattr(one, "eqns")), default=0.0)
+                for ways in inner
+            ]
+            total += params.get("length", 1) * sum(costs)
+    return total
 
 
 def widths_to_time(by_size: int, num_trials: int, num_devices: int) -> list[int]:

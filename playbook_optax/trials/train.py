@@ -37,6 +37,11 @@ _INIT_STREAM, _BATCH_STREAM, _LOSS_STREAM = 0, 1, 2
 # that one unlucky batch is no rise.
 _SMOOTHING = 0.9
 
+# A loop whose length is data asks the host before each of its steps if it is on an accelerator;
+# loops of this fixed length do not, and their steps past the end change nothing. With batches
+# gathered at once, which has no such loop either, 512 small MLPs took half the time on an H200.
+ACCELERATOR_CHUNK = 8
+
 
 class TrialResult(NamedTuple):
     """What a finished trial gives back. Under vmap every array has a leading axis of trials.
@@ -181,6 +186,11 @@ def shared_batches(
     if any(var in reached for var in closed.jaxpr.outvars if not hasattr(var, "val")):
         return None
     return functools.partial(make, point)
+
+
+def steps_per_chunk() -> int:
+    """Steps that are taken together, the last ones perhaps in vain."""
+    return 1 if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
 
 
 def check_key(name: str, key: Any) -> None:
@@ -367,7 +377,12 @@ def make_trial(
         )
 
     def update(
-        state: TrialState, data: Any, step: chex.Array, batches: Any, first: chex.Numeric
+        state: TrialState,
+        data: Any,
+        step: chex.Array,
+        batches: Any,
+        first: chex.Numeric,
+        active: chex.Array | None = None,
     ) -> TrialState:
         (loss, (model_state, step_metrics)), grads = gradient(
             workload, state, data, step, batches, first
@@ -381,6 +396,8 @@ def make_trial(
         params = optax.apply_updates(state.params, updates)
         _check_same("the optimizer's state", state.opt_state, opt_state)
         alive = state.infeasible_step < 0
+        if active is not None:
+            alive &= active
         loss_ok = jnp.isfinite(loss)
         good = alive & loss_ok & _tree.all_finite(params)
         reason = jnp.where(
@@ -400,7 +417,7 @@ def make_trial(
         norm = _saturate(norm)
         summed = {**step_metrics, "gradient_norm": norm}
         return state._replace(
-            step=step + 1,
+            step=step + 1 if active is None else jnp.where(active, step + 1, state.step),
             params=params,
             model_state=model_state,
             opt_state=opt_state,
@@ -472,10 +489,23 @@ def make_trial(
             # Before the first update there is an evaluation and nothing else.
             target = step + jnp.where(fresh, 0, jnp.minimum(until_next, stop - step))
 
-            def one(step: chex.Array, state: TrialState) -> TrialState:
-                return update(state, data, step, batches, first)
+            def one(step: chex.Array, state: TrialState, active: Any = None) -> TrialState:
+                return update(state, data, step, batches, first, active)
 
-            state = jax.lax.fori_loop(step, target, one, state)
+            def chunk(number: chex.Array, state: TrialState) -> TrialState:
+                begin = step + number * length
+
+                def masked(offset: chex.Array, state: TrialState) -> TrialState:
+                    return one(begin + offset, state, begin + offset < target)
+
+                return jax.lax.fori_loop(0, length, masked, state)
+
+            length = steps_per_chunk()
+            if length == 1:
+                state = jax.lax.fori_loop(step, target, one, state)
+            else:
+                num_chunks = (target - step + length - 1) // length
+                state = jax.lax.fori_loop(0, num_chunks, chunk, state)
             due = fresh | (target - done * eval_every == eval_every) | (target == num_steps)
             index = jnp.where(fresh, 0, done + 1)
             state = jax.lax.cond(due, lambda s: record(s, data, index), lambda s: s, state)

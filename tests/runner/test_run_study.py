@@ -19,6 +19,7 @@ from playbook_optax.runner.run import StudyRunner
 
 KEY = jax.random.key(0)
 POOL = concurrent.futures.ThreadPoolExecutor(1)
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the widths are those of a CPU")
 SHORT = {"num_steps": 6, "eval_every": 3, "key": KEY, "progress": False}
 
 
@@ -445,6 +446,7 @@ def test_batches_that_depend_on_the_point_are_made_by_the_trial():
     assert bits(study, 1)["valid/loss"] != bits(plain, 0)["valid/loss"]
 
 
+@on_cpu
 def test_large_steps_train_one_after_another_and_small_ones_side_by_side():
     assert study_of(rates(0.1)).spec["trials_per_block"] > 1
     wide = pbx.Workload.from_arrays(
@@ -456,6 +458,34 @@ def test_large_steps_train_one_after_another_and_small_ones_side_by_side():
     assert study_of(rates(1e-3), workload=wide).spec["trials_per_block"] == 1
 
 
+@on_cpu
+def test_the_way_of_an_accelerator_trains_the_same(monkeypatch):
+    points = {"learning_rate": np.float32([0.1, 1e30, 0.02])}
+    arguments = {**SHORT, "num_steps": 21, "eval_every": 10, "trials_per_block": 2}
+    usual = study_of(points, **arguments)
+    # Steps in chunks of fixed length, batches gathered at once, sums and layouts as they come.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    other = study_of(points, **arguments)
+    for name in ("valid/loss", "step/gradient_norm", "infeasible_step", "best_step"):
+        np.testing.assert_allclose(other.data[name], usual.data[name], rtol=2e-5)
+
+
+def test_flops_of_products_are_counted():
+    def steps(w, x):
+        looped = jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=5)[0]
+        return jax.lax.cond(looped[0, 0] > 0, lambda h: h @ w, lambda h: h, looped)
+
+    closed = jax.make_jaxpr(jax.jit(steps))(jnp.ones((8, 8)), jnp.ones((3, 8)))
+    assert plan.product_flops(closed.jaxpr) == 6 * 2 * 3 * 8 * 8
+
+    def convolved(images, kernel):
+        return jax.lax.conv(images, kernel, (1, 1), "VALID")
+
+    closed = jax.make_jaxpr(convolved)(jnp.ones((2, 3, 6, 6)), jnp.ones((4, 3, 3, 3)))
+    assert plan.product_flops(closed.jaxpr) == 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)
+
+
+@on_cpu
 @pytest.mark.parametrize(
     ("speeds", "fastest"),
     [({1: 1.0, 8: 3.0, 16: 2.0}, 1), ({1: 3.0, 8: 1.0, 16: 2.0}, 8), ({1: 2, 8: 2, 16: 1}, 16)],

@@ -11,6 +11,8 @@ from jax import lax
 
 from playbook_optax.trials import layouts
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="rewritten on a CPU only")
+
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))

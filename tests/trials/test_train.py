@@ -10,6 +10,7 @@ import pytest
 import tiny_workloads as tiny
 
 import playbook_optax as pbx
+from playbook_optax.trials import train
 
 KEY = jax.random.key(0)
 NAN = np.nan
@@ -105,6 +106,26 @@ def test_any_cut_gives_the_same_bits(cuts):
         done = stop
     assert same_bits(trial.result(whole), trial.result(state))
     assert advance._cache_size() == 1
+
+
+def test_chunks_of_steps_as_on_an_accelerator_change_no_bit(monkeypatch):
+    workload = tiny.mlp()
+    points = {"learning_rate": jnp.float32([0.1, 1e30, 0.02])}
+
+    def trained(steps_per_chunk, cuts):
+        monkeypatch.setattr(train, "steps_per_chunk", lambda: steps_per_chunk)
+        trial = pbx.make_trial(workload, tiny.momentum, 11, 5, keep="best")
+        advance = jax.jit(jax.vmap(trial.advance, (0, None, None, None)))
+        state, done = jax.vmap(trial.init, (0, None, None))(points, KEY, workload.data), 0
+        for stop in (*cuts, 11):
+            state, done = advance(state, workload.data, done, stop), stop
+        assert state.step.tolist() == [11, 11, 11]
+        return jax.vmap(trial.result)(state)
+
+    plain = trained(1, ())
+    assert plain.infeasible.tolist() == [False, True, False]
+    assert same_bits(plain, trained(4, ()))
+    assert same_bits(plain, trained(4, (2, 7)))
 
 
 def test_the_state_is_a_legal_carry():

@@ -13,11 +13,16 @@ import matplotlib
 signal.signal(signal.SIGINT, signal.default_int_handler)
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests train the same tiny program: it is compiled once.
-_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
-jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Many tests, and the processes that some of them start, train the same tiny programs: each is
+# compiled once. Those processes read the settings from their environment.
+_CACHE = {
+    "jax_compilation_cache_dir": str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for name, value in _CACHE.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 hypothesis.settings.register_profile(
     "repeatable",
     deadline=None,

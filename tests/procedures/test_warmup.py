@@ -164,6 +164,7 @@ def test_a_warmup_that_helps_less_than_asked_for_is_reported():
     assert "factors=(5,)" in less.suggestion
 
 
+@pytest.mark.slow
 def test_a_warmup_without_profit_is_no_answer():
     """Stable at ten times a rate that was called unstable, but both reach the same floor."""
     quadratic = tiny_workloads.quadratic((1.0,))
@@ -227,6 +228,7 @@ def test_a_study_gives_the_limit_and_the_rate_of_the_baseline():
     assert verdict.cost == sum(s.num_trials * s.spec["num_steps"] for s in ran)
 
 
+@pytest.mark.slow
 def test_the_users_functions_see_their_own_names_only():
     seen = set()
 

@@ -147,6 +147,7 @@ def test_workers_that_compute_other_bits_are_told(monkeypatch):
         study(executor=Elsewhere(set()))
 
 
+@pytest.mark.slow
 def test_spawned_processes():
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as executor:

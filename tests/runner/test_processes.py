@@ -101,6 +101,7 @@ def test_two_processes_return_the_study_of_one(tmp_path):
         assert two.digests() == alone("several")
 
 
+@pytest.mark.slow
 def test_four_processes_share_a_directory(tmp_path):  # 82: five blocks for four processes
     place = tmp_path / "study"
     with Job(tmp_path, 4, directory=str(place), keep="best", heartbeat=30) as four:
@@ -120,10 +121,10 @@ def long_digest():
 @pytest.mark.parametrize(
     ("size", "victim", "number"),
     [
-        (2, 1, signal.SIGKILL),
-        (2, 0, signal.SIGSTOP),
-        pytest.param(2, 0, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(2, 1, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(2, 1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(2, 0, signal.SIGSTOP, marks=pytest.mark.slow),
+        (2, 0, signal.SIGKILL),
+        (2, 1, signal.SIGSTOP),
         pytest.param(4, 2, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(4, 0, signal.SIGSTOP, marks=pytest.mark.slow),
     ],

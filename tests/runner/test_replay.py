@@ -25,8 +25,15 @@ def study_of(workload=None, points=RATES, make_optimizer=tiny.momentum, **argume
     )
 
 
-@pytest.mark.parametrize("independent", [False, True])
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize(
+    ("width", "independent"),
+    [
+        (1, True),
+        (4, False),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(4, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_replay_has_the_bits_of_the_study(width, independent):
     study = study_of(num_seeds=2, independent=independent, trials_per_block=width)
     for trial, seed in ((1, 1), (4, 0)):

@@ -79,7 +79,11 @@ RATES = {"learning_rate": np.float32([0.1, 1e30, 0.02, 0.3])}
 
 @pytest.mark.parametrize(
     ("width", "independent"),
-    [pytest.param(1, False, marks=pytest.mark.slow), (2, False), (2, True)],
+    [
+        pytest.param(1, False, marks=pytest.mark.slow),
+        (2, False),
+        pytest.param(2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_block_continues_where_it_was_saved(tmp_path, monkeypatch, width, independent):
     counts = []

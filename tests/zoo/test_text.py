@@ -112,6 +112,7 @@ def test_bad_arguments_are_named():
             zoo.bytes_transformer(**{name: 0})
 
 
+@pytest.mark.slow
 def test_a_small_transformer_learns_more_than_single_bytes_tell():
     study = pbx.run_study(
         zoo.bytes_transformer("pre", **{**SMALL, "width": 16}),

@@ -10,7 +10,14 @@ from playbook_optax import procedures, reducers, samplers, schedules
 from playbook_optax._feasibility import REASONS as INFEASIBLE_REASONS
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.findings import Finding
-from playbook_optax.learning_rate import scale_by_learning_rate, scale_by_warmup
+from playbook_optax.analysis.targets import steps_to_target
+from playbook_optax.learning_rate import (
+    PlateauInfo,
+    plateau_info,
+    reduce_on_plateau,
+    scale_by_learning_rate,
+    scale_by_warmup,
+)
 from playbook_optax.norms import (
     NormInfo,
     clip_by_global_norm,
@@ -39,6 +46,7 @@ from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.preflight import Preflight, preflight
 from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
+from playbook_optax.search_spaces import adam_search_space, optimizer_search_space
 from playbook_optax.trials.arrays import evaluate_in_batches
 from playbook_optax.trials.train import Trial, TrialResult, make_train, make_trial, trial_key
 from playbook_optax.trials.workload import Workload
@@ -52,6 +60,7 @@ __all__ = [
     "Integer",
     "NoFeasibleTrial",
     "NormInfo",
+    "PlateauInfo",
     "Preflight",
     "SearchSpace",
     "Study",
@@ -59,6 +68,7 @@ __all__ = [
     "TrialResult",
     "Workload",
     "adam",
+    "adam_search_space",
     "adamw",
     "clip_by_global_norm",
     "clip_by_percentile",
@@ -74,8 +84,10 @@ __all__ = [
     "nadamw",
     "nesterov",
     "norm_info",
+    "optimizer_search_space",
     "preflight",
     "procedures",
+    "reduce_on_plateau",
     "reducers",
     "rmsprop",
     "run_study",
@@ -89,6 +101,7 @@ __all__ = [
     "scale_by_warmup",
     "schedules",
     "sgd",
+    "steps_to_target",
     "trial_key",
     "use_compilation_cache",
     "use_cpu_cores",

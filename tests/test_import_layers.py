@@ -22,6 +22,7 @@ FLOORS = {
     "learning_rate": 1,
     "norms": 1,
     "search_space": 1,
+    "search_spaces": 1,
     "samplers": 1,
     "reducers": 1,
     "trials": 2,

@@ -13,6 +13,7 @@ from playbook_optax.analysis.axes import (
     axis_plot_info,
     hyperparameters,
 )
+from playbook_optax.analysis.budgets import BudgetInfo
 from playbook_optax.analysis.curves import best_curves, compared_curves
 from playbook_optax.analysis.instability import instability_curves
 from playbook_optax.analysis.norms import norm_histogram, norm_trace
@@ -809,3 +810,78 @@ def plot_remedies(info: RemedyComparison, axes: Any = None) -> Any:
     bottom.set_xlabel("learning_rate (log scale)")
     bottom.set_title("largest stable learning rate", fontsize="small", loc="left")
     return top.figure
+
+
+@_checks.named_arguments
+def plot_budget(info: BudgetInfo, ax: Any = None) -> Any:
+    """Draws the best of n trials as a box for each budget.
+
+    Boxes hold the middle half of the studies of that size, the line in them is the median, and the
+    whiskers reach from the luckiest to the unluckiest 5%. Where a quarter or more find no feasible
+    trial a box is dashed and ends beyond the worst value; the share that finds none stands above.
+
+    Args:
+      info: from `budget_info`.
+      ax: matplotlib Axes to draw into; new ones by default.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> from playbook_optax.analysis.budgets import budget_info
+      >>> study = Study.from_arrays(
+      ...     {"x": [0.0, 1.0]}, {"loss": [[3.0], [1.0]]}, [10], objective="loss")
+      >>> plot_budget(budget_info(study)).get_xlabel()
+      'number of trials'
+
+    Source: "How many trials are needed to get good results with quasi-random search?" (figure 3).
+    """
+    ax = _new_axes(ax, 7.0, 4.2)
+    table = np.asarray([row[1:6] for row in info.rows])
+    seen = table[np.isfinite(table)]
+    if seen.size:
+        worst = seen.min() if info.maximize else seen.max()
+        best = seen.max() if info.maximize else seen.min()
+        # What no study reaches is drawn a little beyond the worst that one does.
+        beyond = worst + 0.05 * ((worst - best) or abs(worst) or 1.0)
+        for x, row in enumerate(info.rows):
+            p5, p25, p50, p75, p95 = (v if np.isfinite(v) else beyond for v in row[1:6])
+            ax.plot([x, x], [p5, p95], color=BLUE, linewidth=1.1, zorder=2)
+            ax.bar(
+                x,
+                p75 - p25,
+                bottom=p25,
+                width=0.6,
+                facecolor="white",
+                edgecolor=BLUE,
+                linestyle="-" if np.isfinite(row.p75) else "--",
+                zorder=3,
+            )
+            if np.isfinite(row.p50):
+                ax.plot([x - 0.3, x + 0.3], [p50, p50], color=VERMILLION, linewidth=2, zorder=4)
+            if row.nothing >= 0.005:
+                text = f"{row.nothing:.0%}"
+                middle = {"ha": "center", "va": "bottom" if not info.maximize else "top"}
+                ax.annotate(
+                    text,
+                    (x, max(p95, beyond) if not info.maximize else min(p95, beyond)),
+                    xytext=(0, -3 if info.maximize else 3),
+                    textcoords="offset points",
+                    fontsize="small",
+                    color=GREY,
+                    **middle,
+                )
+        if any(row.nothing >= 0.005 for row in info.rows):
+            ax.set_title(
+                "grey: share of studies without a feasible trial", fontsize="small", loc="left"
+            )
+        ax.axhline(info.best_value, color=GREY, linestyle=":", linewidth=1, label="best trial")
+        ax.use_sticky_edges = False
+        ax.margins(y=0.1)
+    ax.set_xticks(range(len(info.rows)), [str(row.budget) for row in info.rows])
+    ax.set_xlabel("number of trials")
+    ax.set_ylabel(_metric_label(f"best {info.objective}", info.maximize))
+    return ax

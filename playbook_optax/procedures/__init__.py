@@ -1,5 +1,6 @@
 """Floor 6: the playbook's procedures, each from a workload to a `Verdict`."""
 
+from playbook_optax.procedures.budget import best_of_budget
 from playbook_optax.procedures.clipping import choose_clip_threshold
 from playbook_optax.procedures.instability import (
     find_unstable_learning_rate,
@@ -17,6 +18,7 @@ __all__ = [
     "Stabilization",
     "Verdict",
     "WarmupAnswer",
+    "best_of_budget",
     "choose_clip_threshold",
     "compare_remedies",
     "find_unstable_learning_rate",

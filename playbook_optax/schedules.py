@@ -412,6 +412,50 @@ def piecewise_constant(values: Any, boundaries: Any) -> Schedule:
     return Schedule(value_at)
 
 
+@named_arguments
+def from_reductions(init_value: Any, steps: Any, scales: Any) -> Schedule:
+    """`init_value`, and from each of `steps` on `init_value` times the scale that goes with it.
+
+    Replays what `reduce_on_plateau` decided, as a plain function of the step: the product is taken
+    once, in float32 or better, and each value is then the same at every step.
+
+    Source: Deep Learning Tuning Playbook, "Why do some papers have complicated learning rate
+    schedules?"
+
+    Args:
+      init_value: value before the first of `steps`, >= 0.
+      steps: counts at which the value changes, not decreasing.
+      scales: as many factors >= 0, each of `init_value`, not of the value before. All may be
+        traced, as arrays (reduction,).
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: there are not as many scales as steps, steps decrease or are not whole, or a
+        number is negative or not finite.
+
+    Example:
+      >>> from playbook_optax import schedules
+      >>> schedule = schedules.from_reductions(0.5, steps=[10, 30], scales=[0.5, 0.25])
+      >>> [float(schedule(c)) for c in (0, 9, 10, 29, 30)]
+      [0.5, 0.5, 0.25, 0.25, 0.125]
+    """
+    _check_rate("init_value", init_value)
+    edges, factors = _listed("steps", steps), _listed("scales", scales)
+    if len(edges) != len(factors):
+        raise ValueError(
+            f"scales must be as many as steps, got {len(factors)} scales and {len(edges)} steps."
+        )
+    for i, factor in enumerate(factors):
+        _check_rate(f"scales[{i}]", factor)
+    for i, edge in enumerate(edges):
+        check_steps(f"steps[{i}]", edge)
+    first = as_value(init_value)
+    values = [first, *(first * as_value(factor) for factor in factors)]
+    return piecewise_constant(values, edges)
+
+
 def _listed(name: str, numbers: Any) -> list[Any]:
     if isinstance(numbers, (np.ndarray, jax.Array)):
         if numbers.ndim != 1:

@@ -8,7 +8,23 @@ import pytest
 
 from playbook_optax import learning_rate, norms, optimizers, schedules
 
+
+def watching(factory):
+    """The factory with a default for the value that its transform watches: one that is flat."""
+
+    def make(**h):
+        tx = factory(**h)
+
+        def update(updates, state, params=None, *, value=1.0, **extra_args):
+            return tx.update(updates, state, params, value=value, **extra_args)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return make
+
+
 RATE = {"learning_rate": 0.1}
+PLATEAU = {"factor": 0.5, "patience": 2, "rtol": 1e-4, "atol": 1e-6, "cooldown": 1}
 BETAS = {"b1": 0.9, "b2": 0.99, "eps": 1e-6}
 TRANSFORMS = {
     "sgd": (optimizers.sgd, RATE),
@@ -26,6 +42,10 @@ TRANSFORMS = {
     "scale_by_nadam": (optimizers.scale_by_nadam, BETAS),
     "scale_by_learning_rate": (learning_rate.scale_by_learning_rate, RATE),
     "scale_by_warmup": (learning_rate.scale_by_warmup, {"warmup_steps": 3}),
+    "reduce_on_plateau": (
+        watching(learning_rate.reduce_on_plateau),
+        {**PLATEAU, "accumulation_size": 1, "min_scale": 0.1},
+    ),
     "clip_by_global_norm": (norms.clip_by_global_norm, {"max_norm": 0.5}),
     "clip_by_percentile": (norms.clip_by_percentile, {"percentile": 60.0, "min_steps": 1}),
     "monitor_norms": (norms.monitor_norms, {}),

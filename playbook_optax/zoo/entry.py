@@ -10,7 +10,7 @@ import optax
 from playbook_optax import _checks, optimizers
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.workload import Workload
-from playbook_optax.zoo import digits, text
+from playbook_optax.zoo import digits, tabular, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,48 +68,48 @@ def _momentum_space(largest_rate: float) -> SearchSpace:
     )
 
 
-_DIGITS_BUDGET = (32, 400, 20)
+_SMALL_BUDGET = (32, 400, 20)
 
 
 @functools.cache
 def _entries() -> dict[str, Entry]:
     resmlp = digits.digits_resmlp
     found: tuple[tuple[str, str, Callable[[], Workload], float, tuple[int, int, int]], ...] = (
-        ("digits_mlp", "plain MLP, 1 hidden layer of 128", digits.digits_mlp, 10.0, _DIGITS_BUDGET),
+        ("digits_mlp", "plain MLP, 1 hidden layer of 128", digits.digits_mlp, 10.0, _SMALL_BUDGET),
         (
             "digits_resmlp",
             "12-block residual MLP, Norm(x + f(x)): unstable",
             resmlp,
             1.0,
-            _DIGITS_BUDGET,
+            _SMALL_BUDGET,
         ),
         (
             "digits_resmlp_pre",
             "12-block residual MLP, x + f(Norm(x))",
             functools.partial(resmlp, "pre"),
             1.0,
-            _DIGITS_BUDGET,
+            _SMALL_BUDGET,
         ),
         (
             "digits_resmlp_none",
             "12-block residual MLP, x + f(x): the most unstable",
             functools.partial(resmlp, "none"),
             1.0,
-            _DIGITS_BUDGET,
+            _SMALL_BUDGET,
         ),
         (
             "digits_resmlp_none_rezero",
             "12-block residual MLP, x + s f(x), s from 0 (ReZero)",
             functools.partial(resmlp, "none", True),
             1.0,
-            _DIGITS_BUDGET,
+            _SMALL_BUDGET,
         ),
         (
             "digits_recurrent",
             "recurrent net, a pixel at a time: spikes in mid-training",
             digits.digits_recurrent,
             0.3,
-            _DIGITS_BUDGET,
+            _SMALL_BUDGET,
         ),
         (
             "digits_cnn",
@@ -117,6 +117,21 @@ def _entries() -> dict[str, Entry]:
             digits.digits_cnn,
             3.0,
             (16, 200, 20),
+        ),
+        (
+            "breast_cancer",
+            "MLP on 569 tumours, 30 columns, 2 classes",
+            tabular.breast_cancer,
+            10.0,
+            _SMALL_BUDGET,
+        ),
+        ("wine", "MLP on 178 wines, 13 columns, 3 classes", tabular.wine, 10.0, _SMALL_BUDGET),
+        (
+            "diabetes",
+            "MLP on 442 patients, 10 columns: regression",
+            tabular.diabetes,
+            10.0,
+            _SMALL_BUDGET,
         ),
         (
             "bytes_transformer",

@@ -53,6 +53,38 @@ def test_only_the_final_evaluation_sees_test_data():
     assert set(workload.final_evaluate(params, state)) == {"test/loss", "test/error_rate"}
 
 
+@pytest.mark.parametrize(
+    ("name", "num_columns"), [("breast_cancer", 30), ("wine", 13), ("diabetes", 10)]
+)
+def test_tables_are_split_once_and_standardized_by_the_training_part(name, num_columns):
+    from sklearn import datasets
+
+    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    workload = getattr(zoo, name)()
+    parts = (workload.data["train"], workload.data["valid"], workload.test_data)
+    sizes = [len(part["x"]) for part in parts]
+    assert sizes == [3 * len(x) // 5, 4 * len(x) // 5 - 3 * len(x) // 5, len(x) - 4 * len(x) // 5]
+    train = parts[0]["x"].astype(np.float64)
+    assert train.shape[1] == num_columns
+    np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(train.std(axis=0), 1, atol=1e-5)
+    # Each row is in exactly one part: standardizing keeps the order of each column's values.
+    ours = np.concatenate([part["x"] for part in parts])
+    targets = np.concatenate([part["y"] for part in parts])
+    column = int(np.argmax([len(np.unique(c)) for c in x.T]))
+    order, theirs = np.lexsort((targets, ours[:, column])), np.lexsort((y, x[:, column]))
+    np.testing.assert_array_equal(
+        np.argsort(np.argsort(targets[order], kind="stable")),
+        np.argsort(np.argsort(y[theirs], kind="stable")),
+    )
+    params, state = workload.init(jax.random.key(0))
+    metrics = workload.evaluate(params, state, workload.data)
+    assert ("valid/error_rate" in metrics) == (name != "diabetes")
+    if name == "diabetes":
+        np.testing.assert_allclose(parts[0]["y"].std(), 1, rtol=1e-5)
+    assert all(np.isfinite(value) for value in workload.final_evaluate(params, state).values())
+
+
 @pytest.mark.parametrize("norm", blocks.NORMS)
 @pytest.mark.parametrize("rezero", [False, True])
 def test_residual_block_is_its_formula(norm, rezero):

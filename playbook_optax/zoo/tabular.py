@@ -1,0 +1,134 @@
+"""Workloads on three small tables of scikit-learn: two of classes, one of a number to predict.
+
+Each is split once: three fifths of the rows to train, a fifth to validate, a fifth to test. Columns
+are standardized by mean and deviation of the training part, and so is the number to predict.
+"""
+
+import functools
+import itertools
+
+import numpy as np
+
+from playbook_optax import _checks
+from playbook_optax.trials.workload import Workload
+from playbook_optax.zoo import blocks
+
+_SPLIT_SEED = 0
+
+Split = tuple[np.ndarray, np.ndarray]
+
+
+@functools.cache
+def _table(name: str) -> tuple[Split, Split, Split]:
+    """The three parts, (x, y) each; read-only, because every workload shares them."""
+    datasets = _checks.require("sklearn.datasets", "data", f"The table {name!r}")
+    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
+    x, y = x[order], y[order]
+    ends = (0, 3 * len(x) // 5, 4 * len(x) // 5, len(x))
+    seen = x[: ends[1]]
+    x = ((x - seen.mean(axis=0)) / seen.std(axis=0)).astype(np.float32)
+    if np.issubdtype(y.dtype, np.integer):
+        y = y.astype(np.int32)
+    else:
+        known = y[: ends[1]]
+        y = ((y - known.mean()) / known.std()).astype(np.float32)
+    x.setflags(write=False)
+    y.setflags(write=False)
+    train, valid, test = ((x[a:b], y[a:b]) for a, b in itertools.pairwise(ends))
+    return train, valid, test
+
+
+def _workload(name: str, num_outputs: int, width: int, batch_size: int) -> Workload:
+    train, valid, test = _table(name)
+    return Workload.from_flax(
+        blocks.MLP((_checks.check_count("width", width),), num_outputs),
+        train=train,
+        valid=valid,
+        test=test,
+        batch_size=_checks.check_count("batch_size", batch_size),
+        loss="softmax" if num_outputs > 1 else "mse",
+        # Errors of a hundred rows come in steps too coarse to tell good trials apart.
+        objective="valid/loss",
+        name=name,
+    )
+
+
+@_checks.named_arguments
+def breast_cancer(*, width: int = 32, batch_size: int = 32) -> Workload:
+    """An MLP on 569 tumours of two classes, 30 columns each.
+
+    The objective is ``valid/loss``; test rows reach nothing but `Workload.final_evaluate`.
+
+    Args:
+      width: units of the hidden layer.
+      batch_size: training examples in a batch.
+
+    Returns:
+      The workload; its data are NumPy arrays, x of shape (example, 30), y of shape (example,).
+
+    Raises:
+      ImportError: scikit-learn is not installed (the extra ``data``).
+      ValueError: a count that is not a positive integer, or too large a batch.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> zoo.breast_cancer().data["train"]["x"].shape
+      (341, 30)
+
+    Source: playbook, "Choosing the model architecture" (start from a simple, known model).
+    """
+    return _workload("breast_cancer", 2, width, batch_size)
+
+
+@_checks.named_arguments
+def wine(*, width: int = 32, batch_size: int = 32) -> Workload:
+    """An MLP on 178 wines of three classes, 13 columns each; otherwise as `breast_cancer`.
+
+    Args:
+      width: units of the hidden layer.
+      batch_size: training examples in a batch.
+
+    Returns:
+      The workload; its data are NumPy arrays, x of shape (example, 13), y of shape (example,).
+
+    Raises:
+      ImportError: scikit-learn is not installed (the extra ``data``).
+      ValueError: a count that is not a positive integer, or too large a batch.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> zoo.wine().data["train"]["x"].shape
+      (106, 13)
+
+    Source: playbook, "Choosing the model architecture" (start from a simple, known model).
+    """
+    return _workload("wine", 3, width, batch_size)
+
+
+@_checks.named_arguments
+def diabetes(*, width: int = 32, batch_size: int = 32) -> Workload:
+    """An MLP that predicts a disease's progress for 442 patients, 10 columns each.
+
+    The objective is ``valid/loss``, the mean squared error in units of the training targets'
+    variance: 1 is what predicting their mean gives. Otherwise as `breast_cancer`.
+
+    Args:
+      width: units of the hidden layer.
+      batch_size: training examples in a batch.
+
+    Returns:
+      The workload; its data are NumPy arrays, x of shape (example, 10), y of shape (example,).
+
+    Raises:
+      ImportError: scikit-learn is not installed (the extra ``data``).
+      ValueError: a count that is not a positive integer, or too large a batch.
+
+    Example:
+      >>> from playbook_optax import zoo
+      >>> zoo.diabetes().objective
+      'valid/loss'
+
+    Source: playbook, "Choosing the model architecture" (start from a simple, known model).
+    """
+    return _workload("diabetes", 1, width, batch_size)

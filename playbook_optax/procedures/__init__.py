@@ -7,6 +7,7 @@ from playbook_optax.procedures.instability import (
     probe_early_instability,
 )
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
+from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
 from playbook_optax.procedures.remedies import RemedyComparison, RemedyRow, compare_remedies
 from playbook_optax.procedures.stability import Stabilization, stabilize
 from playbook_optax.procedures.verdict import Verdict
@@ -22,7 +23,9 @@ __all__ = [
     "choose_clip_threshold",
     "compare_remedies",
     "find_unstable_learning_rate",
+    "pick_num_steps",
     "probe_early_instability",
+    "refine_num_steps",
     "stabilize",
     "sweep_learning_rate",
     "tune_warmup",

@@ -1,11 +1,13 @@
-"""A finished study as one page that a person reads: `write_report`. Needs the extra `report`."""
+"""Finished studies as one page that a person reads. Needs the extra `report`."""
 
 import base64
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,17 @@ from playbook_optax import _checks, plots
 from playbook_optax.analysis.axes import axis, hyperparameters
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
-from playbook_optax.analysis.outcomes import Outcomes, outcomes
+from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.records.study import Study
 
 REPORT = "report.html"
 _NUM_CURVES = 5
 _DPI = 130
+# On a phone a figure is three inches wide: what is drawn on less paper has larger letters there.
+_NARROW = 0.8
+_MAX_TRIALS = {"report": 1000, "recipe": 50}
+# More of a name than this makes no picture clearer.
+_MAX_LETTERS, _MAX_LINES = 90, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,16 @@ class Figure:
     @property
     def data_uri(self) -> str:
         """The picture as a ``data:`` URI."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+        return _data_uri("image/png", self.png)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, so that a page keeps room for the picture."""
+        return int.from_bytes(self.png[16:20], "big"), int.from_bytes(self.png[20:24], "big")
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64," + base64.b64encode(content).decode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +89,8 @@ class Decision:
       findings: what was seen.
       figures: plots of it.
       table: numbers of it.
+      next: what to try next, in a sentence; empty if there is nothing.
+      cost: what it took to find out, as text; empty if it is not told.
     """
 
     title: str
@@ -82,6 +100,8 @@ class Decision:
     findings: Sequence[Finding] = ()
     figures: Sequence[Figure] = ()
     table: Table | None = None
+    next: str = ""
+    cost: str = ""
 
 
 def draw_figure(
@@ -105,13 +125,51 @@ def draw_figure(
     matplotlib = _checks.require("matplotlib", "plots", "Plotting")
     pyplot = _checks.require("matplotlib.pyplot", "plots", "Plotting")
     picture = io.BytesIO()
-    # A name is text, never a formula, which could be a bad one.
-    with matplotlib.rc_context({"text.parse_math": False}):
+    # A name is text: never a formula, which could be a bad one, nor TeX, which can run programs.
+    with (
+        matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}),
+        warnings.catch_warnings(),
+    ):
+        # The page has the text that a font lacks letters for, or a picture the room.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        warnings.filterwarnings("ignore", "constrained_layout not applied")
         drawn = draw()
         figure = getattr(drawn, "figure", None) or drawn
-        figure.savefig(picture, dpi=_DPI, format="png")
-        pyplot.close(figure)
+        try:
+            _tame_texts(figure)
+            if not wide:
+                figure.set_size_inches(_NARROW * figure.get_size_inches())
+            # Tight: a legend that needs more room than the axes gets it.
+            figure.savefig(picture, dpi=_DPI, format="png", bbox_inches="tight", pad_inches=0.1)
+        finally:
+            pyplot.close(figure)
     return Figure(file, title, alt, picture.getvalue(), wide)
+
+
+def _tame(text: str, most: int = _MAX_LETTERS) -> str:
+    """At most three lines of `most` letters, all of them letters that a font can be asked for."""
+    lines = ["".join(c if c.isprintable() else "\ufffd" for c in x) for x in text.split("\n")]
+    kept = [x if len(x) <= most else f"{x[: most - 1]}…" for x in lines]
+    return "\n".join(kept if len(kept) <= _MAX_LINES else [*kept[: _MAX_LINES - 1], "…"])
+
+
+def _tame_texts(figure: Any) -> None:
+    """Cuts names in a picture, which may be of any length and hold letters that none can draw."""
+    matplotlib = _checks.require("matplotlib", "plots", "Plotting")
+    ticker = _checks.require("matplotlib.ticker", "plots", "Plotting")
+
+    def tamed(formatter: Any, most: int) -> Any:
+        return ticker.FuncFormatter(lambda x, position: _tame(formatter(x, position), most))
+
+    for text in figure.findobj(matplotlib.text.Text):
+        text.set_text(_tame(text.get_text()))
+    for ax in figure.axes:
+        for side in (ax.xaxis, ax.yaxis):
+            # Only ticks at given places have names for labels; those below share the width.
+            if isinstance(side.get_major_locator(), ticker.FixedLocator):
+                most = max(60 // max(len(side.get_majorticklocs()), 1), 8)
+                most = most if side is ax.xaxis else 40
+                side.set_major_formatter(tamed(side.get_major_formatter(), most))
 
 
 def shown_number(value: Any) -> str:
@@ -224,26 +282,40 @@ def draw_plots(study: Study) -> list[Figure]:
     return figures
 
 
-def _trial_rows(study: Study, out: Outcomes) -> list[dict[str, Any]]:
-    """Every trial as text, the best first, the infeasible last."""
+def _trials(study: Study, most: int) -> dict[str, Any]:
+    """A table of the trials as text, the best first, the infeasible last, `most` at most."""
+    if not study.num_trials:
+        return {"caption": "No trials", "header": ["trial"], "rows": [], "marks": [], "left_out": 0}
+    out = outcomes(study)
     ranked = [int(t) for t in out.order]
-    rest = [t for t in range(out.num_trials) if t not in set(ranked)]
+    known = set(ranked)
+    order = (ranked + [t for t in range(out.num_trials) if t not in known])[:most]
     bad_step = study.data["infeasible_step"].values.reshape(out.num_trials, -1).max(axis=1)
-    return [
-        {
-            "trial": trial,
-            "point": list(shown_point(study, trial).values()),
-            "value": shown_number(out.value[trial]) if out.usable[trial] else "–",
-            "best_step": int(out.best_step[trial]) if out.usable[trial] else "–",
-            "outcome": (
+    rows, marks = [], []
+    for trial in order:
+        told = [shown_number(out.value[trial]), str(int(out.best_step[trial]))]
+        rows.append(
+            [
+                str(trial),
+                *shown_point(study, trial).values(),
+                *(told if out.usable[trial] else ("–", "–")),
                 f"{out.reason[trial]} at step {int(bad_step[trial])}"
                 if out.infeasible[trial]
-                else "feasible"
-            ),
-            "infeasible": bool(out.infeasible[trial]),
-        }
-        for trial in ranked + rest
-    ]
+                else "feasible",
+            ]
+        )
+        marks.append("infeasible" if out.infeasible[trial] else "best" if trial == out.best else "")
+    left_out = out.num_trials - len(order)
+    count = f"{len(order)} of {out.num_trials}" if left_out else str(out.num_trials)
+    return {
+        "caption": f"The best {count} trials"
+        if left_out
+        else f"All {count} trials, the best first",
+        "header": ["trial", *hyperparameters(study), f"best {out.objective}", "at step", "outcome"],
+        "rows": rows,
+        "marks": marks,
+        "left_out": left_out,
+    }
 
 
 def _run_facts(study: Study) -> list[tuple[str, str]]:
@@ -322,30 +394,34 @@ def write_report(
     found = by_severity(diagnose(study) if findings is None else findings)
     headline, trust = verdict(study, found)
     out = outcomes(study) if study.num_trials else None
-    best = None
+    best: list[tuple[str, str]] = []
     if out is not None and out.best >= 0:
-        best = {
-            "trial": out.best,
-            "point": shown_point(study, out.best),
-            "value": shown_number(out.value[out.best]),
-            "step": int(out.best_step[out.best]),
-            "num_steps": int(out.step[-1]),
-        }
-    figures = draw_plots(study)
+        best = [
+            *shown_point(study, out.best).items(),
+            ("steps", str(int(out.step[-1]))),
+            (f"best {study.objective}", shown_number(out.value[out.best])),
+            ("at step", str(int(out.best_step[out.best]))),
+        ]
     return _write_page(
         directory,
         "report.html",
-        figures,
+        draw_plots(study),
         name=str(study.spec.get("name", "study")),
+        kind="Study report",
         headline=headline,
         trust=trust,
-        objective=study.objective,
+        contents=[
+            ("recipe", "Recipe", ()),
+            ("findings", "Findings", ()),
+            ("plots", "Plots", ()),
+            ("trials", "Trials", ()),
+            ("run", "How it was run", ()),
+        ],
+        conclusive=bool(best),
         best=best,
         recipe=recipe if best else None,
         findings=_with_evidence(found),
-        figures=figures,
-        parameters=hyperparameters(study),
-        rows=[] if out is None else _trial_rows(study, out),
+        trials=_trials(study, _MAX_TRIALS["report"]),
         facts=_run_facts(study),
     )
 
@@ -381,21 +457,155 @@ def write_chapter(
 
     Source: playbook, "How can optimization failures be debugged and mitigated?"
     """
+    links: list[tuple[str, str, Sequence[tuple[str, str]]]] = [
+        (anchor, text, ()) for anchor, text in _decision_links(decisions)
+    ]
+    if recipe:
+        links = [("recipe", "Recipe", ()), *links]
+    if facts:
+        links = [*links, ("run", "How it was run", ())]
     return _write_page(
         directory,
         "chapter.html",
         [figure for decision in decisions for figure in decision.figures],
         name=name,
-        title=title,
+        kind=title,
         headline=headline,
         trust=trust,
+        contents=links,
+        conclusive=True,
         recipe=recipe,
-        decisions=[
-            {**vars(decision), "findings": _with_evidence(by_severity(decision.findings))}
-            for decision in decisions
-        ],
+        decisions=[_shown_decision(decision) for decision in decisions],
         facts=list(facts),
     )
+
+
+@_checks.named_arguments
+def write_recipe(
+    *,
+    name: str,
+    headline: str,
+    trust: str,
+    recipe: str | None,
+    facts: Sequence[tuple[str, str]],
+    decisions: Sequence[Decision],
+    studies: Sequence[tuple[str, Study]],
+    directory: str | os.PathLike[str],
+    budget: Sequence[tuple[str, int]] | None = None,
+) -> Path:
+    """Writes what tuning came to as ``report.html``, self-contained like `write_report`.
+
+    Verdict and recipe come first, then every decision (what was asked, seen and decided, which
+    section of the playbook says so, what to try next), then what each chapter cost, then the
+    studies with findings, plots and their best 50 trials.
+
+    Args:
+      name: of the workload.
+      headline: what it comes to, in a sentence.
+      trust: how far to trust it, in a sentence.
+      recipe: Python source, shown as it is but for control characters, which become escapes; None
+        if there is none.
+      facts: what the recipe is, such as its point, steps, value and spread, as pairs of text.
+      decisions: in the order in which they were taken.
+      studies: pairs of title and study, in the order in which they ran.
+      directory: where to write; made when missing. Earlier reports there are replaced.
+      budget: pairs of chapter and trial-steps spent; not shown if None.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ImportError: jinja2 or matplotlib is not installed (the extra ``report``).
+      ValueError: negative trial-steps in `budget`.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     write_recipe(
+      ...         name="digits", headline="Adam at 0.01.", trust="Five seeds agree.",
+      ...         recipe="optimizer = pbx.adam(0.01)", facts=[("learning_rate", "0.01")],
+      ...         decisions=[], studies=[], directory=directory, budget=[("sweep", 4000)]).name
+      'report.html'
+
+    Source: playbook, "A scientific approach to improving model performance".
+    """
+    _checks.require("jinja2", "report", "The report")
+    costs = _shown_budget(budget) if budget else None
+    decided = [_shown_decision(decision) for decision in decisions]
+    shown = []
+    for title, study in studies:
+        found = by_severity(diagnose(study))
+        shown.append(
+            {
+                "title": title,
+                "headline": " ".join(verdict(study, found)),
+                "figures": draw_plots(study),
+                "findings": _with_evidence(found),
+                "trials": _trials(study, _MAX_TRIALS["recipe"]),
+                "facts": _run_facts(study),
+            }
+        )
+    # One page has one folder of pictures: those of several sources must not share a name.
+    pictures = []
+    for label, parts in (("decision", decided), ("study", shown)):
+        for i, part in enumerate(parts):
+            part["figures"] = [
+                dataclasses.replace(figure, file=f"{label}_{i}_{j}.png")
+                for j, figure in enumerate(part["figures"])
+            ]
+            pictures += part["figures"]
+    links: list[tuple[str, str, Sequence[tuple[str, str]]]] = [("recipe", "Recipe", ())]
+    if decided:
+        links.append(("decisions", "Decisions", _decision_links(decisions)))
+    if budget:
+        links.append(("budget", "What it cost", ()))
+    if shown:
+        titles = [(f"study-{i}", title) for i, (title, _) in enumerate(studies, 1)]
+        links.append(("studies", "Studies", titles))
+    return _write_page(
+        directory,
+        "recipe.html",
+        pictures,
+        name=name,
+        kind="Tuned recipe",
+        headline=headline,
+        trust=trust,
+        contents=links,
+        conclusive=bool(recipe),
+        recipe=recipe,
+        facts=list(facts),
+        decisions=decided,
+        budget=costs,
+        studies=shown,
+    )
+
+
+def _decision_links(decisions: Sequence[Decision]) -> list[tuple[str, str]]:
+    return [(f"decision-{i}", f"{i}. {d.title}") for i, d in enumerate(decisions, 1)]
+
+
+def _shown_decision(decision: Decision) -> dict[str, Any]:
+    return {**vars(decision), "findings": _with_evidence(by_severity(decision.findings))}
+
+
+def _shown_budget(budget: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """Rows of what each chapter cost, with bars as percentages of the most expensive one."""
+    for chapter, steps in budget:
+        fix = "Give the trial-steps that were spent."
+        _checks.check_number(f"budget[{chapter!r}]", steps, at_least=0, fix=fix)
+    total, most = (f(steps for _, steps in budget) for f in (sum, max))
+    return {
+        "rows": [
+            {
+                "chapter": chapter,
+                "steps": f"{int(steps):,}",
+                "share": f"{steps / total:.0%}" if total else "–",
+                "width": f"{100 * steps / most:.4g}" if most else "0",
+            }
+            for chapter, steps in budget
+        ],
+        "total": f"{int(total):,}",
+    }
 
 
 def _with_evidence(findings: Sequence[Finding]) -> list[tuple[Finding, list[tuple[str, str]]]]:
@@ -410,19 +620,47 @@ def _write_page(
 ) -> Path:
     """Renders a page, everything escaped, and writes it with its figures beside it."""
     jinja2 = _checks.require("jinja2", "report", "The report")
+    loader = jinja2.PackageLoader("playbook_optax")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("playbook_optax"),
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(**values)
+    # The policy names the only style that may apply, by its hash.
+    style, _, _ = loader.get_source(environment, "style.css")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    recipe = values["recipe"] and _visible(values["recipe"])
+    page = environment.get_template(template).render(
+        **{
+            **values,
+            "figures": pictures,
+            "recipe": recipe,
+            "recipe_uri": recipe and _data_uri("text/x-python", recipe.encode()),
+            "style": jinja2.utils.markupsafe.Markup(style),
+            "style_hash": f"sha256-{digest}",
+        }
+    )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in pictures:
+        if Path(figure.file).name != figure.file:
+            raise ValueError(
+                f"file = {figure.file!r} of figure {figure.title!r} is not a name in the report's "
+                "directory. Give a name without a path."
+            )
         write_file(folder / figure.file, figure.png)
-    return write_file(folder / REPORT, page.encode())
+    # JSON can hold half a surrogate pair, which UTF-8 cannot.
+    return write_file(folder / REPORT, page.encode(errors="backslashreplace"))
+
+
+def _visible(source: str) -> str:
+    """Source with control characters as escapes: what is read is then what runs."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+        for c in source.replace("\r\n", "\n")
+    )
 
 
 def write_file(path: Path, content: bytes) -> Path:

@@ -1,10 +1,15 @@
 """The report: what is in it, in which order, and that nothing from a study becomes markup."""
 
+import base64
+import dataclasses
+import hashlib
 import html.parser
 import re
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from playbook_optax import report
 from playbook_optax.analysis.findings import Finding
@@ -56,11 +61,20 @@ def written(tmp_path_factory):
 def test_page_is_self_contained(written):
     path, page = written
     (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
-    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    style = re.search("<style>(.*?)</style>", path.read_text("utf-8"), re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
     assert not page.all("script")
     assert not page.all("link")
+    assert not any("style" in a or any(k[:2] == "on" for k in a) for _, a in page.elements)
     assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
-    assert all(a["href"].startswith("#") for a in page.all("a"))
+    (saved,) = [a["href"] for a in page.all("a") if not a["href"].startswith("#")]
+    kind, _, content = saved.partition(",")
+    assert kind == "data:text/x-python;base64"
+    assert base64.b64decode(content) == b"pbx.sgd(learning_rate=0.1)"
     assert not re.search(r"https?://|url\(|@import", path.read_text("utf-8"))
 
 
@@ -68,7 +82,9 @@ def test_sections_come_in_order_and_links_reach_them(written):
     _, page = written
     sections = [s["id"] for s in page.all("section")]
     assert sections == ["recipe", "findings", "plots", "trials", "run"]
-    assert {a["href"][1:] for a in page.all("a")} == set(sections)
+    links = [a["href"][1:] for a in page.all("a") if a["href"].startswith("#")]
+    assert links == ["main", *sections]
+    assert page.all("main")[0]["id"] == "main"
 
 
 def test_plots_have_alternative_text_and_lie_beside_the_page(written):
@@ -80,6 +96,8 @@ def test_plots_have_alternative_text_and_lie_beside_the_page(written):
     ]
     assert (path.parent / "axis_0.png").read_bytes().startswith(b"\x89PNG")
     assert [len(image["alt"]) > 40 for image in page.all("img")] == [True, True]
+    assert [i["width"] + i["height"] > "1" for i in page.all("img")] == [True, True]
+    assert len(page.all("caption")) == len(page.all("table")) >= 3
     assert all(th.get("scope") in ("row", "col") for th in page.all("th"))
 
 
@@ -157,3 +175,205 @@ def test_categorical_choices_are_shown_by_their_labels():
 )
 def test_numbers_are_short(value, text):
     assert report.shown_number(value) == text
+
+
+def make_decision(title="Learning rate", **fields):
+    picture = report.draw_figure("figure_0.png", "A plot", "What it shows.", lambda: drawn())
+    finding = Finding("seen", "info", "Seen this.", {"n": 1}, "Section of the finding")
+    return report.Decision(
+        **{
+            "title": title,
+            "asked": f"What about {title}?",
+            "decided": f"Decided {title}.",
+            "section": "Section of the playbook",
+            "findings": [finding],
+            "figures": [picture],
+            "table": report.Table(("remedy", "best"), [("none", "0.5")]),
+            "next": "Then try this.",
+            "cost": "40 trial-steps",
+            **fields,
+        }
+    )
+
+
+def drawn():
+    return pyplot.subplots()[1].figure
+
+
+def recipe_page(folder, **fields):
+    path = report.write_recipe(
+        **{
+            "name": "digits",
+            "headline": "Adam at 0.01.",
+            "trust": "Five seeds agree.",
+            "recipe": "optimizer = pbx.adam(0.01)",
+            "facts": [("learning_rate", "0.01"), ("spread", "0.002")],
+            "decisions": [make_decision(), make_decision("Steps", next="", cost="", table=None)],
+            "studies": [("Round 1", make_study()), ("Round 2", make_study())],
+            "directory": folder,
+            "budget": [("sweep", 1000), ("round 1", 3000), ("free", 0)],
+            **fields,
+        }
+    )
+    return path, Page(path.read_text("utf-8"))
+
+
+def test_a_recipe_page_tells_verdict_recipe_decisions_cost_and_studies_in_order(tmp_path):
+    _, page = recipe_page(tmp_path)
+    assert [s["id"] for s in page.all("section")] == [
+        "recipe",
+        "decisions",
+        "decision-1",
+        "decision-2",
+        "budget",
+        "studies",
+        "study-1",
+        "study-2",
+    ]
+    anchors = {a["id"] for _, a in page.elements if "id" in a}
+    assert {a["href"][1:] for a in page.all("a") if a["href"][0] == "#"} <= anchors
+    text = " ".join(" ".join(page.texts).split())
+    order = [
+        "Adam at 0.01. Five seeds agree.",
+        "optimizer = pbx.adam(0.01)",
+        "learning_rate 0.01 spread 0.002",
+        "Asked What about Learning rate?",
+        "A plot",
+        "Learning rate in numbers",
+        "Seen this.",
+        "Decided Decided Learning rate.",
+        "Playbook “Section of the playbook”",
+        "Try next Then try this.",
+        "Cost 40 trial-steps",
+        "Asked What about Steps?",
+        "What it cost Trial-steps by chapter",
+        "Total 4,000",
+        "The best of 6 trials is trial 3",
+    ]
+    places = [text.rindex(part) if part.startswith("Cost") else text.find(part) for part in order]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert text.count("Try next") == text.count("Cost 40") == 1
+
+
+def test_the_budget_is_shares_of_the_whole_and_bars_of_the_largest(tmp_path):
+    bare = {"decisions": [], "studies": []}
+    _, page = recipe_page(tmp_path, **bare)
+    text = " ".join(" ".join(page.texts).split())
+    assert "sweep 1,000 25% round 1 3,000 75% free 0 0% Total 4,000" in text
+    assert [bar["width"] for bar in page.all("rect")] == ["33.33", "100", "0"]
+    _, page = recipe_page(tmp_path, **bare, budget=[("free", 0)])
+    assert "free 0 – Total 0" in " ".join(" ".join(page.texts).split())
+    with pytest.raises(ValueError, match=r"budget\['sweep'\] must be >= 0, got -1"):
+        recipe_page(tmp_path, **bare, budget=[("sweep", -1)])
+
+
+def test_pictures_of_several_decisions_and_studies_do_not_replace_one_another(tmp_path):
+    _, page = recipe_page(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "decision_0_0.png",
+        "decision_1_0.png",
+        "report.html",
+        "study_0_0.png",
+        "study_0_1.png",
+        "study_1_0.png",
+        "study_1_1.png",
+    ]
+    assert len(page.all("img")) == 6
+
+
+def test_a_recipe_page_says_so_when_there_is_none_and_leaves_out_what_is_empty(tmp_path):
+    _, page = recipe_page(tmp_path, recipe=None, decisions=[], studies=[], facts=[], budget=None)
+    assert [s["id"] for s in page.all("section")] == ["recipe"]
+    assert "There is none: the decisions say why." in " ".join(page.texts)
+    assert not [a for a in page.all("a") if "download" in a]
+
+
+def test_long_tables_of_trials_say_how_many_are_left_out(tmp_path):
+    study = Study.from_arrays(
+        {"learning_rate": np.geomspace(0.01, 1.0, 73)},
+        {"valid/loss": np.linspace(1.0, 2.0, 73)[:, None] - np.array([[0.0, 0.5]])},
+        np.array([0, 10]),
+        objective="valid/loss",
+    )
+    _, page = recipe_page(tmp_path, studies=[("Round 1", study)], decisions=[], budget=None)
+    text = " ".join(" ".join(page.texts).split())
+    assert "The best 50 of 73 trials" in text
+    assert "23 further trials are left out here" in text
+    assert len(page.all("tr")) - 50 == len(Page(_no_trials(text_of(tmp_path))).all("tr"))
+    path = report.write_report(study, tmp_path)
+    text = path.read_text("utf-8")
+    assert "All 73 trials, the best first" in text
+    assert "left out" not in text
+
+
+def text_of(folder):
+    return (folder / "report.html").read_text("utf-8")
+
+
+def _no_trials(text):
+    """The page without the rows of its table of trials."""
+    return re.sub('(?s)(<table class="trials">.*?<tbody>).*?</tbody>', r"\1</tbody>", text)
+
+
+def test_what_a_recipe_shows_is_what_runs(tmp_path):
+    """Letters that reorder or hide others are escapes, in the page and in what it saves."""
+    source = "a = 'x\u202e\u2066'\r\nb\x00 = 2  # ü\n"
+    path, page = recipe_page(tmp_path, recipe=source, decisions=[], studies=[], budget=None)
+    shown = "a = 'x\\u202e\\u2066'\nb\\x00 = 2  # ü\n"
+    assert shown in "".join(page.texts)
+    (saved,) = [a for a in page.all("a") if "download" in a]
+    assert saved["download"] == "recipe.py"
+    assert base64.b64decode(saved["href"].partition(",")[2]).decode() == shown
+    assert "\u202e" not in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800half", "\x00zero", "two\nlines\nof\ntext", "漢字", "مرحبا\u202e", "W" * 3000]
+)
+def test_any_name_can_be_drawn_and_written(name, tmp_path):
+    study = make_study(name + "/loss", name)
+    path = report.write_report(study, tmp_path)
+    wanted = name.encode(errors="backslashreplace").decode().replace("\x00", "")
+    assert wanted[:8] in path.read_text("utf-8").replace("\x00", "")
+    width, height = (int(Page(text_of(tmp_path)).all("img")[0][k]) for k in ("width", "height"))
+    assert 300 < width < 2000
+    assert 300 < height < 2000
+
+
+def test_labels_of_a_categorical_axis_are_cut_as_all_names_are():
+    space = SearchSpace({"decay": Categorical(["a" * 500, "\ud800", "b"])})
+    study = Study.from_arrays(
+        {"decay": np.array([0, 1, 2])},
+        {"valid/loss": np.array([[2.0, 1.0], [2.0, 0.5], [2.0, 0.7]])},
+        np.array([0, 10]),
+        objective="valid/loss",
+        space=space,
+    )
+    seen = []
+    draw = report.plots.plot_axis
+    picture = report.draw_figure(
+        "x.png", "t", "a", lambda: seen.append(draw(study, "decay")) or seen[0]
+    )
+    assert picture.size[0] < 3000
+    labels = [tick.get_text() for tick in seen[0].get_xticklabels()]
+    assert labels == ["a" * 19 + "…", "\ufffd", "b"]
+
+
+def test_no_name_reaches_tex():
+    """A matplotlibrc may turn TeX on, which reads files and can run programs."""
+    seen = []
+    with matplotlib.rc_context({"text.usetex": True}):
+        report.draw_figure(
+            "x.png", "t", "a", lambda: seen.append(matplotlib.rcParams["text.usetex"]) or drawn()
+        )
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("file", ["../escaped.png", "/tmp/escaped.png", "a/b.png"])
+def test_a_picture_is_written_into_the_directory_or_not_at_all(file, tmp_path):
+    picture = dataclasses.replace(make_decision().figures[0], file=file)
+    folder = tmp_path / "page"
+    with pytest.raises(ValueError, match="Give a name without a path"):
+        report.write_chapter("n", "t", "h", "t", [make_decision(figures=[picture])], folder)
+    assert [p.name for p in tmp_path.rglob("*")] == ["page"]

@@ -135,7 +135,7 @@ def rank_reached(num_trials: int, budget: int, share: float, replace: bool = Tru
     """
     k = np.arange(1, num_trials + 1)
     if replace:
-        missed = (1 - k / num_trials) ** budget
+        missed: np.ndarray = (1 - k / num_trials) ** budget
     else:
         # C(m - k, n) / C(m, n), one factor (m - k + 1 - n) / (m - k + 1) for each k.
         missed = np.cumprod(np.maximum(num_trials - k + 1 - budget, 0) / (num_trials - k + 1))

@@ -1,5 +1,6 @@
 """Floor 6: the playbook's procedures, each from a workload to a `Verdict`."""
 
+from playbook_optax.procedures.adopt import adopt, retrain
 from playbook_optax.procedures.budget import best_of_budget
 from playbook_optax.procedures.clipping import choose_clip_threshold
 from playbook_optax.procedures.instability import (
@@ -9,23 +10,35 @@ from playbook_optax.procedures.instability import (
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
 from playbook_optax.procedures.remedies import RemedyComparison, RemedyRow, compare_remedies
+from playbook_optax.procedures.rounds import (
+    NextRound,
+    TransferRow,
+    plan_next_round,
+    round_lengths,
+)
 from playbook_optax.procedures.stability import Stabilization, stabilize
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.procedures.warmup import WarmupAnswer, tune_warmup
 
 __all__ = [
+    "NextRound",
     "RemedyComparison",
     "RemedyRow",
     "Stabilization",
+    "TransferRow",
     "Verdict",
     "WarmupAnswer",
+    "adopt",
     "best_of_budget",
     "choose_clip_threshold",
     "compare_remedies",
     "find_unstable_learning_rate",
     "pick_num_steps",
+    "plan_next_round",
     "probe_early_instability",
     "refine_num_steps",
+    "retrain",
+    "round_lengths",
     "stabilize",
     "sweep_learning_rate",
     "tune_warmup",

@@ -8,6 +8,12 @@ from playbook_optax.analysis.boundaries import boundary_findings, boundary_info
 from playbook_optax.analysis.curves import curve_findings, curve_info
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
 from playbook_optax.analysis.findings import Finding, by_severity
+from playbook_optax.analysis.generalization import (
+    late_variance_findings,
+    late_variance_info,
+    overfitting_findings,
+    overfitting_info,
+)
 from playbook_optax.analysis.importance import importance_findings, importance_info
 from playbook_optax.analysis.instability import instability_findings, instability_info
 from playbook_optax.analysis.outcomes import Outcomes, outcomes
@@ -35,6 +41,8 @@ RULES = (
     Rule("instability", instability_info, instability_findings),
     Rule("boundaries", boundary_info, boundary_findings),
     Rule("curves", curve_info, curve_findings),
+    Rule("overfitting", overfitting_info, overfitting_findings),
+    Rule("late_variance", late_variance_info, late_variance_findings),
     Rule("importance", importance_info, importance_findings),
 )
 """The rules of `diagnose`, in the order in which equally grave findings are told."""

@@ -3,6 +3,7 @@
 from playbook_optax.procedures.adopt import adopt, retrain
 from playbook_optax.procedures.budget import best_of_budget
 from playbook_optax.procedures.clipping import choose_clip_threshold
+from playbook_optax.procedures.gradient_noise import GradientNoise, gradient_noise
 from playbook_optax.procedures.instability import (
     find_unstable_learning_rate,
     probe_early_instability,
@@ -21,6 +22,7 @@ from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.procedures.warmup import WarmupAnswer, tune_warmup
 
 __all__ = [
+    "GradientNoise",
     "NextRound",
     "RemedyComparison",
     "RemedyRow",
@@ -33,6 +35,7 @@ __all__ = [
     "choose_clip_threshold",
     "compare_remedies",
     "find_unstable_learning_rate",
+    "gradient_noise",
     "pick_num_steps",
     "plan_next_round",
     "probe_early_instability",

@@ -16,6 +16,7 @@ from playbook_optax.analysis.axes import (
 from playbook_optax.analysis.budgets import BudgetInfo
 from playbook_optax.analysis.curves import best_curves, compared_curves
 from playbook_optax.analysis.instability import instability_curves
+from playbook_optax.analysis.isolation import IsolationInfo
 from playbook_optax.analysis.norms import norm_histogram, norm_trace
 from playbook_optax.analysis.stability import stability_info
 from playbook_optax.procedures.remedies import RemedyComparison
@@ -883,5 +884,86 @@ def plot_budget(info: BudgetInfo, ax: Any = None) -> Any:
         ax.margins(y=0.1)
     ax.set_xticks(range(len(info.rows)), [str(row.budget) for row in info.rows])
     ax.set_xlabel("number of trials")
+    ax.set_ylabel(_metric_label(f"best {info.objective}", info.maximize))
+    return ax
+
+
+@_checks.named_arguments
+def plot_isolation(info: IsolationInfo, ax: Any = None) -> Any:
+    """Draws the best trial for each value of a scientific hyperparameter.
+
+    A dot is the best trial of a value, a star that of the best value, with a bar of one standard
+    deviation over seeds where there are any. Where values differ in their number of trials, an
+    open mark is what the best of the smallest number would be. Below each value stand its number
+    of trials and the share that failed; a cross at the top is a value of which all failed.
+
+    Args:
+      info: from `isolation_info`.
+      ax: matplotlib Axes to draw into; new ones by default.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> from playbook_optax.analysis.isolation import isolation_info
+      >>> study = Study.from_arrays(
+      ...     {"width": [16, 64]}, {"loss": [[3.0], [1.5]]}, [10], objective="loss")
+      >>> plot_isolation(isolation_info(study, "width")).get_xlabel()
+      'width'
+
+    Source: "Extracting insight from experimental results" (isolation plots).
+    """
+    ax = _new_axes(ax, 7.0, 4.2)
+    labels = []
+    unequal = len({row.num_trials for row in info.rows}) > 1
+    for x, row in enumerate(info.rows):
+        failed = f", {row.infeasible_share:.0%} failed" if row.num_infeasible else ""
+        trials = "1 trial" if row.num_trials == 1 else f"{row.num_trials} trials"
+        labels.append(f"{row.label}\n{trials}{failed}")
+        if row.best_trial < 0:
+            ax.plot(
+                x,
+                0.95,
+                "x",
+                transform=ax.get_xaxis_transform(),
+                color=VERMILLION,
+                markersize=8,
+                markeredgewidth=1.8,
+            )
+            continue
+        star = x == info.best
+        if np.isfinite(row.spread):
+            ax.errorbar(x, row.best_value, yerr=row.spread, color=BLUE, capsize=4, zorder=2)
+        if unequal and np.isfinite(row.matched_value):
+            ax.plot(
+                x,
+                row.matched_value,
+                "D",
+                color=GREY,
+                markerfacecolor="white",
+                markersize=7,
+                zorder=2,
+            )
+        ax.plot(
+            x,
+            row.best_value,
+            "*" if star else "o",
+            color=ORANGE if star else BLUE,
+            markeredgecolor=BLACK if star else BLUE,
+            markersize=15 if star else 7,
+            zorder=3,
+        )
+    if unequal:
+        fewest = min(row.num_trials for row in info.rows)
+        shown = {"marker": "D", "linestyle": "none", "color": GREY, "markerfacecolor": "white"}
+        ax.plot([], [], **shown, label=f"best of {fewest}, at the median")
+        ax.legend(frameon=False, fontsize="small")
+    ax.set_xticks(range(len(labels)), labels, fontsize="small")
+    ax.set_xlim(-0.5, len(labels) - 0.5)
+    ax.margins(y=0.15)
+    ax.set_xlabel(info.scientific)
     ax.set_ylabel(_metric_label(f"best {info.objective}", info.maximize))
     return ax

@@ -14,11 +14,14 @@ from playbook_optax.analysis.axes import (
     hyperparameters,
 )
 from playbook_optax.analysis.budgets import BudgetInfo
-from playbook_optax.analysis.curves import best_curves, compared_curves
+from playbook_optax.analysis.curves import EARLY, LATE, best_curves, compared_curves
 from playbook_optax.analysis.instability import instability_curves
 from playbook_optax.analysis.isolation import IsolationInfo
 from playbook_optax.analysis.norms import norm_histogram, norm_trace
 from playbook_optax.analysis.stability import stability_info
+from playbook_optax.analysis.targets import StepsToTarget
+from playbook_optax.analysis.training_length import BestStepInfo
+from playbook_optax.procedures.gradient_noise import GradientNoise
 from playbook_optax.procedures.remedies import RemedyComparison
 from playbook_optax.records.study import Study
 
@@ -960,10 +963,231 @@ def plot_isolation(info: IsolationInfo, ax: Any = None) -> Any:
         fewest = min(row.num_trials for row in info.rows)
         shown = {"marker": "D", "linestyle": "none", "color": GREY, "markerfacecolor": "white"}
         ax.plot([], [], **shown, label=f"best of {fewest}, at the median")
-        ax.legend(frameon=False, fontsize="small")
+        _legend_above(ax, 1)
     ax.set_xticks(range(len(labels)), labels, fontsize="small")
     ax.set_xlim(-0.5, len(labels) - 0.5)
     ax.margins(y=0.15)
     ax.set_xlabel(info.scientific)
     ax.set_ylabel(_metric_label(f"best {info.objective}", info.maximize))
+    return ax
+
+
+@_checks.named_arguments
+def plot_best_steps(info: BestStepInfo, ax: Any = None) -> Any:
+    """Draws the distribution of the steps that retrospective checkpoint selection finds.
+
+    Solid bars are the good trials, outlined ones all trials that have a value. The shaded ends are
+    the first tenth, where training was far too long if (almost) all good trials fall into it, and
+    the last quarter, where longer training may be better.
+
+    Args:
+      info: from `best_step_info`.
+      ax: matplotlib Axes to draw into; new ones by default.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> import numpy as np
+      >>> from playbook_optax.analysis.training_length import best_step_info
+      >>> study = Study.from_arrays(
+      ...     {"x": np.arange(3)}, {"loss": np.tile(np.linspace(2, 1, 11), (3, 1))},
+      ...     np.arange(0, 101, 10), objective="loss")
+      >>> plot_best_steps(best_step_info(study)).get_ylabel()
+      'trials'
+
+    Source: "Deciding how long to train when training is not compute-bound".
+    """
+    ax = _new_axes(ax, 6.4, 3.6)
+    centres, width = (info.edges[1:] + info.edges[:-1]) / 2, np.diff(info.edges)
+    ax.bar(
+        centres,
+        info.counts,
+        width,
+        color="white",
+        edgecolor=GREY,
+        label=f"all {int(info.counts.sum())} trials",
+    )
+    ax.bar(
+        centres,
+        info.good_counts,
+        0.8 * width,
+        color=BLUE,
+        label=f"the {int(info.good_counts.sum())} best",
+    )
+    ends = ((0.0, EARLY, "far too long", "//"), (LATE, 1.0, "train longer?", "\\\\"))
+    for low, high, text, hatch in ends:
+        ax.axvspan(
+            low, high, facecolor=ORANGE, alpha=0.15, hatch=hatch, zorder=0, linewidth=0, label=text
+        )
+    ticker = _checks.require("matplotlib.ticker", "plots", "Plotting")
+    ax.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+    ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    ax.set_xlim(0, 1)
+    ax.set_xlabel(f"step of the best {info.objective}, as a share of {info.num_steps} steps")
+    ax.set_ylabel("trials")
+    _legend_above(ax, 4)
+    return ax
+
+
+@_checks.named_arguments
+def plot_steps_to_target(info: StepsToTarget, name: str | None = None, ax: Any = None) -> Any:
+    """Draws how many steps each trial needed to reach a target, against a hyperparameter.
+
+    A bar below each mark reaches to the evaluation before, at which the target was not reached yet.
+    Crosses in the band along the top never reached it; those of infeasible trials are red. The
+    fastest feasible trial is a star.
+
+    Args:
+      info: from `steps_to_target`.
+      name: a hyperparameter; the learning rate, or else the first, by default.
+      ax: matplotlib Axes to draw into; new ones by default.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: no such hyperparameter.
+
+    Source: "Determining the number of steps for each training run".
+    """
+    if name is None:
+        name = "learning_rate" if "learning_rate" in info.points else next(iter(info.points), None)
+    elif name not in info.points:
+        raise ValueError(
+            f"name = {name!r} is not a hyperparameter: {_checks.nearest(name, info.points)}"
+        )
+    ax = _new_axes(ax)
+    num = len(info.steps)
+    values = np.arange(num) if name is None else np.asarray(info.points[name])
+    words = values.dtype.kind not in "iuf"
+    kinds, places = np.unique(values, return_inverse=True)
+    x = places if words else values.astype(np.float64)
+    reached = info.steps >= 0
+    good = reached & ~info.infeasible
+    before = np.maximum(info.after, 0)
+    ax.vlines(x[reached], before[reached], info.steps[reached], color=GREY, linewidth=1.2, zorder=1)
+    for shown, colour, text in (
+        (good, BLUE, "trial"),
+        (reached & info.infeasible, VERMILLION, "infeasible later"),
+    ):
+        if shown.any():
+            ax.plot(x[shown], info.steps[shown], "o", color=colour, markersize=6, label=text)
+    fastest = info.fastest
+    if fastest >= 0:
+        ax.plot(
+            x[fastest],
+            info.steps[fastest],
+            "*",
+            color=ORANGE,
+            markeredgecolor=BLACK,
+            markersize=16,
+            zorder=4,
+            label=f"fastest: {info.steps[fastest]} steps",
+        )
+    top = int(info.step[-1]) if len(info.step) else 1
+    ax.set_ylim(0, 1.12 * max(top, 1))
+    if not reached.all():
+        ax.axhspan(1.03 * top, 1.12 * top, color=GREY, alpha=0.12, linewidth=0)
+        for shown, colour, text in (
+            (~reached & ~info.infeasible, GREY, "never"),
+            (~reached & info.infeasible, VERMILLION, "infeasible"),
+        ):
+            if shown.any():
+                ax.plot(
+                    x[shown],
+                    np.full(shown.sum(), 1.075 * top),
+                    "x",
+                    color=colour,
+                    markersize=7,
+                    markeredgewidth=1.6,
+                    label=f"{text} ({shown.sum()} of {num})",
+                )
+    ax.set_xlabel("trial" if name is None else name)
+    if words:
+        ax.set_xticks(range(len(kinds)), kinds)
+    elif _spans_decades(x) and name is not None:
+        ax.set_xscale("log")
+        _log_axis(ax.xaxis, float(x.min()), float(x.max()))
+        ax.set_xlabel(f"{name} (log scale)")
+    ax.set_ylabel(f"steps to {info.metric} {'≥' if info.maximize else '≤'} {info.target:g}")
+    _legend_above(ax, 3)
+    return ax
+
+
+@_checks.named_arguments
+def plot_gradient_noise(info: GradientNoise, ax: Any = None) -> Any:
+    """Draws the variance of the gradient against the batch size, for each variant of a workload.
+
+    Marks are measured, with bars of two standard errors; the line through them is the variance of
+    one example divided by the batch size. The fainter line is the squared norm of the gradient's
+    mean: where the two cross, at the mark, is the noise scale.
+
+    Args:
+      info: the answer of `gradient_noise`.
+      ax: matplotlib Axes to draw into; new ones by default.
+
+    Returns:
+      The matplotlib Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+
+    Example:
+      >>> from playbook_optax.procedures.gradient_noise import NoiseRow, VariantNoise
+      >>> rows = (NoiseRow(4, 2.0, 0.1, 8), NoiseRow(8, 1.0, 0.1, 4))
+      >>> noise = VariantNoise("plain", 4, rows, 8.0, 0.4, 0.5, 0.1, 16.0, 2.0, 1.0, 0.0, 8)
+      >>> plot_gradient_noise(GradientNoise((noise,), 2, 0)).get_xlabel()
+      'batch size (examples, log scale)'
+
+    Source: "Determining the number of steps for each training run".
+    """
+    ax = _new_axes(ax)
+    noises = [noise for noise in info.variants if noise.trace > 0]
+    sizes: list[float] = [row.batch_size for noise in noises for row in noise.rows]
+    sizes += [noise.noise_scale for noise in noises if noise.noise_scale > 0]
+    if not noises:
+        ax.text(0.5, 0.5, "no noise", transform=ax.transAxes, ha="center")
+    for i, noise in enumerate(noises):
+        colour, dash = SERIES[i % len(SERIES)], DASHES[i % len(DASHES)]
+        line = np.array([min(sizes), max(sizes)], np.float64)
+        known = noise.noise_scale > 0
+        scale = f"noise scale {noise.noise_scale:.3g}" if known else "noise scale not measurable"
+        ax.plot(line, noise.trace / line, color=colour, linestyle=dash, linewidth=1.2)
+        ax.errorbar(
+            [row.batch_size for row in noise.rows],
+            [row.variance for row in noise.rows],
+            yerr=[min(2 * row.variance_error, 0.9 * row.variance) for row in noise.rows],
+            fmt="osD^vP*Xhd"[i % 10],
+            color=colour,
+            markersize=6,
+            capsize=3,
+            label=f"{noise.name} ({scale})",
+        )
+        if known:
+            ax.axhline(
+                noise.squared_norm, color=colour, linestyle=dash, linewidth=0.8, alpha=0.5, zorder=1
+            )
+            ax.plot(
+                noise.noise_scale,
+                noise.squared_norm,
+                "|",
+                color=colour,
+                markersize=16,
+                markeredgewidth=2,
+            )
+    if noises:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(_tick_formatter())
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        _log_axis(ax.yaxis, low, high)
+    ax.set_xlabel("batch size (examples, log scale)")
+    ax.set_ylabel("variance of the gradient")
+    if noises:
+        _legend_above(ax, 1)
     return ax

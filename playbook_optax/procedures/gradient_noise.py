@@ -506,7 +506,7 @@ def _scale(noise: VariantNoise) -> Finding:
     if share > 2:
         advice = (
             "Noise dominates at this batch size: larger batches take fewer steps, almost in "
-            f"proportion up to about {noise.noise_scale:.2g} examples."
+            f"proportion up to about {noise.noise_scale:.3g} examples."
         )
     elif share < 0.5:
         advice = "The gradient dominates at this batch size: larger batches save few steps."

@@ -380,7 +380,7 @@ def plan_next_round(
         if row.confidence == "very likely":
             fixed[name] = study.point(out.best)[name]
             continue
-        parameter = _declared(study, name)
+        parameter = declared_parameter(study, name)
         if parameter is None:
             fixed[name] = study.point(out.best)[name]
         elif row.kind == "schedule":
@@ -391,7 +391,7 @@ def plan_next_round(
             )
     if not space:
         # A study searches something: with nothing else to search even a sure choice is.
-        spare = [(name, _declared(study, name)) for name in fixed]
+        spare = [(name, declared_parameter(study, name)) for name in fixed]
         spare = [(name, parameter) for name, parameter in spare if parameter is not None]
         if not spare:
             return refuse(_nothing_to_search(fixed))
@@ -410,8 +410,17 @@ def plan_next_round(
     return Verdict(plan, tuple(by_severity(findings)), studies, cost)
 
 
-def _declared(study: Study, name: str) -> Parameter | None:
-    """The parameter of the search space, or one that covers the trials; None if it is constant."""
+def declared_parameter(study: Study, name: str) -> Parameter | None:
+    """What could be searched of a hyperparameter of a study.
+
+    Args:
+      study: the study.
+      name: the hyperparameter.
+
+    Returns:
+      The parameter of the search space; without one, a range that covers the trials; None if it is
+      constant there, or not a number.
+    """
     if study.space is not None and name in study.space:
         return study.space[name]
     line = axis(study, name)

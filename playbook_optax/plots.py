@@ -1018,11 +1018,10 @@ def plot_best_steps(info: BestStepInfo, ax: Any = None) -> Any:
         color=BLUE,
         label=f"the {int(info.good_counts.sum())} best",
     )
-    ends = ((0.0, EARLY, "far too long", "//"), (LATE, 1.0, "train longer?", "\\\\"))
-    for low, high, text, hatch in ends:
-        ax.axvspan(
-            low, high, facecolor=ORANGE, alpha=0.15, hatch=hatch, zorder=0, linewidth=0, label=text
-        )
+    ends = ((0.0, EARLY, VERMILLION, "far too long"), (LATE, 1.0, ORANGE, "train longer?"))
+    for low, high, colour, text in ends:
+        ax.axvspan(low, high, color=colour, alpha=0.18, zorder=0, linewidth=0, label=text)
+    ax.margins(y=0.12)
     ticker = _checks.require("matplotlib.ticker", "plots", "Plotting")
     ax.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))

@@ -2,9 +2,12 @@
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import html.parser
+import os
 import re
+import sys
 
 import matplotlib
 import numpy as np
@@ -13,7 +16,7 @@ from matplotlib import pyplot
 
 from playbook_optax import report
 from playbook_optax.analysis.findings import Finding
-from playbook_optax.records.study import Study
+from playbook_optax.records.study import Study, load_study
 from playbook_optax.search_space import Categorical, Float, SearchSpace
 
 EVIL = "<script>alert(1)</script>$\\frac{"
@@ -218,8 +221,13 @@ def recipe_page(folder, **fields):
     return path, Page(path.read_text("utf-8"))
 
 
-def test_a_recipe_page_tells_verdict_recipe_decisions_cost_and_studies_in_order(tmp_path):
-    _, page = recipe_page(tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return recipe_page(tmp_path_factory.mktemp("recipe"))
+
+
+def test_a_recipe_page_tells_verdict_recipe_decisions_cost_and_studies_in_order(whole):
+    _, page = whole
     assert [s["id"] for s in page.all("section")] == [
         "recipe",
         "decisions",
@@ -242,7 +250,7 @@ def test_a_recipe_page_tells_verdict_recipe_decisions_cost_and_studies_in_order(
         "Learning rate in numbers",
         "Seen this.",
         "Decided Decided Learning rate.",
-        "Playbook “Section of the playbook”",
+        "Playbook “ Section of the playbook ”",
         "Try next Then try this.",
         "Cost 40 trial-steps",
         "Asked What about Steps?",
@@ -268,9 +276,9 @@ def test_the_budget_is_shares_of_the_whole_and_bars_of_the_largest(tmp_path):
         recipe_page(tmp_path, **bare, budget=[("sweep", -1)])
 
 
-def test_pictures_of_several_decisions_and_studies_do_not_replace_one_another(tmp_path):
-    _, page = recipe_page(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
+def test_pictures_of_several_decisions_and_studies_do_not_replace_one_another(whole):
+    path, page = whole
+    assert sorted(p.name for p in path.parent.iterdir()) == [
         "decision_0_0.png",
         "decision_1_0.png",
         "report.html",
@@ -360,6 +368,16 @@ def test_labels_of_a_categorical_axis_are_cut_as_all_names_are():
     assert labels == ["a" * 19 + "…", "\ufffd", "b"]
 
 
+def test_a_wide_drawing_is_a_wide_figure():
+    def draw(width):
+        return pyplot.subplots(figsize=(width, 3.0))[1]
+
+    figures = [report.draw_figure("x.png", "t", "a", lambda w=w: draw(w)) for w in (6.0, 15.0)]
+    assert [figure.wide for figure in figures] == [False, True]
+    # Tight, so that the size is nearly, not exactly, the paper's; a narrow one has less of it.
+    np.testing.assert_allclose([f.size[0] / 130 for f in figures], [4.8, 15.0], rtol=0.2)
+
+
 def test_no_name_reaches_tex():
     """A matplotlibrc may turn TeX on, which reads files and can run programs."""
     seen = []
@@ -368,6 +386,67 @@ def test_no_name_reaches_tex():
             "x.png", "t", "a", lambda: seen.append(matplotlib.rcParams["text.usetex"]) or drawn()
         )
     assert seen == [False]
+
+
+WATCHED = []
+
+
+@functools.cache
+def watch():
+    """Lists what Python is asked to do, in `WATCHED`, for as long as a list is there."""
+
+    def hook(event, arguments):
+        if WATCHED:
+            WATCHED[0].append((event, arguments))
+
+    sys.addaudithook(hook)
+
+
+def written_paths(events):
+    """The files that were opened for writing, made, moved or removed."""
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    for event, arguments in events:
+        if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & writing:
+            yield os.fsdecode(arguments[0])
+        elif event in ("os.rename", "os.link", "os.symlink"):
+            yield from map(os.fsdecode, arguments[:2])
+        elif event in ("os.mkdir", "os.remove", "os.chmod", "os.truncate", "os.rmdir"):
+            yield os.fsdecode(arguments[0])
+
+
+def test_a_page_from_an_untrusted_study_runs_nothing_and_writes_nowhere_else(tmp_path):
+    names = ["../../escaped", "/tmp/escaped", "__import__('os').system('true')", "{{ 7 * 7 }}"]
+    rates = np.geomspace(0.01, 1.0, 6)
+    rows = np.array([[2.0, 1.0 + i / 10] for i in range(6)])
+    study = Study.from_arrays(
+        dict.fromkeys(names, rates),
+        {"../escaped": rows, "x; touch escaped": rows},
+        np.array([0, 10]),
+        objective="../escaped",
+        name=names[2],
+    )
+    study.save(tmp_path / "study")
+    write = functools.partial(report.write_report, recipe=names[2])
+    # What is imported and cached at first is not this page's doing.
+    write(study, tmp_path / "first")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    watch()
+    WATCHED.append([])
+    try:
+        write(load_study(tmp_path / "study"), tmp_path / "page")
+    finally:
+        events = WATCHED.pop()
+    inside = [os.path.realpath(path) for path in written_paths(events)]
+    page = str((tmp_path / "page").resolve())
+    assert len(inside) > 8
+    assert {path for path in inside if not f"{path}/".startswith(f"{page}/")} == set()
+    started = ("subprocess", "os.system", "os.exec", "os.spawn", "os.posix", "socket", "pickle")
+    assert [event for event, _ in events if event.startswith(started)] == []
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if not f"{p}/".startswith(page)}
+    assert after == before
+    text = text_of(tmp_path / "page")
+    assert "{{ 7 * 7 }}" in text
+    assert all(p.suffix in (".html", ".png") for p in (tmp_path / "page").iterdir())
 
 
 @pytest.mark.parametrize("file", ["../escaped.png", "/tmp/escaped.png", "a/b.png"])

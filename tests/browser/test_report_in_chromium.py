@@ -153,7 +153,7 @@ def write_all(folder):
 
 
 ELEMENTS = (
-    "a article body caption code dd details div dl dt figcaption figure footer h1 h2 h3 head "
+    "a article bdi body caption code dd details div dl dt figcaption figure footer h1 h2 h3 head "
     "header html img li main meta nav ol p pre rect section span strong style summary svg "
     "table tbody td tfoot th thead title tr"
 )

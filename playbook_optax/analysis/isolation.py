@@ -12,14 +12,13 @@ from playbook_optax.analysis.budgets import rank_reached
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.records.study import Study
+from playbook_optax.records.study_set import SCIENTIFIC, StudySet
 
 SECTION = "Extracting insight from experimental results (isolation plots)"
 LEVEL = 0.05
 """A value is called best if luck would make some value as far ahead in at most 5% of cases."""
 UNEQUAL = 1.5
 """From this ratio of the numbers of trials on, the best of more trials needs a warning."""
-LABEL = "study"
-"""What the scientific hyperparameter is called where each of its values is a study."""
 
 
 class IsolationRow(NamedTuple):
@@ -128,8 +127,9 @@ def isolation_info(
     unequal numbers of trials into account.
 
     Args:
-      studies: one study; or label to study, one for each value, as `run_studies` gives them.
-      scientific: the hyperparameter, in one study; what to call the labels, with several.
+      studies: one study; or label to study, one for each value, such as a `StudySet`.
+      scientific: the hyperparameter, in one study; what to call the labels, with several, which
+        a `StudySet` knows.
       num_buckets: a hyperparameter with more different values than this is cut into so many
         ranges of equal length on its scale.
       objective: a recorded metric; the studies' own by default.
@@ -165,7 +165,8 @@ def isolation_info(
         groups = _groups_within(studies, scientific, num_buckets, objective, maximize)
     else:
         groups = _groups_between(studies, objective, maximize)
-        scientific = LABEL if scientific is None else scientific
+        if scientific is None:
+            scientific = studies.scientific if isinstance(studies, StudySet) else SCIENTIFIC
     out = groups[0].out
     fewest = min(len(group.trials) for group in groups)
     rows = tuple(_row(group, fewest, scientific) for group in groups)

@@ -219,6 +219,8 @@ def plateau_schedule(
     findings.append(_decided(answer, driven, eval_every))
     if not boundaries:
         findings.append(_no_plateau(answer, patience, eval_every))
+    elif answer.best_step <= boundaries[0]:
+        findings.append(_gained_nothing(answer, driven))
     return Verdict(answer, tuple(by_severity(findings)), studies, cost)
 
 
@@ -379,6 +381,21 @@ def _no_plateau(answer: PlateauAnswer, patience: int, eval_every: int) -> Findin
         section="What is the best learning rate decay schedule family?",
         suggestion="Some schedule that is not constant should always be used: lower the patience, "
         "train longer, or use a linear or cosine decay.",
+    )
+
+
+def _gained_nothing(answer: PlateauAnswer, driven: Study) -> Finding:
+    return Finding(
+        code="reductions_gained_nothing",
+        severity="warning",
+        message=(
+            f"{driven.objective} was best at step {answer.best_step}, and the first reduction came "
+            f"at step {answer.boundaries[0]}: the best checkpoint of a constant learning rate is as "
+            "good."
+        ),
+        evidence={"best_step": answer.best_step, "boundaries": answer.boundaries},
+        section=SECTION,
+        suggestion="Reduce sooner (a smaller patience), or use a linear or cosine decay.",
     )
 
 

@@ -459,14 +459,15 @@ def _narrowed(
     new_low, new_high = (
         float(from_scale(ends[0] + at * (ends[1] - ends[0]), line.scale)) for at in (low, high)
     )
-    new_low = parameter.low if low <= 0 else _rounded(new_low, line.scale)
-    new_high = parameter.high if high >= 1 else _rounded(new_high, line.scale)
+    slack = MARGIN / 4 * float(ends[1] - ends[0])
+    new_low = parameter.low if low <= 0 else _rounded(new_low, line.scale, slack)
+    new_high = parameter.high if high >= 1 else _rounded(new_high, line.scale, slack)
     changes: dict[str, Any] = {}
     if isinstance(parameter, Integer):
         if parameter.include_zero and new_low > parameter.low:
             changes["include_zero"] = False
         new_low, new_high = math.floor(new_low), math.ceil(new_high)
-    # Rounding must not leave the old range, nor turn it over.
+    # Rounding must not leave the old range.
     new_low, new_high = max(new_low, parameter.low), min(new_high, parameter.high)
     if wider is not None and wider.edge == "low":
         new_low = wider.proposal.low
@@ -479,11 +480,17 @@ def _narrowed(
     return dataclasses.replace(parameter, **changes)
 
 
-def _rounded(value: float, scale: str) -> float:
-    """Two digits on a logarithmic scale, of 1 - x on a reverse one, and four on a linear one."""
-    if scale == "reverse_log":
-        return float(f"{1 - float(f'{1 - value:.1e}'):.12g}")
-    return float(f"{value:.1e}") if scale == "log" else float(f"{value:.3e}")
+def _rounded(value: float, scale: str, slack: float) -> float:
+    """The value with few digits (of 1 - x on a reverse scale), moved by at most `slack`."""
+    for digits in range(2, 8):
+        if scale == "reverse_log":
+            gap = float(f"{1 - value:.{digits - 1}e}")
+            short = float(f"{1 - gap:.12g}")
+        else:
+            short = float(f"{value:.{digits - 1}e}")
+        if abs(float(to_scale(short, scale) - to_scale(value, scale))) <= slack:
+            return short
+    return value
 
 
 def _fewer_choices(

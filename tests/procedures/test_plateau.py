@@ -22,6 +22,12 @@ def codes(verdict):
     return [finding.code for finding in verdict.findings]
 
 
+def stand_still(point):
+    """Makes one update and then stands still, so that no reduction can gain anything."""
+    rate = point["learning_rate"]
+    return pbx.sgd(lambda count: rate(count) * (count < 1))
+
+
 def decisions(curve, steps, patience, rtol, cooldown=0, maximize=False):
     """The rule as a plain loop over the recorded curve; the last evaluation decides nothing."""
     best, bad, cooling, found = None, 0, 0, []
@@ -65,7 +71,9 @@ def test_the_plain_schedule_gives_the_same_run_to_the_bit():
     assert answer.point == {"b1": 0.8}
     assert verdict.cost == 2 * 90
     # By the procedure itself, and by the user's own call with the answer alone.
-    assert codes(verdict) == ["replay_agrees", "plateau_decisions"]
+    assert codes(verdict)[-2:] == ["replay_agrees", "plateau_decisions"]
+    gained = answer.best_step > answer.boundaries[0]
+    assert ("reductions_gained_nothing" in codes(verdict)) == (not gained)
     for name, values in verdict.studies["replay"].data.data_vars.items():
         if "eval" in values.dims:
             np.testing.assert_array_equal(values, driven.data[name], err_msg=str(name))
@@ -106,6 +114,9 @@ def test_the_floor_and_the_room_for_reductions():
     work = tiny_workloads.quadratic()
     floor = drive(work, tiny_workloads.sgd, min_scale=0.2, **arguments).answer
     np.testing.assert_allclose(floor.values, [1e-6, 5e-7, 2.5e-7, 2e-7], rtol=1e-6)
+    nothing = drive(work, stand_still, **{**arguments, "point": {"learning_rate": 0.2}})
+    assert "reductions_gained_nothing" in codes(nothing)
+    assert nothing.answer.best_step <= nothing.answer.boundaries[0]
     few = drive(work, tiny_workloads.sgd, max_reductions=2, **arguments).answer
     assert few.boundaries == (1, 2)
 

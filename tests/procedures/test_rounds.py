@@ -1,5 +1,7 @@
 """The next round: lengths, what is fixed, narrowed or widened, and the schedule carried over."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,10 @@ import tiny_workloads
 
 import playbook_optax as pbx
 from playbook_optax import schedules
+from playbook_optax.analysis.axes import axis, to_scale
+from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures import plan_next_round, round_lengths
-from playbook_optax.procedures.rounds import MIN_WIDTH, transfer_kind
+from playbook_optax.procedures.rounds import MIN_WIDTH, _narrowed, transfer_kind
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 
 KEY = jax.random.key(0)
@@ -138,6 +142,53 @@ def test_a_range_is_narrowed_on_its_own_scale(name, optimum):
     assert (type(new), new.scale) == (type(space[name]), space[name].scale)
     assert new.low >= space[name].low
     assert new.high <= space[name].high
+
+
+RANGES = {
+    "linear": st.tuples(st.floats(-1e3, 1e3), st.floats(1e-2, 1e3)).map(
+        lambda ends: Float(ends[0], ends[0] + ends[1])
+    ),
+    "log": st.tuples(st.floats(1e-8, 1e3), st.floats(1.05, 1e6)).map(
+        lambda ends: Float(ends[0], ends[0] * ends[1], scale="log")
+    ),
+    "reverse_log": st.tuples(st.floats(1e-4, 0.5), st.floats(1.1, 1e3)).map(
+        lambda ends: Float(1 - min(ends[0] * ends[1], 1.0), 1 - ends[0], scale="reverse_log")
+    ),
+    "integer": st.tuples(st.integers(-50, 50), st.integers(1, 1000)).map(
+        lambda ends: Integer(ends[0], ends[0] + ends[1])
+    ),
+    "log integer": st.tuples(st.integers(1, 50), st.integers(1, 1000), st.booleans()).map(
+        lambda ends: Integer(ends[0], ends[0] + ends[1], scale="log", include_zero=ends[2])
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RANGES)
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(data=st.data())
+def test_any_range_keeps_its_good_trials_its_ends_and_its_width(kind, data):
+    old = data.draw(RANGES[kind])
+    unit = data.draw(st.lists(st.floats(0, 1, width=32), min_size=6, max_size=6))
+    values = np.asarray(old.from_unit(np.asarray(unit, np.float32)))
+    loss = np.arange(6.0)
+    study = pbx.Study.from_arrays(
+        {"x": values},
+        {"valid/loss": np.stack([loss + 9, loss], axis=1)},
+        [0, 10],
+        objective="valid/loss",
+        space=SearchSpace({"x": old}),
+    )
+    line, out = axis(study, "x"), outcomes(study)
+    new = _narrowed(line, old, out, out.good(), MIN_WIDTH, None)
+    good = values[out.good()]
+    zero = getattr(new, "include_zero", False)
+    assert ((good >= np.float32(new.low)) | ((good == 0) & zero)).all()
+    assert (good <= np.float32(new.high)).all()
+    assert old.low <= new.low < new.high <= old.high
+    first, last = to_scale([line.start, old.high], line.scale)
+    start = new.low / 2 if zero else new.low
+    width = np.diff(to_scale([start, new.high], line.scale))[0] / (last - first)
+    assert width >= MIN_WIDTH - 0.06
 
 
 def test_never_narrower_than_told():

@@ -29,7 +29,7 @@ from playbook_optax.procedures import clipping
 from playbook_optax.procedures.clipping import LEARNING_RATE
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
-from playbook_optax.runner.run import run_study
+from playbook_optax.runner.run import StudyRunner, run_study
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.train import STEP_LOSS, MakeOptimizer, MakeSchedule, check_key
 from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
@@ -168,18 +168,11 @@ def pick_num_steps(
     space = space_or_study or SearchSpace({LEARNING_RATE: Float(1e-5, 10.0, scale="log")})
     rates = clipping.learning_rate_grid(space, num_trials)
     table = clipping.points_table(fixed, {LEARNING_RATE: rates})
-    work = resolve(workload, {name: values[0] for name, values in table.items()})
-    known = _evaluated(work)
-    fit = _perfect_fit(known, fit_metric, fit_value, maximize)
-    if fit is None:
-        return Verdict(None, (_unseen(known, fit_metric),), {}, 0)
-    noisy = [_random_loss(work)] if _uses_key(work) else []
     studies: dict[str, Study] = {}
     cost = 0
     for doubling in range(max_doublings + 1):
         steps = num_steps * 2**doubling
-        name = f"sweep_{steps}"
-        study = run_study(
+        runner = StudyRunner(
             workload,
             make_optimizer,
             table,
@@ -188,15 +181,22 @@ def pick_num_steps(
             key=key,
             num_seeds=num_seeds,
             trials_per_block=trials_per_block,
-            directory=clipping.subdirectory(directory, name),
             progress=progress,
         )
+        known = list(runner._shapes.metrics)  # Traced, so that a refusal costs no training.
+        fit = _perfect_fit(known, fit_metric, fit_value, maximize)
+        if fit is None:
+            return Verdict(None, (_unseen(known, fit_metric),), {}, 0)
+        name = f"sweep_{steps}"
+        study = runner.run(table, directory=clipping.subdirectory(directory, name))
         study = dataclasses.replace(study, spec={**study.spec, "space": space.to_dict()})
         studies[name] = study
         cost += num_trials * num_seeds * steps
         answer, longer, findings = _judge_fit(study, fit)
         if not longer:
             break
+    work = resolve(workload, {name: values[0] for name, values in table.items()})
+    noisy = [_random_loss(work)] if _uses_key(work) else []
     return Verdict(answer, tuple(by_severity(noisy + findings)), studies, cost)
 
 
@@ -224,16 +224,6 @@ def _perfect_fit(
     if maximize is None:
         maximize = any(word in last for word in RISING)
     return _Fit(metric, float(value), bool(maximize))
-
-
-def _evaluated(work: Workload) -> list[str]:
-    """Names of the metrics that will be recorded for sure, found without running anything."""
-
-    def metrics(key: chex.PRNGKey, data: Any) -> Any:
-        return work.evaluate(*work.init(key), data)
-
-    made = jax.eval_shape(metrics, jax.eval_shape(lambda: jax.random.key(0)), work.data)
-    return [*(str(name) for name in made), STEP_LOSS]
 
 
 def _uses_key(work: Workload) -> bool:

@@ -261,6 +261,32 @@ def test_more_hyperparameters_and_bad_arguments():
         pick(other)
 
 
+def test_a_workload_that_breaks_its_promise_says_so():
+    for fields, message in (
+        ({"loss": lambda p, s, b, k: jnp.sum(p["w"])}, r"loss must return \(loss,"),
+        ({"evaluate": lambda p, s, d: jnp.sum(p["w"])}, "evaluate must return"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pick(space(1e-2, 1.0), threshold(**fields))
+
+
+def test_host_data_a_function_of_the_point_and_a_metric_of_the_loss():
+    def loss(params, state, batch, key):
+        error = jnp.mean((jnp.abs(params["w"]) >= FITTED).astype(jnp.float32))
+        return 0.5 * jnp.sum(batch * params["w"] ** 2), (state, {"error_rate": error})
+
+    verdict = pick(
+        space(1e-2, 1e2), lambda point: threshold(loss=loss), fit_metric="step/error_rate"
+    )
+    study = verdict.studies["sweep_64"]
+    # Recorded before each update, so that it is seen one step later.
+    assert verdict.answer == 1 + min(
+        n for n in map(steps_to_fit, study.points["learning_rate"]) if n > 0
+    )
+    fed = pick(space(1e-2, 1e2), tiny.host_fed(), fit_metric="valid/loss", fit_value=0.01)
+    assert 0 < fed.answer < 64
+
+
 def curves(curve, num_trials=4, **fields):
     values = np.asarray(curve)[None] + 0.01 * np.arange(num_trials)[:, None]
     step = np.linspace(0, 1000, values.shape[-1]).astype(int)

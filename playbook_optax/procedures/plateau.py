@@ -390,8 +390,8 @@ def _gained_nothing(answer: PlateauAnswer, driven: Study) -> Finding:
         severity="warning",
         message=(
             f"{driven.objective} was best at step {answer.best_step}, and the first reduction came "
-            f"at step {answer.boundaries[0]}: the best checkpoint of a constant learning rate is as "
-            "good."
+            f"at step {answer.boundaries[0]}: a constant learning rate has the same best "
+            "checkpoint."
         ),
         evidence={"best_step": answer.best_step, "boundaries": answer.boundaries},
         section=SECTION,

@@ -42,9 +42,11 @@ from playbook_optax.optimizers import (
     sgd,
 )
 from playbook_optax.records.study import BestTrial, NoFeasibleTrial, Study, load_study
+from playbook_optax.records.study_set import StudySet, load_study_set
 from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.preflight import Preflight, preflight
 from playbook_optax.runner.run import run_study
+from playbook_optax.runner.studies import run_studies
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 from playbook_optax.search_spaces import adam_search_space, optimizer_search_space
 from playbook_optax.trials.arrays import evaluate_in_batches
@@ -64,6 +66,7 @@ __all__ = [
     "Preflight",
     "SearchSpace",
     "Study",
+    "StudySet",
     "Trial",
     "TrialResult",
     "Workload",
@@ -76,6 +79,7 @@ __all__ = [
     "diagnose",
     "evaluate_in_batches",
     "load_study",
+    "load_study_set",
     "make_train",
     "make_trial",
     "momentum",
@@ -90,6 +94,7 @@ __all__ = [
     "reduce_on_plateau",
     "reducers",
     "rmsprop",
+    "run_studies",
     "run_study",
     "samplers",
     "scale_by_adam",

@@ -275,7 +275,7 @@ def _gradient_power(
     one, two = (float(size) for size in jax.jit(jax.vmap(size_of_update))(jnp.asarray(PROBE_NORMS)))
     if not (0 < one < math.inf and 0 < two < math.inf):
         return RULES["linear"]
-    return 0.5 + 0.5 * min(max(math.log2(two / one), 0.0), 1.0)
+    return round(0.5 + 0.5 * min(max(math.log2(two / one), 0.0), 1.0), 2)
 
 
 def _rates(best: float, ratio: float, power: float, room: float) -> tuple[Float, str]:
@@ -361,8 +361,8 @@ def _missing(plan: BatchSizePlan, study: Study, kinds: Mapping[str, str] | None)
         code="not_searched_again",
         severity="info",
         message=(
-            f"The study did not search {' or '.join(missing)}, which interact with the batch size "
-            "about as strongly as the learning rate."
+            f"Not searched in the study: {'; '.join(missing)}. With the learning rate, these "
+            "interact most strongly with the batch size."
         ),
         evidence={"missing": missing, "searched": list(study.points)},
         section=SECTION,

@@ -109,7 +109,7 @@ def test_the_plan_for_a_smaller_batch():
 def test_how_an_optimizer_scales_is_measured(name, make_optimizer, power):
     work, point = tiny_workloads.quadratic(), {"learning_rate": np.float32(0.1)}
     got = _gradient_power(work, make_optimizer, None, point, 100, KEY)
-    assert got == pytest.approx(power, abs=0.01), name
+    assert got == power, name
 
 
 def test_an_optimizer_in_between_and_a_scheduled_one():
@@ -117,7 +117,7 @@ def test_an_optimizer_in_between_and_a_scheduled_one():
     # With eps as large as the root of the second moment the update grows by 2 / (3 / 2).
     eps = PROBE_NORMS[0] / np.sqrt(2) * np.sqrt(1 - 0.999**PROBE_STEPS)
     between = _gradient_power(work, lambda p: pbx.adam(0.1, eps=eps), None, point, 100, KEY)
-    assert between == pytest.approx(0.5 + 0.5 * np.log2(4 / 3), abs=1e-3)
+    assert between == pytest.approx(0.5 + 0.5 * np.log2(4 / 3), abs=0.006)
     scheduled = _gradient_power(
         work,
         lambda p: optax.scale_by_schedule(p["learning_rate"]),
@@ -132,6 +132,7 @@ def test_an_optimizer_in_between_and_a_scheduled_one():
 def test_adam_and_a_rule_by_hand():
     adam = change(made(), lambda p: pbx.adam(p["learning_rate"])).answer
     assert adam.space["learning_rate"] == Float(0.025, 1.6, scale="log")
+    assert "square root" in adam.reasons["learning_rate"]
     told = change(made(), rule="sqrt", room=2.0).answer
     assert told.space["learning_rate"] == Float(0.05, 0.8, scale="log")
     assert "square root" in told.reasons["learning_rate"]

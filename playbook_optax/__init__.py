@@ -41,6 +41,7 @@ from playbook_optax.optimizers import (
     scale_by_rmsprop,
     sgd,
 )
+from playbook_optax.procedures.tune import Recipe
 from playbook_optax.records.study import BestTrial, NoFeasibleTrial, Study, load_study
 from playbook_optax.records.study_set import StudySet, load_study_set
 from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
@@ -52,6 +53,7 @@ from playbook_optax.search_spaces import adam_search_space, optimizer_search_spa
 from playbook_optax.trials.arrays import evaluate_in_batches
 from playbook_optax.trials.train import Trial, TrialResult, make_train, make_trial, trial_key
 from playbook_optax.trials.workload import Workload
+from playbook_optax.tuning import tune, write_recipe_report
 
 __all__ = [
     "INFEASIBLE_REASONS",
@@ -64,6 +66,7 @@ __all__ = [
     "NormInfo",
     "PlateauInfo",
     "Preflight",
+    "Recipe",
     "SearchSpace",
     "Study",
     "StudySet",
@@ -89,6 +92,7 @@ __all__ = [
     "nesterov",
     "norm_info",
     "optimizer_search_space",
+    "plateau_info",
     "preflight",
     "procedures",
     "reduce_on_plateau",
@@ -108,6 +112,8 @@ __all__ = [
     "sgd",
     "steps_to_target",
     "trial_key",
+    "tune",
     "use_compilation_cache",
     "use_cpu_cores",
+    "write_recipe_report",
 ]

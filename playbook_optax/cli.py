@@ -27,6 +27,7 @@ from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.stability import Stabilization, stabilize
+from playbook_optax.procedures.tune import find_recipe
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.storage import StorageError, read_spec
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
@@ -34,6 +35,7 @@ from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.run import StudyRunner, run_study
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.workload import Workload, WorkloadLike
+from playbook_optax.tuning import PROGRAM, recipe_headline, write_recipe_report
 
 PROG = "playbook-optax"
 _COMMAND_FILE = "command.json"
@@ -98,7 +100,7 @@ class _Training:
     """A name of `playbook-optax zoo`, or your own as package.module:attribute, where the attribute
     is a Workload or a function that returns one."""
     num_trials: int | None = None
-    """Trials; 24 to sweep, 32 to tune."""
+    """Trials; 24 to sweep, 32 to search."""
     num_steps: int | None = None
     """Optimizer updates of each trial; 400."""
     eval_every: int | None = None
@@ -120,7 +122,7 @@ class _Training:
         """The directory to write to."""
         if self.directory is not None:
             return self.directory
-        return Path("runs") / re.sub(r"[^\w.-]", "_", self.workload.replace(":", ".")) / command
+        return _default_folder(self.workload, command)
 
     def space(self, loaded: _Loaded, optimizer: str) -> SearchSpace:
         """Learning rate on a log scale, and momentum (b1 of Adam) searched as 1 - momentum."""
@@ -137,6 +139,10 @@ class _Training:
             }
         rate = known[_LEARNING_RATE]
         return SearchSpace({**known, _LEARNING_RATE: _narrowed(rate, self.low, self.high)})
+
+
+def _default_folder(workload: str, command: str) -> Path:
+    return Path("runs") / re.sub(r"[^\w.-]", "_", workload.replace(":", ".")) / command
 
 
 def _narrowed(parameter: Any, low: float | None, high: float | None) -> Float:
@@ -174,7 +180,7 @@ class Sweep(_Training):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tune(_Training):
+class Search(_Training):
     """Search learning rate and 1 - momentum (1 - b1) quasi-randomly; say what to use, what next."""
 
     b1_low: float | None = None
@@ -197,7 +203,7 @@ class Tune(_Training):
         """Trains, diagnoses, writes and tells."""
         loaded, optimizer, seed = _prepare(self)
         space = self.space(loaded, optimizer)
-        folder = self.folder("tune")
+        folder = self.folder("search")
         num_steps = loaded.num_steps if self.num_steps is None else self.num_steps
         num_steps = _checks.check_count("num_steps", num_steps)
         runner = StudyRunner(
@@ -212,13 +218,82 @@ class Tune(_Training):
         num_trials = loaded.num_trials if self.num_trials is None else self.num_trials
         # Before the first step: `run` continues a study that was interrupted here.
         runner.prepare(space, num_trials=num_trials, directory=folder)
-        _write_command(folder, "tune", self.workload, optimizer, space)
+        _write_command(folder, "search", self.workload, optimizer, space)
         if self.prepare:
             own = "" if _is_zoo(self.workload) else f" --workload {self.workload}"
             print(f"Prepared. Train it with: {PROG} run {folder}{own} --worker I --of N")
             return 0
         study = runner.run(space, num_trials=num_trials, directory=folder)
         return _finish(_judged(study, optimizer), folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Tune by the whole playbook: a budget goes in, a recipe and its evidence come out."""
+
+    workload: str
+    """A name of `playbook-optax zoo`, or your own as package.module:attribute, where the attribute
+    is a Workload or a function that returns one."""
+    num_trials: int = 64
+    """The budget, in trials of NUM_STEPS steps."""
+    num_steps: int | None = None
+    """Optimizer updates of the final run; 400."""
+    optimizer: OptimizerName = "adam"
+    """The optimizer."""
+    low: float | None = None
+    """Smallest learning rate; with --high, instead of a sweep."""
+    high: float | None = None
+    """Largest learning rate; with --low, instead of a sweep."""
+    warmup_steps: int | None = None
+    """Steps of warm-up, instead of what the chapter on instability says."""
+    max_norm: float | None = None
+    """Clip threshold, instead of what the chapter on instability says."""
+    seed: int = 0
+    """The only source of randomness."""
+    directory: Path | None = None
+    """Where to write; runs/WORKLOAD/tune. What is there already is continued."""
+    trials_per_block: int | Literal["timed"] | None = None
+    """Trials that one program trains side by side; chosen by the machine and the model's size."""
+    test: bool = False
+    """At the end, evaluate the recipe on the workload's test data. Decide first, then look."""
+
+    def run(self) -> int:
+        """Tunes, writes and tells."""
+        loaded, optimizer, seed = _prepare(self)
+        if (self.low is None) != (self.high is None):
+            raise UsageError("give both --low and --high, or neither.")
+        overrides: dict[str, Any] = {}
+        if self.low is not None:
+            overrides["learning_rate_range"] = (self.low, self.high)
+        for name in ("warmup_steps", "max_norm"):
+            if getattr(self, name) is not None:
+                overrides[name] = getattr(self, name)
+        folder = self.directory or _default_folder(self.workload, "tune")
+        recipe = find_recipe(
+            loaded.workload,
+            optimizer,
+            num_trials=self.num_trials,
+            num_steps=loaded.num_steps if self.num_steps is None else self.num_steps,
+            key=jax.random.key(seed),
+            directory=folder,
+            overrides=overrides,
+            trials_per_block=self.trials_per_block,
+        )
+        page = write_recipe_report(recipe, folder, self.workload)
+        for sentence in recipe_headline(recipe):
+            _print_text(sentence)
+        print("\nDecisions")
+        for chapter in recipe.chapters:
+            _print_text(f"{chapter.name}: {chapter.decision.message}", "- ")
+        if recipe.point is None:
+            print(f"\nReport   {page}")
+            return 0
+        if self.test:
+            print("\nTest data, read once")
+            for name, value in recipe.final_evaluate().items():
+                _print_text(f"{name} = {report.shown_number(value)}", "- ")
+        print(f"\nRecipe   {folder / PROGRAM}\nReport   {page}")
+        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,7 +348,7 @@ class Run:
     """Train a stored study on, as one of several processes that share its directory."""
 
     study: Path
-    """The directory of the study: one that `tune --prepare` made, or that was interrupted."""
+    """The directory of the study: one that `search --prepare` made, or that was interrupted."""
     worker: int = 0
     """Which worker this is, from 0."""
     of: int = 1
@@ -367,7 +442,7 @@ def _make_optimizer(optimizer: str, point: Mapping[str, Any]) -> optax.GradientT
     return transform
 
 
-def _prepare(options: _Training) -> tuple[_Loaded, str, int]:
+def _prepare(options: _Training | Tune) -> tuple[_Loaded, str, int]:
     """What a command needs before it trains; whatever is missing is said now, not at the end."""
     _checks.require("jinja2", "report", "The report")
     _checks.require("matplotlib.pyplot", "plots", "Plotting")
@@ -482,7 +557,7 @@ def _stored_command(folder: Path) -> tuple[str, str]:
         name, optimizer = command["workload"], command["optimizer"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{folder / _COMMAND_FILE} is missing or damaged: only a study that `{PROG} tune` made "
+            f"{folder / _COMMAND_FILE} is missing or damaged: only a study of `{PROG} search` "
             "can be trained on from its directory alone."
         ) from error
     if not isinstance(name, str) or not isinstance(optimizer, str) or optimizer not in _RANGES:
@@ -673,6 +748,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 _COMMANDS = {
     "sweep": Sweep,
     "tune": Tune,
+    "search": Search,
     "stabilize": Stabilize,
     "run": Run,
     "report": Report,

@@ -74,10 +74,10 @@ def test_zoo_lists_every_workload(capsys):
 
 
 def test_tune_writes_study_report_and_plots_then_continues_and_reports_again(folder, capsys):
-    command = ["tune", "own_workloads:square", "--optimizer", "momentum", *TINY]
+    command = ["search", "own_workloads:square", "--optimizer", "momentum", *TINY]
     assert cli.run(command) == 0
     said = capsys.readouterr().out
-    place = folder / "runs" / "own_workloads.square" / "tune"
+    place = folder / "runs" / "own_workloads.square" / "search"
     names = {p.name for p in place.iterdir()}
     assert {"study.json", "report.html", "axis_0.png", "axis_1.png", "curves.png"} <= names
     study = load_study(place)
@@ -143,26 +143,28 @@ def test_workloads_functions_and_functions_of_the_point_load(folder, attribute):
 
 
 def test_user_errors_are_one_line(folder, capsys):
-    assert "did you mean 'digits_mlp'" in complaint(capsys, "tune", "digit_mlp")
-    assert "did you mean 'own_workloads'" in complaint(capsys, "tune", "own_workload:square")
-    assert "did you mean 'square'" in complaint(capsys, "tune", "own_workloads:squrae")
-    assert "is int" in complaint(capsys, "tune", "own_workloads:number")
-    assert "is function" in complaint(capsys, "tune", "own_workloads:two")
-    assert "no module name" in complaint(capsys, "tune", "own-workloads:square")
+    assert "did you mean 'digits_mlp'" in complaint(capsys, "search", "digit_mlp")
+    assert "did you mean 'own_workloads'" in complaint(capsys, "search", "own_workload:square")
+    assert "did you mean 'square'" in complaint(capsys, "search", "own_workloads:squrae")
+    assert "is int" in complaint(capsys, "search", "own_workloads:number")
+    assert "is function" in complaint(capsys, "search", "own_workloads:two")
+    assert "no module name" in complaint(capsys, "search", "own-workloads:square")
     own = "own_workloads:square"
-    assert "num_trials must be >= 1" in complaint(capsys, "tune", own, "--num-trials", "0")
-    assert "num_steps must be >= 1" in complaint(capsys, "tune", own, "--num-steps", "0")
+    assert "num_trials must be >= 1" in complaint(capsys, "search", own, "--num-trials", "0")
+    assert "num_steps must be >= 1" in complaint(capsys, "search", own, "--num-steps", "0")
     assert "seed must be >= 0" in complaint(capsys, "sweep", own, "--seed", "-1")
-    assert "low" in complaint(capsys, "tune", own, "--low", "1", "--high", "0.1")
-    assert "no momentum" in complaint(capsys, "tune", own, "--optimizer", "sgd", "--b1-high", "0.9")
-    assert "scalar" in complaint(capsys, "tune", "own_workloads:unscaled")
+    assert "low" in complaint(capsys, "search", own, "--low", "1", "--high", "0.1")
+    assert "no momentum" in complaint(
+        capsys, "search", own, "--optimizer", "sgd", "--b1-high", "0.9"
+    )
+    assert "scalar" in complaint(capsys, "search", "own_workloads:unscaled")
     assert "nowhere" in complaint(capsys, "report", "nowhere")
     assert not (folder / "runs").exists()
     assert not (folder / "nowhere").exists()
 
 
 def test_another_study_in_the_directory_is_a_user_error(folder, capsys):
-    command = ["tune", "own_workloads:square", *TINY, "--directory", "out"]
+    command = ["search", "own_workloads:square", *TINY, "--directory", "out"]
     assert cli.run(command) == 0
     capsys.readouterr()
     assert "holds another study: key is" in complaint(capsys, *command, "--seed", "1")
@@ -170,34 +172,34 @@ def test_another_study_in_the_directory_is_a_user_error(folder, capsys):
 
 def test_an_error_in_the_users_workload_is_raised_as_it_is(folder):
     with pytest.raises(ValueError, match="my own mistake"):
-        cli.run(["tune", "own_workloads:broken", *TINY])
+        cli.run(["search", "own_workloads:broken", *TINY])
     # Said by this package, but about a line of the user's, which only the traceback shows.
     (folder / "misuses.py").write_text("import playbook_optax as pbx\npbx.sgd(-1.0)\n")
     with pytest.raises(ValueError, match="learning_rate must be"):
-        cli.run(["tune", "misuses:workload"])
+        cli.run(["search", "misuses:workload"])
     (folder / "needs_more.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        cli.run(["tune", "needs_more:workload"])
+        cli.run(["search", "needs_more:workload"])
 
 
 def test_bad_words_exit_with_two(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.run(["tune", "digits_mlp", "--num-trials", "many"])
+        cli.run(["search", "digits_mlp", "--num-trials", "many"])
     assert caught.value.code == 2
 
 
 @pytest.mark.parametrize(("module", "extra"), [("tyro", "cli"), ("jinja2", "report")])
 def test_a_missing_extra_is_named(folder, capsys, monkeypatch, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    assert f"playbook-optax[{extra}]" in complaint(capsys, "tune", "own_workloads:square")
+    assert f"playbook-optax[{extra}]" in complaint(capsys, "search", "own_workloads:square")
 
 
 @pytest.mark.parametrize(
     "content",
     [
         "[" * 60000,
-        json.dumps({"command": "tune", "optimizer": "__import__", "space": SPACE}),
-        json.dumps({"command": "tune", "optimizer": ["sgd"], "space": SPACE}),
+        json.dumps({"command": "search", "optimizer": "__import__", "space": SPACE}),
+        json.dumps({"command": "search", "optimizer": ["sgd"], "space": SPACE}),
         "not json",
     ],
 )
@@ -218,14 +220,14 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
 def test_the_program_tunes_a_users_own_module(tmp_path):
     (tmp_path / "mymodule.py").write_text(textwrap.dedent(MODULE))
     code = "import sys; from playbook_optax.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "tune", "mymodule:square", *TINY]
+    command = [sys.executable, "-c", code, "search", "mymodule:square", *TINY]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pbx.adam(learning_rate=" in done.stdout
-    page = tmp_path / "runs" / "mymodule.square" / "tune" / "report.html"
+    page = tmp_path / "runs" / "mymodule.square" / "search" / "report.html"
     assert page.is_file()
     failed = subprocess.run(
-        [sys.executable, "-c", code, "tune", "mymodule:broken"],
+        [sys.executable, "-c", code, "search", "mymodule:broken"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -237,8 +239,8 @@ def test_the_program_tunes_a_users_own_module(tmp_path):
 
 def test_a_prepared_study_is_trained_by_workers(folder, capsys):
     directory = folder / "study"
-    tune = ["tune", "own_workloads:square", "--directory", str(directory), *TINY]
-    assert cli.run([*tune, "--prepare"]) == 0
+    command = ["search", "own_workloads:square", "--directory", str(directory), *TINY]
+    assert cli.run([*command, "--prepare"]) == 0
     assert "--workload own_workloads:square --worker I --of N" in capsys.readouterr().out
     assert load_study(directory).num_trials == 0
     # A directory's own word is not enough to import somebody's code.
@@ -252,7 +254,7 @@ def test_a_prepared_study_is_trained_by_workers(folder, capsys):
         assert "12 trials are stored" in capsys.readouterr().out
     there = load_study(directory).data["valid/loss"].values
     assert cli.run(["report", str(directory)]) == 0
-    assert cli.run([*tune[:2], "--directory", str(folder / "alone"), *TINY]) == 0
+    assert cli.run([*command[:2], "--directory", str(folder / "alone"), *TINY]) == 0
     np.testing.assert_array_equal(there, load_study(folder / "alone").data["valid/loss"].values)
 
 
@@ -264,15 +266,15 @@ def test_an_interrupted_study_is_trained_on(folder, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cli.StudyRunner, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            cli.run(["tune", "own_workloads:square", "--directory", str(directory), *TINY])
+            cli.run(["search", "own_workloads:square", "--directory", str(directory), *TINY])
     assert cli.run(["run", str(directory), "--workload", "own_workloads:square"]) == 0
     assert "12 trials are stored" in capsys.readouterr().out
 
 
 def test_run_needs_what_tune_kept(folder, capsys):
     directory = folder / "study"
-    tune = ["tune", "own_workloads:square", "--directory", str(directory), *TINY, "--prepare"]
-    assert cli.run(tune) == 0
+    command = ["search", "own_workloads:square", "--directory", str(directory), *TINY, "--prepare"]
+    assert cli.run(command) == 0
     (directory / "command.json").write_text('{"workload": "digits_mlp", "optimizer": "__import__"}')
     assert cli.run(["run", str(directory)]) == 2
     assert "names no workload and optimizer of ours" in capsys.readouterr().err

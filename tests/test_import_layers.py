@@ -34,6 +34,7 @@ FLOORS = {
     "plots": 7,
     "report": 7,
     "chapters": 7,
+    "tuning": 7,
     "cli": 7,
 }
 # What a module may import beyond "its own floor or a lower one".

@@ -89,7 +89,8 @@ def digest(study):
             told.update(f"{name}{array.dtype}{array.shape}".encode())
             told.update(np.ascontiguousarray(array.values).tobytes())
     if study.spec["keep"] != "none":
-        for trial in range(study.num_trials):
-            for leaf in jax.tree.leaves(study.params(trial)):
+        seeds = range(study.num_seeds) if study.num_seeds > 1 else [None]
+        for trial, seed in itertools.product(range(study.num_trials), seeds):
+            for leaf in jax.tree.leaves(study.params(trial, seed)):
                 told.update(np.asarray(leaf).tobytes())
     return told.hexdigest()

@@ -48,8 +48,6 @@ def _workload(name: str, num_outputs: int, width: int, batch_size: int) -> Workl
         test=test,
         batch_size=_checks.check_count("batch_size", batch_size),
         loss="softmax" if num_outputs > 1 else "mse",
-        # Errors of a hundred rows come in steps too coarse to tell good trials apart.
-        objective="valid/loss",
         name=name,
     )
 
@@ -58,7 +56,7 @@ def _workload(name: str, num_outputs: int, width: int, batch_size: int) -> Workl
 def breast_cancer(*, width: int = 32, batch_size: int = 32) -> Workload:
     """An MLP on 569 tumours of two classes, 30 columns each.
 
-    The objective is ``valid/loss``; test rows reach nothing but `Workload.final_evaluate`.
+    The objective is ``valid/error_rate``; test rows reach nothing but `Workload.final_evaluate`.
 
     Args:
       width: units of the hidden layer.

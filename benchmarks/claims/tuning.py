@@ -1,0 +1,286 @@
+"""Whether `tune` pays: its recipe beside what people do without it, on test data.
+
+Each contender comes to an optimizer: `tune` with its whole budget; Adam at 1e-3, cosine decay;
+the best trial of Optuna's default sampler over the same space with as many trial-steps; and the
+learning-rate-free optimizers of Optax at their defaults. Each optimizer then trains the workload
+from seeds that nobody tuned on, for as many steps, in the same loop; the checkpoint with the best
+validation objective is evaluated on the test data, which is the only time they are read.
+"""
+
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import playbook_optax as pbx
+from playbook_optax import zoo
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
+NUM_TRIALS = 64
+NUM_EVAL_SEEDS = 5
+EVALS = 20
+# Test metric of each workload: the one that its objective validates.
+CASES = {
+    "digits_mlp": "test/error_rate",
+    "breast_cancer": "test/error_rate",
+    "wine": "test/error_rate",
+    "diabetes": "test/loss",
+    "bytes_transformer": "test/bits_per_byte",
+}
+NAMES = {
+    "tune": "`pbx.tune`",
+    "adam": "Adam, 1e-3, cosine decay",
+    "optuna": "Optuna (TPE), Adam with cosine decay, same space and trial-steps",
+    "prodigy": "Prodigy",
+    "dog": "DoG",
+    "schedule_free": "schedule-free AdamW",
+}
+
+
+class Contender(NamedTuple):
+    """What is trained in the end.
+
+    Attributes:
+      optimizer: the transformation.
+      num_steps: of the final run.
+      weights: ``weights(opt_state, params)``: what is evaluated.
+      facts: JSON-able.
+    """
+
+    optimizer: optax.GradientTransformation
+    num_steps: int
+    weights: Callable[[Any, Any], Any]
+    facts: dict[str, Any]
+
+
+def _as_trained(opt_state: Any, params: Any) -> Any:
+    del opt_state
+    return params
+
+
+def final_runs(
+    work: pbx.Workload, contender: Contender, keys: Any
+) -> tuple[list[float], list[Any]]:
+    """Trains from each key; the best validation values and the weights that had them."""
+    sign = -1.0 if work.maximize else 1.0
+    steps, every = contender.num_steps, max(1, contender.num_steps // EVALS)
+    bounds = sorted({*range(0, steps, every), steps})
+
+    def step(carry: Any, number: Any, key: Any, data: Any) -> tuple[Any, None]:
+        params, model_state, opt_state = carry
+        batch = work.batch(data, jax.random.fold_in(key, 1), number)
+        loss_key = jax.random.fold_in(jax.random.fold_in(key, 2), number)
+
+        def loss(params: Any) -> Any:
+            value, (new_state, _) = work.loss(params, model_state, batch, loss_key)
+            return value, new_state
+
+        (value, new_state), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optax.with_extra_args_support(contender.optimizer).update(
+            grads, opt_state, params, value=value
+        )
+        return (optax.apply_updates(params, updates), new_state, opt_state), None
+
+    def judged(carry: Any, best: Any, data: Any) -> Any:
+        params = contender.weights(carry[2], carry[0])
+        value = sign * work.evaluate(params, carry[1], data)[work.objective]
+        better = value < best[0]
+        kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), (params, carry[1]), best[1])
+        return jnp.where(better, value, best[0]), kept
+
+    @jax.jit
+    def segment(carry: Any, best: Any, start: Any, stop: Any, key: Any, data: Any) -> Any:
+        carry = jax.lax.fori_loop(start, stop, lambda i, c: step(c, i, key, data)[0], carry)
+        return carry, judged(carry, best, data)
+
+    @jax.jit
+    def begin(key: Any) -> Any:
+        params, model_state = work.init(jax.random.fold_in(key, 0))
+        carry = (params, model_state, contender.optimizer.init(params))
+        return carry, (jnp.float32(jnp.inf), (params, model_state))
+
+    data = jax.device_put(work.data)
+    values, weights = [], []
+    for key in keys:
+        carry, best = begin(key)
+        for start, stop in zip([0, *bounds[:-1]], bounds, strict=True):
+            carry, best = segment(carry, best, jnp.int32(start), jnp.int32(stop), key, data)
+        values.append(sign * float(best[0]))
+        weights.append(best[1])
+    return values, weights
+
+
+def _tuned(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -> Contender:
+    del space
+    recipe = pbx.tune(work, num_trials=NUM_TRIALS, num_steps=steps, key=jax.random.key(seed))
+    facts = {"point": recipe.point, "spent": sum(recipe.cost.values())}
+    facts |= {"warmup_steps": recipe.pipeline.warmup_steps, "max_norm": recipe.pipeline.max_norm}
+    return Contender(recipe.optimizer(), recipe.num_steps, _as_trained, facts)
+
+
+def _adam(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -> Contender:
+    del work, space, seed
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
+    return Contender(optimizer, steps, _as_trained, {"spent": steps})
+
+
+def _optuna(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -> Contender:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    def make_optimizer(point: Any) -> optax.GradientTransformation:
+        schedule = pbx.schedules.cosine_decay(point["learning_rate"], steps)
+        return pbx.adam(**{**point, "learning_rate": schedule})
+
+    train = jax.jit(pbx.make_train(work, make_optimizer, steps, max(1, steps // EVALS)))
+    data, key = jax.device_put(work.data), pbx.trial_key(jax.random.key(seed))
+
+    def objective(trial: Any) -> float:
+        point = {}
+        for name, line in space.items():
+            low, high = float(line.low), float(line.high)
+            if line.scale == "reverse_log":
+                point[name] = 1 - trial.suggest_float(name, 1 - high, 1 - low, log=True)
+            else:
+                point[name] = trial.suggest_float(name, low, high, log=line.scale == "log")
+        trial.set_user_attr("point", point)
+        result = train({name: jnp.float32(value) for name, value in point.items()}, key, data)
+        value = float(result.best_value)
+        if not np.isfinite(value):
+            raise optuna.TrialPruned
+        return value
+
+    direction = "maximize" if work.maximize else "minimize"
+    study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
+    study.optimize(objective, n_trials=NUM_TRIALS)
+    point = study.best_trial.user_attrs["point"]
+    facts = {"point": point, "spent": NUM_TRIALS * steps}
+    return Contender(make_optimizer(point), steps, _as_trained, facts)
+
+
+def _free(name: str) -> Callable[..., Contender]:
+    def made(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -> Contender:
+        del work, space, seed
+        weights = _as_trained
+        if name == "schedule_free":
+            optimizer = optax.contrib.schedule_free_adamw()
+            weights = optax.contrib.schedule_free_eval_params
+        else:
+            optimizer = getattr(optax.contrib, name)()
+        return Contender(optimizer, steps, weights, {"spent": steps})
+
+    return made
+
+
+MAKERS: dict[str, Callable[..., Contender]] = {
+    "tune": _tuned,
+    "adam": _adam,
+    "optuna": _optuna,
+    "prodigy": _free("prodigy"),
+    "dog": _free("dog"),
+    "schedule_free": _free("schedule_free"),
+}
+
+
+def run(names: list[str], num_seeds: int = 3) -> None:
+    """Runs the cases and stores each as soon as it is there.
+
+    Args:
+      names: workloads.
+      num_seeds: seeds of the tuning itself; what tunes nothing differs by its final runs only.
+    """
+    for name in names:
+        work, entry = zoo.load(name).workload, zoo.load(name)
+        space = pbx.adam_search_space(NUM_TRIALS)
+        rows: dict[str, list[dict[str, Any]]] = {label: [] for label in MAKERS}
+        for seed in range(num_seeds):
+            keys = [
+                jax.random.fold_in(jax.random.key(10_000 + seed), number)
+                for number in range(NUM_EVAL_SEEDS)
+            ]
+            for label, make in MAKERS.items():
+                begun = time.perf_counter()
+                contender = make(work, space, entry.num_steps, seed)
+                values, weights = final_runs(work, contender, keys)
+                tests = [work.final_evaluate(*pair)[CASES[name]] for pair in weights]
+                rows[label].append({**contender.facts, "valid": values, "test": tests})
+                print(
+                    f"{name} seed {seed} {label}: valid {statistics.mean(values):.4g}, "
+                    f"test {statistics.mean(tests):.4g}, {time.perf_counter() - begun:.0f} s",
+                    flush=True,
+                )
+                jax.clear_caches()
+            stored = {
+                "workload": name,
+                "metric": CASES[name],
+                "num_trials": NUM_TRIALS,
+                "num_steps": entry.num_steps,
+                "contenders": rows,
+            }
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            (RESULTS / f"tune_{name}.json").write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def compared(stored: dict[str, Any], label: str) -> dict[str, float]:
+    """A contender's test values beside those of `tune`, tuning seed by tuning seed.
+
+    Args:
+      stored: one file of results.
+      label: the contender.
+
+    Returns:
+      mean: of its test values; difference: mean of tune's minus its, over tuning seeds, whose
+      final runs have the same keys; error: standard error of that difference, over all pairs.
+    """
+    ours, theirs = (
+        np.array([row["test"] for row in stored["contenders"][name]]) for name in ("tune", label)
+    )
+    pairs = (ours - theirs).reshape(-1)
+    error = float(np.std(pairs, ddof=1) / np.sqrt(len(pairs))) if len(pairs) > 1 else float("nan")
+    return {"mean": float(theirs.mean()), "difference": float(pairs.mean()), "error": error}
+
+
+def page() -> str:
+    """The table of all stored results, as markdown."""
+    lines = [
+        "| test metric, mean over seeds (difference from `pbx.tune`) | "
+        + " | ".join(NAMES.values())
+        + " |",
+        "| --- |" + " --- |" * len(NAMES),
+    ]
+    for name in CASES:
+        path = RESULTS / f"tune_{name}.json"
+        if not path.exists():
+            continue
+        stored = json.loads(path.read_text())
+        cells = []
+        for label in NAMES:
+            row = compared(stored, label)
+            cell = f"{row['mean']:.4g}"
+            if label != "tune":
+                cell += f" ({-row['difference']:+.2g} ± {row['error']:.1g})"
+            cells.append(cell)
+        lines.append(f"| {name}, {stored['metric'].removeprefix('test/')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=list(CASES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--page", action="store_true", help="print the stored results' table")
+    given = parser.parse_args()
+    if not given.page:
+        pbx.use_cpu_cores()
+        run(given.names, given.seeds)
+    print(page())

@@ -1,0 +1,231 @@
+"""A recipe as a program: plain Optax and our transforms, and a loop that anyone can read."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from playbook_optax.trials.workload import Workload, resolve
+
+if TYPE_CHECKING:
+    from playbook_optax.procedures.tune import Recipe
+
+_TRAIN = """
+key = pbx.trial_key(jax.random.wrap_key_data(jnp.uint32({key})))
+
+
+@jax.jit
+def update(params, model_state, opt_state, {given}, step):
+    {batch}
+    loss_key = jax.random.fold_in(jax.random.fold_in(key, 2), step)
+
+    def loss(params):
+        value, (new_state, _) = workload.loss(params, model_state, batch, loss_key)
+        return value, new_state
+
+    (value, new_state), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, opt_state = optimizer.update(
+        gradients, opt_state, params, value=value, grad=gradients
+    )
+    return optax.apply_updates(params, updates), new_state, opt_state
+
+
+evaluate = jax.jit(workload.evaluate)
+params, model_state = workload.init(jax.random.fold_in(key, 0))
+opt_state = optimizer.init(params)
+{before}best, best_params = None, None
+for step in range(num_steps + 1):
+    if step % eval_every == 0 or step == num_steps:
+        value = float(evaluate(params, model_state, workload.data)[workload.objective])
+        if best is None or value {better} best[0]:
+            best, best_params = (value, step), (params, model_state)
+    if step < num_steps:
+        params, model_state, opt_state = update(
+            params, model_state, opt_state, {passed}, step
+        )
+print(f"best {{workload.objective}} {{best[0]:.6g}} at step {{best[1]}}")
+"""
+
+
+def program(
+    recipe: "Recipe", point: dict[str, Any], workload: str | None, make_optimizer: str | None
+) -> str:
+    """The source of a recipe; arguments as in `Recipe.to_python`.
+
+    Args:
+      recipe: the recipe.
+      point: its hyperparameters.
+      workload: where the workload is, or None to look for it.
+      make_optimizer: where the user's function is, or None to look for it.
+
+    Returns:
+      Python source.
+    """
+    imports = ["import jax", "import jax.numpy as jnp", "import optax", ""]
+    imports += ["import playbook_optax as pbx"]
+    lines, needed = _workload(recipe, point, workload)
+    imports += needed
+    schedule, optimizer, needed = _optimizer(recipe, point, make_optimizer)
+    imports += needed
+    key = np.asarray(jax.random.key_data(recipe.key)).tolist()
+    if resolve(recipe.workload, point).batch is None:
+        fed = {
+            "given": "batch",
+            "batch": "batch = jax.tree.map(jnp.asarray, batch)",
+            "passed": "next(batches)",
+            "before": "batches = workload.host_batches(0)\n",
+        }
+    else:
+        fed = {
+            "given": "data",
+            "batch": "batch = workload.batch(data, jax.random.fold_in(key, 1), step)",
+            "passed": "workload.data",
+            "before": "",
+        }
+    head = (
+        f'"""{_comment(recipe)}"""\n\n' + "\n".join(imports) + "\n\n" + "\n".join(lines) + "\n"
+        f"{schedule}{optimizer}num_steps, eval_every = {recipe.num_steps}, {recipe.eval_every}\n"
+    )
+    return head + _TRAIN.format(key=key, better=">" if recipe.maximize else "<", **fed)
+
+
+def _comment(recipe: "Recipe") -> str:
+    """What stands above the program; nothing in it can end the string."""
+    name = "".join(c for c in resolve_name(recipe) if c.isalnum() or c in "_-. /")
+    spread = f" (standard deviation {recipe.spread:.3g})" if len(recipe.values) > 1 else ""
+    objective = "".join(c for c in recipe.objective if c.isalnum() or c in "_-. /")
+    return (
+        f"{name}, tuned: {objective} = {recipe.value:.4g}{spread} over {len(recipe.values)} "
+        "seed(s), at the best checkpoint."
+    )
+
+
+def resolve_name(recipe: "Recipe") -> str:
+    """The workload's name."""
+    return resolve(recipe.workload, recipe.point).name
+
+
+def _number(value: Any) -> str:
+    """A number as source, with all its digits."""
+    if isinstance(value, (bool, np.bool_)):
+        return repr(bool(value))
+    if isinstance(value, (int, np.integer)):
+        return repr(int(value))
+    number = float(value)
+    short = str(np.float32(number))
+    return short if float(np.float32(short)) == number else repr(number)
+
+
+def _point(point: dict[str, Any]) -> str:
+    return "{" + ", ".join(f"{name!r}: {_number(value)}" for name, value in point.items()) + "}"
+
+
+def _reference(value: Any) -> str | None:
+    """``module:attribute`` of an object that an importable module holds."""
+    name = getattr(value, "__qualname__", None)
+    module = getattr(value, "__module__", None)
+    if isinstance(name, str) and isinstance(module, str) and module != "__main__":
+        held: Any = sys.modules.get(module)
+        for part in name.split("."):
+            held = getattr(held, part, None)
+        if held is value:
+            return f"{module}:{name}"
+    for module_name, loaded in list(sys.modules.items()):
+        if module_name == "__main__" or module_name.startswith("_"):
+            continue
+        for attribute, held in list(getattr(loaded, "__dict__", {}).items()):
+            if held is value:
+                return f"{module_name}:{attribute}"
+    return None
+
+
+def _workload(
+    recipe: "Recipe", point: dict[str, Any], where: str | None
+) -> tuple[list[str], list[str]]:
+    """Lines that make the name ``workload``, and the imports they need."""
+    if where is None:
+        from playbook_optax import zoo  # Importing flax takes a second.
+
+        name = recipe.workload.name if isinstance(recipe.workload, Workload) else None
+        where = _reference(recipe.workload) or (name if name in zoo.names() else None)
+    if where is None:
+        if isinstance(recipe.workload, Workload):
+            return ["# The name `workload` is your Workload."], []
+        return [f"# The name `workload` is your workload at {_point(point)}."], []
+    if ":" not in where:
+        return (
+            [f"workload = zoo.load({where!r}).workload"],
+            ["from playbook_optax import zoo"],
+        )
+    module, _, attribute = where.partition(":")
+    first = attribute.split(".")[0]
+    imports = [f"from {module} import {first}"]
+    if isinstance(recipe.workload, Workload):
+        same = attribute == "workload"
+        called = "" if _is_workload(module, attribute) else "()"
+        return ([] if same and not called else [f"workload = {attribute}{called}"]), imports
+    return [f"workload = {attribute}({_point(point)})"], imports
+
+
+def _is_workload(module: str, attribute: str) -> bool:
+    """Whether a name is the workload itself, not a function that makes it."""
+    held: Any = sys.modules.get(module)
+    for part in attribute.split("."):
+        held = getattr(held, part, None)
+    return held is None or isinstance(held, Workload)
+
+
+def _schedule(recipe: "Recipe", point: dict[str, Any], where: str | None) -> tuple[str, list[str]]:
+    """An expression for the schedule, and the imports it needs; empty if there is none."""
+    from playbook_optax.procedures import tune
+
+    pipeline = recipe.pipeline
+    if pipeline.make_schedule is None:
+        return "", []
+    steps = recipe.num_steps - pipeline.warmup_steps
+    if pipeline.make_schedule is tune.cosine:
+        rate = _number(point[tune.LEARNING_RATE])
+        imports: list[str] = []
+        made = f"pbx.schedules.cosine_decay({rate}, {steps})"
+    else:
+        name, imports = _imported(pipeline.make_schedule, where, "make_schedule")
+        first = steps if pipeline.extended_from is None else min(pipeline.extended_from, steps)
+        made = f"{name}({_point(point)}, {first})"
+        if first < steps:
+            made = f"pbx.schedules.extend_for_longer_run({made}, {steps - first})"
+    if pipeline.warmup_steps:
+        made = f"pbx.schedules.prepend_warmup({made}, {pipeline.warmup_steps})"
+    return made, imports
+
+
+def _imported(function: Any, where: str | None, fallback: str) -> tuple[str, list[str]]:
+    """The name of a function in the program, and the import that it needs."""
+    where = where or _reference(function)
+    if where is None:
+        return fallback, [f"# The name `{fallback}` is your own function."]
+    module, _, attribute = where.partition(":")
+    return attribute, [f"from {module} import {attribute.split('.')[0]}"]
+
+
+def _optimizer(
+    recipe: "Recipe", point: dict[str, Any], where: str | None
+) -> tuple[str, str, list[str]]:
+    """Lines for ``schedule`` and ``optimizer``, and the imports they need."""
+    made, imports = _schedule(recipe, point, None)
+    schedule = f"schedule = {made}\n" if made else ""
+    rest = {name: value for name, value in point.items() if not made or name != "learning_rate"}
+    if recipe.optimizer_name is not None:
+        arguments = ["learning_rate=schedule"] if made else []
+        arguments += [f"{name}={_number(value)}" for name, value in rest.items()]
+        base = f"pbx.{recipe.optimizer_name}({', '.join(arguments)})"
+    else:
+        name, more = _imported(recipe.pipeline.make_optimizer, where, "make_optimizer")
+        imports = imports + [line for line in more if line not in imports]
+        items = [f"{n!r}: {_number(v)}" for n, v in rest.items()]
+        items += ["'learning_rate': schedule"] if made else []
+        base = f"{name}({{{', '.join(items)}}})"
+    if recipe.pipeline.max_norm is not None:
+        clipper = f"pbx.clip_by_global_norm({_number(recipe.pipeline.max_norm)})"
+        base = f"optax.chain({clipper}, {base})"
+    return schedule, f"optimizer = {base}\n", imports

@@ -1,0 +1,1003 @@
+"""From an untuned workload to a recipe: the playbook's procedures, one after another."""
+
+import dataclasses
+import functools
+import inspect
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import optax
+
+from playbook_optax import _checks, norms, optimizers, schedules, search_spaces
+from playbook_optax.analysis import diagnose
+from playbook_optax.analysis.findings import Finding, by_severity
+from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
+from playbook_optax.procedures.learning_rate import sweep_learning_rate
+from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
+from playbook_optax.procedures.program import program
+from playbook_optax.procedures.rounds import plan_next_round
+from playbook_optax.procedures.stability import stabilize
+from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.records.study import NoFeasibleTrial, Study
+from playbook_optax.runner.run import run_study
+from playbook_optax.search_space import Float, SearchSpace
+from playbook_optax.trials import train
+from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
+from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
+
+LEARNING_RATE_CHAPTER, NUM_STEPS_CHAPTER, STABILITY = "learning_rate", "num_steps", "stability"
+ROUND_1, ROUND_2, RETRAIN = "round_1", "round_2", "retrain"
+CHAPTERS = (LEARNING_RATE_CHAPTER, NUM_STEPS_CHAPTER, STABILITY, ROUND_1, ROUND_2, RETRAIN)
+OVERRIDES = (
+    "learning_rate_range",
+    "num_steps",
+    "warmup_steps",
+    "max_norm",
+    "space",
+    "next_space",
+    "point",
+)
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "rmsprop", "adam", "nadam", "adamw", "nadamw")
+DEFAULT_OPTIMIZER = "adam"
+
+_SECTIONS = {
+    LEARNING_RATE_CHAPTER: "Algorithm for picking an initial candidate for max_train_steps using a "
+    "learning rate sweep",
+    NUM_STEPS_CHAPTER: "Deciding how long to train when training is not compute-bound",
+    STABILITY: "How can optimization failures be debugged and mitigated?",
+    ROUND_1: "Choosing the goal for the next round of experiments",
+    ROUND_2: "Deciding how long to train when training is compute-bound",
+    RETRAIN: "Determining whether to adopt a training pipeline change or hyperparameter "
+    "configuration",
+}
+# Sweeps are a quarter as long as the final run, round 1 half as long: the short trials tell the
+# order of magnitude of the learning rate, the longer ones the rest.
+_SWEEP_PART, _FIRST_PART, _SHORTEST_PART = 4, 2, 8
+_SWEEP_TRIALS = (5, 16)
+_MAX_WIDENINGS = 2
+# What widened sweeps and the chapter on instability may take of the budget at most.
+_SWEEPS_SHARE, _STABILITY_SHARE = 0.25, 0.3
+# Trials that `stabilize` takes, all told, for each learning rate of its sweeps, and beside them.
+_STABILITY_TRIALS, _STABILITY_PER_TRIAL, _STABILITY_FIXED = 5, 8, 20
+_UNSTABLE = ("unstable_best", "unstable_above_best", "best_at_edge_of_infeasible")
+# Round 1 gets this share of what is left when retraining is paid for.
+_FIRST_SHARE = 0.5
+# Around the best learning rate of the sweep, on a log scale; a schedule that decays stands a larger
+# one than the constant rate of the sweep, and short trials ask for a larger one than long ones.
+_RATE_FACTOR = 10.0
+_KEPT_CANDIDATES = 3
+# Trials of the budget, at least, to (candidates, seeds) that are retrained at the end.
+_RETRAINED = ((45, (3, 3)), (24, (2, 3)), (10, (1, 3)), (6, (1, 2)))
+_EVALS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Chapter:
+    """One decision on the way to a recipe.
+
+    Attributes:
+      name: one of `CHAPTERS`.
+      decision: what was decided and on which evidence, as a Finding; its evidence names the
+        override that reverses it.
+      verdict: answer, findings, studies and cost.
+    """
+
+    name: str
+    decision: Finding
+    verdict: Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """How a point becomes an optimizer: the user's, behind a clipper and a warm-up if need be.
+
+    Attributes:
+      make_optimizer: ``make_optimizer(point)``.
+      make_schedule: ``make_schedule(point, num_steps)``, or None where the optimizer makes its own.
+      warmup_steps: steps of warm-up, which come out of the run's.
+      max_norm: clip threshold, or None.
+      extended_from: the steps for which the schedule was made that longer runs extend by the
+        playbook's rule for its family; None where it is made anew for each length.
+    """
+
+    make_optimizer: MakeOptimizer
+    make_schedule: MakeSchedule | None
+    warmup_steps: int = 0
+    max_norm: float | None = None
+    extended_from: int | None = None
+
+    def optimizer(self, point: Any) -> optax.GradientTransformation:
+        """The transformation at a point whose learning rate may be a schedule."""
+        made = self.make_optimizer(point)
+        if self.max_norm is None:
+            return made
+        return optax.chain(norms.clip_by_global_norm(self.max_norm), made)
+
+    def schedule(self, point: Any, num_steps: int) -> Any:
+        """The schedule of a run of so many steps, warm-up included."""
+        assert self.make_schedule is not None
+        steps = num_steps - self.warmup_steps
+        if self.extended_from is None or steps <= self.extended_from:
+            made = self.make_schedule(point, steps)
+        else:
+            made = schedules.extend_for_longer_run(
+                self.make_schedule(point, self.extended_from), steps - self.extended_from
+            )
+        return schedules.prepend_warmup(made, self.warmup_steps) if self.warmup_steps else made
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `run_study` takes of it."""
+        schedule = None if self.make_schedule is None else self.schedule
+        return {"make_optimizer": self.optimizer, "make_schedule": schedule}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A tuned training recipe with the evidence for each decision.
+
+    Attributes:
+      workload: what was tuned.
+      pipeline: how a point becomes an optimizer.
+      optimizer_name: name of the optimizer among ours, or None for the user's own.
+      point: hyperparameters, name to number; None where every trial was infeasible.
+      num_steps: updates of the run.
+      eval_every: updates between evaluations.
+      objective: name of the metric that was tuned for.
+      maximize: whether larger is better.
+      values: retrospective best of the recipe retrained with each seed, float64 (seed,); that of
+        the one trial where the budget left no room to retrain.
+      chapters: the decisions, in order.
+      total_budget: trial-steps that were allowed.
+      params: weights of the best seed at its best evaluation, a pytree of NumPy arrays.
+      model_state: the model state that belongs to them.
+      key: the key that the recipe was retrained with.
+      report: path of the report, or None where none was written.
+    """
+
+    workload: WorkloadLike = dataclasses.field(repr=False)
+    pipeline: Pipeline = dataclasses.field(repr=False)
+    optimizer_name: str | None
+    point: dict[str, Any] | None
+    num_steps: int
+    eval_every: int
+    objective: str
+    maximize: bool
+    values: np.ndarray
+    chapters: tuple[Chapter, ...] = dataclasses.field(repr=False)
+    total_budget: int
+    params: Any = dataclasses.field(repr=False)
+    model_state: Any = dataclasses.field(repr=False)
+    key: chex.PRNGKey = dataclasses.field(repr=False)
+    report: pathlib.Path | None = None
+
+    @property
+    def value(self) -> float:
+        """The mean of `values`; NaN where there is none."""
+        return float(np.mean(self.values)) if len(self.values) else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Their standard deviation; NaN for fewer than two seeds."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All that was decided and seen, most severe first, each once."""
+        every = [f for c in self.chapters for f in (c.decision, *c.verdict.findings)]
+        unique = [finding for i, finding in enumerate(every) if finding not in every[:i]]
+        return tuple(by_severity(unique))
+
+    @property
+    def cost(self) -> dict[str, int]:
+        """Trial-steps that each chapter took."""
+        return {chapter.name: chapter.verdict.cost for chapter in self.chapters}
+
+    @property
+    def studies(self) -> dict[str, Study]:
+        """The studies of all chapters, ``<chapter>/<study>``."""
+        return {
+            f"{chapter.name}/{name}": study
+            for chapter in self.chapters
+            for name, study in chapter.verdict.studies.items()
+        }
+
+    def schedule(self) -> Any:
+        """The learning-rate schedule, or the number itself where the optimizer makes its own.
+
+        Raises:
+          NoFeasibleTrial: every trial was infeasible.
+        """
+        point = self._feasible()
+        if self.pipeline.make_schedule is None:
+            return point.get(LEARNING_RATE)
+        return self.pipeline.schedule(point, self.num_steps)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The tuned optimizer, schedule, warm-up and clipping included.
+
+        Raises:
+          NoFeasibleTrial: every trial was infeasible.
+        """
+        point = self._feasible()
+        if self.pipeline.make_schedule is not None:
+            point = {**point, LEARNING_RATE: self.schedule()}
+        return self.pipeline.optimizer(point)
+
+    def to_python(self, workload: str | None = None, make_optimizer: str | None = None) -> str:
+        """A short program in plain Optax and our transforms that trains the recipe.
+
+        Args:
+          workload: the workload as ``module:attribute`` or a name of the zoo; found by itself if
+            None where a module holds it. The program uses the name ``workload`` otherwise.
+          make_optimizer: likewise, where the optimizer is your own function of the point.
+
+        Returns:
+          Python source. It trains the first of the retrained seeds, prints the best value of the
+          objective, and leaves the weights in ``best_params``.
+
+        Raises:
+          NoFeasibleTrial: every trial was infeasible.
+        """
+        return program(self, self._feasible(), workload, make_optimizer)
+
+    def final_evaluate(self) -> dict[str, float]:
+        """Evaluates `params` on the workload's test data, which nothing has touched before.
+
+        Returns:
+          Metrics by name.
+
+        Raises:
+          ValueError: the workload has no test data.
+          NoFeasibleTrial: every trial was infeasible.
+        """
+        work = resolve(self.workload, self._feasible())
+        return work.final_evaluate(self.params, self.model_state)
+
+    def _feasible(self) -> dict[str, Any]:
+        if self.point is None:
+            raise NoFeasibleTrial(
+                "there is no recipe: every trial was infeasible. Tune again with smaller learning "
+                "rates; recipe.findings says more."
+            )
+        return dict(self.point)
+
+
+def find_recipe(
+    workload: WorkloadLike,
+    make_optimizer: MakeOptimizer | str | None = None,
+    space: SearchSpace | None = None,
+    make_schedule: MakeSchedule | None = None,
+    *,
+    num_trials: int,
+    num_steps: int,
+    key: chex.PRNGKey,
+    directory: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    trials_per_block: int | str | None = None,
+    progress: bool = True,
+) -> Recipe:
+    """`pbx.tune` without its report; arguments, result and errors are the same."""
+    tuner = _Tuner(
+        workload,
+        make_optimizer,
+        space,
+        make_schedule,
+        _checks.check_count("num_trials", num_trials),
+        _checks.check_count("num_steps", num_steps),
+        key,
+        directory,
+        _check_overrides(overrides),
+        {"trials_per_block": trials_per_block, "progress": progress},
+    )
+    return tuner.run()
+
+
+def cosine(point: Mapping[str, Any], num_steps: int) -> schedules.Schedule:
+    """The default schedule: a cosine decay from the point's learning rate to 0."""
+    return schedules.cosine_decay(point[LEARNING_RATE], num_steps)
+
+
+def _check_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    given = dict(overrides or {})
+    for name in given:
+        if name not in OVERRIDES:
+            raise ValueError(f"overrides[{name!r}] is unknown: {_checks.nearest(name, OVERRIDES)}")
+    if "num_steps" in given:
+        given["num_steps"] = _checks.check_count("overrides['num_steps']", given["num_steps"])
+    if "warmup_steps" in given:
+        given["warmup_steps"] = _checks.check_count(
+            "overrides['warmup_steps']", given["warmup_steps"], at_least=0
+        )
+    if given.get("max_norm") is not None:
+        _checks.check_number("overrides['max_norm']", given["max_norm"], above=0.0)
+    for name in ("space", "next_space"):
+        if name in given and not isinstance(given[name], SearchSpace):
+            raise _checks.ArgumentTypeError(
+                f"overrides[{name!r}] must be a SearchSpace, got {given[name]!r}."
+            )
+    if "learning_rate_range" in given:
+        low, high = given["learning_rate_range"]
+        given["learning_rate_range"] = (low, high)
+        Float(low, high, scale="log")
+    if "point" in given and not isinstance(given["point"], Mapping):
+        raise _checks.ArgumentTypeError(
+            f"overrides['point'] must be a dict of hyperparameters, got {given['point']!r}."
+        )
+    return given
+
+
+def _middle(space: SearchSpace) -> dict[str, Any]:
+    """The middle of each range on its own scale."""
+    points = space.from_unit(np.full((1, len(space)), 0.5, np.float32))
+    return {name: np.asarray(values)[0] for name, values in points.items()}
+
+
+def _rates(space: SearchSpace) -> Float:
+    """The range of the learning rate."""
+    line = space[LEARNING_RATE]
+    assert isinstance(line, Float)
+    return line
+
+
+def _by_name(name: str, point: Mapping[str, Any]) -> optax.GradientTransformation:
+    made: optax.GradientTransformation = getattr(optimizers, name)(**point)
+    return made
+
+
+class _Tuner:
+    """One call of `tune`: what is left of the budget, and the chapters so far."""
+
+    def __init__(
+        self,
+        workload: WorkloadLike,
+        make_optimizer: MakeOptimizer | str | None,
+        space: SearchSpace | None,
+        make_schedule: MakeSchedule | None,
+        num_trials: int,
+        num_steps: int,
+        key: chex.PRNGKey,
+        directory: str | os.PathLike[str] | None,
+        overrides: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        train.check_key("key", key)
+        self._name = None
+        if make_optimizer is None or isinstance(make_optimizer, str):
+            self._name = make_optimizer or DEFAULT_OPTIMIZER
+            _checks.check_choice("make_optimizer", self._name, OPTIMIZERS)
+            make_optimizer = functools.partial(_by_name, self._name)
+            # The table of budgets decides again when round 1 knows how many trials it has.
+            self._given_space = space
+            space = space or search_spaces.optimizer_search_space(self._name, num_trials)
+            known = inspect.signature(getattr(optimizers, self._name)).parameters
+            for name in space:
+                if name not in known:
+                    raise ValueError(
+                        f"space has {name!r}, which {self._name} does not take: "
+                        f"{_checks.nearest(name, known)}"
+                    )
+        elif space is None:
+            raise ValueError(
+                "space is missing: an optimizer of your own needs the SearchSpace of its "
+                f"hyperparameters, such as pbx.SearchSpace({{{LEARNING_RATE!r}: "
+                "pbx.Float(1e-4, 1.0, scale='log')})."
+            )
+        else:
+            self._given_space = space
+        if make_schedule is None and LEARNING_RATE in space:
+            make_schedule = cosine
+        if LEARNING_RATE in space and not isinstance(space[LEARNING_RATE], Float):
+            raise _checks.ArgumentTypeError(
+                f"space[{LEARNING_RATE!r}] must be a pbx.Float, got {space[LEARNING_RATE]!r}."
+            )
+        if make_schedule is not None and LEARNING_RATE not in space:
+            raise ValueError(
+                f"make_schedule needs the hyperparameter {LEARNING_RATE!r} in the space, which has "
+                f"{list(space)}."
+            )
+        self._work = resolve(workload, _middle(space))
+        self._workload, self._space = workload, space
+        self._pipeline = Pipeline(make_optimizer, make_schedule)
+        self._num_trials, self._num_steps = num_trials, num_steps
+        self._total = num_trials * num_steps
+        self._key, self._directory = key, directory
+        self._overrides, self._options = overrides, options
+        self._chapters: list[Chapter] = []
+        self._sweep_steps = max(1, num_steps // _SWEEP_PART)
+        # The rate around which round 1 searches, and the one from which on training breaks.
+        self._rate: float | None = None
+        self._first_steps = max(1, num_steps // _FIRST_PART)
+        self._final_steps = overrides.get("num_steps", num_steps)
+        if "num_steps" in overrides:
+            self._first_steps = max(1, self._final_steps // _FIRST_PART)
+
+    # Chapters -----------------------------------------------------------------------------------
+
+    def run(self) -> Recipe:
+        """All chapters, and what comes of them."""
+        if "point" not in self._overrides:
+            sweep = None
+            if LEARNING_RATE in self._space:
+                sweep = self._sweep()
+            self._decide_num_steps(sweep)
+            self._stability(sweep)
+            first = self._round_1()
+            second = self._round_2(first)
+        else:
+            first = second = None
+            self._pipeline = self._overridden_pipeline()
+        return self._retrain(first, second)
+
+    def _sweep(self) -> Study | None:
+        """The learning rate at constant schedule, all else in the middle of its range."""
+        given = self._overrides.get("learning_rate_range")
+        if given is not None:
+            self._rate = float(np.sqrt(given[0] * given[1]))
+            self._decide(
+                LEARNING_RATE_CHAPTER,
+                f"The learning rate is searched from {given[0]:.4g} to {given[1]:.4g}, as you say.",
+                {"low": given[0], "high": given[1]},
+                "learning_rate_range",
+            )
+            return None
+        num = min(max(self._num_trials // 4, _SWEEP_TRIALS[0]), _SWEEP_TRIALS[1])
+        cost = num * self._sweep_steps
+        if cost > self._total * _SWEEPS_SHARE * 1.5:
+            line = _rates(self._space)
+            self._decide(
+                LEARNING_RATE_CHAPTER,
+                f"No sweep: {num} trials of {self._sweep_steps} steps are too much of the budget "
+                f"of {self._total:,} trial-steps. The whole range is searched instead.",
+                {"low": float(line.low), "high": float(line.high), "budget": self._total},
+                "learning_rate_range",
+                "Give more trials.",
+            )
+            return None
+        fixed = {n: v for n, v in self._defaults().items() if n != LEARNING_RATE}
+        line = _rates(self._space)
+        studies: dict[str, Study] = {}
+        findings: list[Finding] = []
+        spent = 0
+        for number in range(_MAX_WIDENINGS + 1):
+            self._say(LEARNING_RATE_CHAPTER, f"{num} trials of {self._sweep_steps} steps")
+            verdict = sweep_learning_rate(
+                self._with_fixed_workload(fixed),
+                self._with_fixed(fixed),
+                SearchSpace({LEARNING_RATE: line}),
+                key=jax.random.fold_in(self._key, 0),
+                num_trials=num,
+                num_steps=self._sweep_steps,
+                eval_every=self._every(self._sweep_steps),
+                directory=self._folder(LEARNING_RATE_CHAPTER, f"sweep_{number}"),
+                **self._options,
+            )
+            (study,) = verdict.studies.values()
+            studies[f"sweep_{number}"] = study
+            spent += verdict.cost
+            findings = list(verdict.findings)
+            codes = {finding.code for finding in findings}
+            wider = None
+            if "all_infeasible" in codes:
+                wider = Float(float(line.low) / 1e3, float(line.low), scale=line.scale)
+            elif verdict.answer is None and "best_at_end_of_sweep" in codes:
+                wider = _extended(line, study)
+            if wider is None or spent + cost > self._total * _SWEEPS_SHARE:
+                break
+            line = wider
+        low, high = float(line.low), float(line.high)
+        try:
+            self._rate = float(study.best().point[LEARNING_RATE])
+            decided = (
+                f"The best constant learning rate is {self._rate:.4g} after {self._sweep_steps} "
+                f"steps, of {len(study.points[LEARNING_RATE])} from {low:.4g} to {high:.4g}."
+            )
+            if len(studies) > 1:
+                decided += f" The range was moved {len(studies) - 1} time(s)."
+        except NoFeasibleTrial:
+            decided = f"Every learning rate from {low:.4g} to {high:.4g} is infeasible."
+        self._line = line
+        low, high = self._rate_range()
+        self._decide(
+            LEARNING_RATE_CHAPTER,
+            f"{decided} Round 1 searches from {low:.4g} to {high:.4g}.",
+            {"learning_rate": self._rate or math.nan, "low": low, "high": high},
+            "learning_rate_range",
+            verdict=Verdict(self._rate, tuple(findings), studies, spent),
+        )
+        return study if self._rate is not None else None
+
+    def _decide_num_steps(self, sweep: Study | None) -> None:
+        """How long round 1 and the final run are."""
+        final = self._final_steps
+        verdict = Verdict(final, (), {}, 0)
+        if "num_steps" in self._overrides:
+            said = f"The final run has {final} steps, as you say"
+        elif sweep is None:
+            said = f"Nothing says how long to train, so the final run has all {final} steps"
+        else:
+            verdict = pick_num_steps(
+                self._workload,
+                self._pipeline.make_optimizer,
+                sweep,
+                key=self._key,
+                num_steps=self._sweep_steps,
+            )
+            if verdict.answer is None:
+                said = (
+                    f"No trial of the sweep fits the training data perfectly in "
+                    f"{self._sweep_steps} steps, so the final run has all {final} steps"
+                )
+            else:
+                self._first_steps = min(
+                    max(2 * verdict.answer, self._num_steps // _SHORTEST_PART, 1),
+                    self._first_steps,
+                )
+                said = (
+                    f"The fastest trial of the sweep fits the training data perfectly in "
+                    f"{verdict.answer} steps; the final run has {final} steps, which can do no "
+                    "harm when the best checkpoint is taken"
+                )
+        self._decide(
+            NUM_STEPS_CHAPTER,
+            f"{said}, and trials of round 1 have {self._first_steps}.",
+            {"num_steps": final, "first_round_steps": self._first_steps},
+            "num_steps",
+            verdict=Verdict(verdict.answer, verdict.findings, {}, 0),
+        )
+
+    def _stability(self, sweep: Study | None) -> None:
+        """The chapter on instability, where the sweep shows any."""
+        if {"warmup_steps", "max_norm"} & set(self._overrides):
+            self._pipeline = self._overridden_pipeline()
+            self._decide(
+                STABILITY,
+                f"Warm-up and clipping as you say: {self._remedies()}.",
+                {"warmup_steps": self._pipeline.warmup_steps, "max_norm": self._pipeline.max_norm},
+                "warmup_steps",
+            )
+            return
+        if sweep is None:
+            return
+        seen = [f for f in self._chapters[0].verdict.findings if f.code in _UNSTABLE]
+        if not seen:
+            self._decide(
+                STABILITY,
+                "The sweep shows no instability, so there is no warm-up and no clipping.",
+                {"warmup_steps": 0, "max_norm": None},
+                "warmup_steps",
+            )
+            return
+        num = min(_STABILITY_TRIALS + self._num_trials // 32, 12)
+        estimate = (_STABILITY_FIXED + _STABILITY_PER_TRIAL * num) * self._sweep_steps
+        if estimate > _STABILITY_SHARE * self._total:
+            self._decide(
+                STABILITY,
+                f"The sweep shows an instability ({seen[0].code}), but looking into it takes about "
+                f"{estimate:,} trial-steps, more than {_STABILITY_SHARE:.0%} of the budget.",
+                {"warmup_steps": 0, "max_norm": None, "estimate": estimate},
+                "warmup_steps",
+                f"Give at least {math.ceil(estimate / _STABILITY_SHARE / self._num_steps)} trials, "
+                "or run pbx.procedures.stabilize.",
+                severity="warning",
+            )
+            return
+        self._say(STABILITY, f"about {estimate:,} trial-steps")
+        fixed = {n: v for n, v in self._defaults().items() if n != LEARNING_RATE}
+        verdict = stabilize(
+            self._with_fixed_workload(fixed),
+            self._with_fixed(fixed),
+            sweep,
+            key=jax.random.fold_in(self._key, 2),
+            num_steps=self._sweep_steps,
+            num_trials=num,
+            eval_every=self._every(self._sweep_steps),
+            optimizers={},
+            directory=self._folder(STABILITY),
+            **self._options,
+        )
+        answer = verdict.answer
+        said = "Nothing helps against the instability but a lower learning rate"
+        if answer is not None and answer.recommended is not None:
+            clip = answer.max_norm
+            if clip is None and "clipping" in answer.recommended:
+                clip = answer.comparison.max_norm
+            self._pipeline = dataclasses.replace(
+                self._pipeline, warmup_steps=int(answer.warmup_steps), max_norm=clip
+            )
+            self._rate = answer.learning_rate
+            said = (
+                f"Of the remedies, {answer.recommended} does most: {answer.best_value:.4g} against "
+                f"{answer.baseline_value:.4g} without. From here on: {self._remedies()}"
+            )
+        self._decide(
+            STABILITY,
+            f"{said}.",
+            {
+                "warmup_steps": self._pipeline.warmup_steps,
+                "max_norm": self._pipeline.max_norm,
+                "recommended": None if answer is None else answer.recommended,
+            },
+            "warmup_steps",
+            verdict=verdict,
+        )
+
+    def _round_1(self) -> Study | None:
+        """Quasi-random search over what the budget allows."""
+        steps = self._first_steps
+        num = int(self._left_for_rounds() * _FIRST_SHARE // steps)
+        if num < 1:
+            return None
+        space = self._overrides.get("space") or self._first_space(num)
+        study = self._search(ROUND_1, 3, space, num, steps)
+        findings = diagnose.diagnose(study)
+        evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
+        said = f"{num} quasi-random trials of {steps} steps over {', '.join(space)}"
+        try:
+            best = study.best()
+            said += f": the best reaches {best.value:.4g} at step {best.step}."
+            evidence["value"] = best.value
+        except NoFeasibleTrial:
+            said += ": every one is infeasible."
+        self._decide(
+            ROUND_1,
+            said,
+            evidence,
+            "space",
+            verdict=Verdict(None, tuple(findings), {"search": study}, num * steps),
+        )
+        return study
+
+    def _round_2(self, first: Study | None) -> Study | None:
+        """Longer trials, in a narrower space around the good ones of round 1."""
+        if first is None or not len(outcomes(first).order):
+            return None
+        findings: list[Finding] = []
+        if "num_steps" not in self._overrides:
+            refined = refine_num_steps(
+                self._workload, self._pipeline.make_optimizer, first, key=self._key
+            )
+            findings += refined.findings
+            if refined.answer is not None and refined.answer < self._first_steps:
+                self._final_steps = max(int(refined.answer), 1)
+        steps = self._final_steps
+        num = int(self._left_for_rounds() // steps)
+        if num < 1:
+            return None
+        plan = plan_next_round(
+            self._workload,
+            self._pipeline.make_optimizer,
+            first,
+            key=self._key,
+            num_steps=max(steps, self._first_steps + 1),
+            num_trials=num,
+        )
+        findings += plan.findings
+        space = self._overrides.get("next_space")
+        if space is None:
+            space = plan.answer.space if plan.answer is not None else self._first_space(num)
+        top = outcomes(first).order[: min(_KEPT_CANDIDATES, num)]
+        kept = {name: values[top] for name, values in first.points.items()}
+        fresh = num - len(top)
+        points = kept
+        if fresh:
+            fixed = {} if plan.answer is None else dict(plan.answer.fixed)
+            sampled = space.sample(jax.random.fold_in(self._key, 5), fresh) if len(space) else {}
+            points = {}
+            for name, values in kept.items():
+                new = sampled.get(name, np.full(fresh, fixed.get(name, values[0]), values.dtype))
+                points[name] = np.concatenate([values, np.asarray(new, values.dtype)])
+        self._extend_schedule(first)
+        study = self._search(ROUND_2, 4, points, None, steps)
+        study = dataclasses.replace(
+            study, spec={**study.spec, "space": _covering(space, study, first).to_dict()}
+        )
+        findings += diagnose.diagnose(study)
+        said = (
+            f"{num} trials of {steps} steps, the best {len(top)} of round 1 and {fresh} more "
+            "around the good ones"
+        )
+        evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
+        try:
+            best = study.best()
+            said += f": the best reaches {best.value:.4g} at step {best.step}."
+            evidence["value"] = best.value
+        except NoFeasibleTrial:
+            said += ": every one is infeasible at this length."
+        self._decide(
+            ROUND_2,
+            said,
+            evidence,
+            "next_space",
+            verdict=Verdict(plan.answer, tuple(findings), {"search": study}, num * steps),
+        )
+        return study
+
+    def _retrain(self, first: Study | None, second: Study | None) -> Recipe:
+        """The best candidates with several seeds; the best of them is the recipe."""
+        source = next(
+            (s for s in (second, first) if s is not None and len(outcomes(s).order)), None
+        )
+        given = self._overrides.get("point")
+        key = jax.random.fold_in(self._key, 6)
+        empty = np.array([], np.float64)
+        if source is None and given is None:
+            self._decide(
+                RETRAIN,
+                "There is no recipe: every trial was infeasible.",
+                {},
+                "point",
+                "Lower the range of learning rates.",
+                severity="error",
+            )
+            return self._recipe(None, empty, None, None, key)
+        candidates, seeds = self._retrained()
+        steps = self._final_steps
+        if given is not None:
+            points = {name: np.asarray([value]) for name, value in given.items()}
+            seeds = max(seeds, min(3, max(1, self._left() // steps)))
+        else:
+            assert source is not None
+            order = outcomes(source).order
+            room = self._left() // (steps * max(seeds, 1))
+            candidates = min(candidates, len(order), room)
+            if candidates < 1:
+                best = source.best()
+                point = {name: value.item() for name, value in best.point.items()}
+                self._final_steps = int(source.spec["num_steps"])
+                self._decide(
+                    RETRAIN,
+                    f"The recipe is the best trial, {best.value:.4g} at step {best.step}; the "
+                    "budget leaves no room to train it again, so its spread is unknown.",
+                    {"point": point, "value": best.value},
+                    "point",
+                    "Give at least 6 trials.",
+                    severity="warning",
+                )
+                return self._recipe(point, np.array([best.value]), None, None, key)
+            points = {name: values[order[:candidates]] for name, values in source.points.items()}
+        self._say(RETRAIN, f"{len(next(iter(points.values())))} candidates, {seeds} seeds")
+        study = run_study(
+            self._workload,
+            points=points,
+            num_steps=steps,
+            eval_every=self._every(steps),
+            key=key,
+            num_seeds=seeds,
+            keep="best",
+            directory=self._folder(RETRAIN),
+            **self._pipeline.arguments,
+            **self._options,
+        )
+        cost = study.num_trials * seeds * steps
+        findings = diagnose.diagnose(study) if study.num_trials > 1 else []
+        try:
+            best = study.best()
+        except NoFeasibleTrial:
+            self._decide(
+                RETRAIN,
+                "Every candidate is infeasible with some other seed.",
+                {},
+                "point",
+                "Lower the learning rate, or look at pbx.procedures.stabilize.",
+                verdict=Verdict(None, tuple(findings), {"retrain": study}, cost),
+                severity="error",
+            )
+            return self._recipe(None, empty, None, None, key)
+        values = best_by_seed(study, best.trial)
+        point = {name: value.item() for name, value in best.point.items()}
+        spread = f", standard deviation {np.std(values, ddof=1):.3g}" if seeds > 1 else ""
+        self._decide(
+            RETRAIN,
+            f"Of {study.num_trials} candidate(s), each trained with {seeds} seeds it was not tuned "
+            f"on, number {best.trial + 1} is best: {study.objective} = {np.mean(values):.4g} on "
+            f"average{spread}.",
+            {"point": point, "values": [float(value) for value in values]},
+            "point",
+            verdict=Verdict(point, tuple(findings), {"retrain": study}, cost),
+        )
+        sign = -1.0 if study.maximize else 1.0
+        seed = int(np.argmin(sign * values))
+        chosen = (best.trial, seed if seeds > 1 else None)
+        return self._recipe(point, values, study.params(*chosen), study.model_state(*chosen), key)
+
+    # Pieces -------------------------------------------------------------------------------------
+
+    def _recipe(
+        self, point: Any, values: np.ndarray, params: Any, model_state: Any, key: chex.PRNGKey
+    ) -> Recipe:
+        return Recipe(
+            workload=self._workload,
+            pipeline=self._pipeline,
+            optimizer_name=self._name,
+            point=point,
+            num_steps=self._final_steps,
+            eval_every=self._every(self._final_steps),
+            objective=self._work.objective,
+            maximize=self._work.maximize,
+            values=np.asarray(values, np.float64),
+            chapters=tuple(self._chapters),
+            total_budget=self._total,
+            params=params,
+            model_state=model_state,
+            key=key,
+        )
+
+    def _search(
+        self, name: str, number: int, points: Any, num_trials: int | None, steps: int
+    ) -> Study:
+        count = num_trials or len(next(iter(points.values())))
+        self._say(name, f"{count} trials of {steps} steps")
+        return run_study(
+            self._workload,
+            points=points,
+            num_trials=num_trials,
+            num_steps=steps,
+            eval_every=self._every(steps),
+            key=jax.random.fold_in(self._key, number),
+            directory=self._folder(name),
+            **self._pipeline.arguments,
+            **self._options,
+        )
+
+    def _extend_schedule(self, first: Study) -> None:
+        """Carries the user's schedule over to longer runs by the playbook's rule, if it has one."""
+        make_schedule = self._pipeline.make_schedule
+        if make_schedule is None or make_schedule is cosine:
+            return  # A cosine decay made for the longer run is the stretched one.
+        steps = self._first_steps - self._pipeline.warmup_steps
+        try:
+            schedules.extend_for_longer_run(make_schedule(first.point(0), steps), 1)
+        except ValueError:
+            return
+        self._pipeline = dataclasses.replace(self._pipeline, extended_from=steps)
+
+    def _decide(
+        self,
+        name: str,
+        message: str,
+        evidence: Mapping[str, Any],
+        override: str,
+        suggestion: str = "",
+        *,
+        verdict: Verdict | None = None,
+        severity: str = "info",
+    ) -> None:
+        decision = Finding(
+            code=f"decided_{name}",
+            severity=severity,
+            message=message,
+            evidence={**evidence, "override": override},
+            section=_SECTIONS[name],
+            suggestion=suggestion or f"To decide otherwise, give overrides={{{override!r}: ...}}.",
+        )
+        self._chapters.append(Chapter(name, decision, verdict or Verdict(None, (), {}, 0)))
+
+    def _spent(self) -> int:
+        return sum(chapter.verdict.cost for chapter in self._chapters)
+
+    def _left(self) -> int:
+        return self._total - self._spent()
+
+    def _retrained(self) -> tuple[int, int]:
+        """Candidates and seeds that the budget is to retrain."""
+        return next((what for least, what in _RETRAINED if self._num_trials >= least), (0, 0))
+
+    def _left_for_rounds(self) -> int:
+        candidates, seeds = self._retrained()
+        return self._left() - candidates * seeds * self._final_steps
+
+    def _every(self, steps: int) -> int:
+        return max(1, steps // _EVALS)
+
+    def _folder(self, *names: str) -> pathlib.Path | None:
+        if self._directory is None:
+            return None
+        return subdirectory(self._directory, "/".join(names))
+
+    def _say(self, name: str, what: str) -> None:
+        """Tells a person at a terminal which chapter begins, and what is spent."""
+        if self._options["progress"] and sys.stderr.isatty():
+            number = CHAPTERS.index(name) + 1
+            share = self._spent() / self._total
+            print(
+                f"tune {self._work.name}, {number} of {len(CHAPTERS)}: {name}, {what} "
+                f"({share:.0%} of the budget spent)",
+                file=sys.stderr,
+            )
+
+    def _defaults(self) -> dict[str, Any]:
+        """What a sweep does not vary: the optimizer's own values, or the middle of the range."""
+        middle = _middle(self._space)
+        if self._name is None:
+            return middle
+        parameters = inspect.signature(getattr(optimizers, self._name)).parameters
+        own = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        return {name: own.get(name, value) for name, value in middle.items()}
+
+    def _with_fixed(self, fixed: Mapping[str, Any]) -> MakeOptimizer:
+        make_optimizer = self._pipeline.make_optimizer
+        return lambda point: make_optimizer({**fixed, **point})
+
+    def _with_fixed_workload(self, fixed: Mapping[str, Any]) -> WorkloadLike:
+        workload = self._workload
+        if isinstance(workload, Workload):
+            return workload
+        return lambda point: resolve(workload, {**fixed, **point})
+
+    def _rate_range(self) -> tuple[float, float]:
+        """The learning rates that round 1 searches."""
+        if "learning_rate_range" in self._overrides:
+            low, high = self._overrides["learning_rate_range"]
+            return float(low), float(high)
+        if self._rate is None:
+            line = _rates(self._space)
+            return float(line.low), float(line.high)
+        return self._rate / _RATE_FACTOR, self._rate * _RATE_FACTOR
+
+    def _first_space(self, num_trials: int) -> SearchSpace:
+        """The space of round 1: dimensions that its trials can afford, rates around the best."""
+        space = self._space
+        if self._given_space is None:
+            assert self._name is not None
+            space = search_spaces.optimizer_search_space(self._name, num_trials)
+        if LEARNING_RATE not in space:
+            return space
+        low, high = self._rate_range()
+        scale = _rates(space).scale
+        return SearchSpace({**space, LEARNING_RATE: Float(low, high, scale=scale)})
+
+    def _overridden_pipeline(self) -> Pipeline:
+        return dataclasses.replace(
+            self._pipeline,
+            warmup_steps=self._overrides.get("warmup_steps", 0),
+            max_norm=self._overrides.get("max_norm"),
+        )
+
+    def _remedies(self) -> str:
+        """Warm-up and clipping in words."""
+        said = []
+        if self._pipeline.warmup_steps:
+            said.append(f"{self._pipeline.warmup_steps} steps of warm-up")
+        if self._pipeline.max_norm is not None:
+            said.append(f"gradients clipped at a norm of {self._pipeline.max_norm:.4g}")
+        return " and ".join(said) or "neither"
+
+
+def _extended(line: Any, study: Study) -> Float | None:
+    """A range two decades beyond the end at which the best learning rate lies."""
+    rate = float(study.best().point[LEARNING_RATE])
+    if rate <= float(study.points[LEARNING_RATE].min()):
+        return Float(float(line.low) / 100, float(line.low) * 3, scale=line.scale)
+    return Float(float(line.high) / 3, float(line.high) * 100, scale=line.scale)
+
+
+def best_by_seed(study: Study, trial: int) -> np.ndarray:
+    """The retrospective best of each seed of a trial, float64 (seed,)."""
+    curves = np.asarray(study.data[study.objective].values, np.float64)[trial]
+    curves = curves.reshape(study.num_seeds, -1)
+    sign = -1.0 if study.maximize else 1.0
+    curves = np.where(np.isfinite(curves), sign * curves, np.inf)
+    return sign * curves.min(axis=1)
+
+
+def _covering(space: SearchSpace, study: Study, first: Study) -> SearchSpace:
+    """The space of a study with points from elsewhere: wide enough to hold them all."""
+    found: dict[str, Any] = {}
+    known = SearchSpace.from_dict(first.spec["space"]) if first.spec.get("space") else space
+    for name, values in study.points.items():
+        parameter = space[name] if name in space else known[name]
+        if isinstance(parameter, Float):
+            low = min(float(parameter.low), float(values.min()))
+            high = max(float(parameter.high), float(values.max()))
+            parameter = Float(low, high, scale=parameter.scale)
+        found[name] = parameter
+    return SearchSpace(found)

@@ -1,0 +1,334 @@
+"""`tune`: an untuned workload goes in, a tuned recipe comes out, with a page of its evidence."""
+
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import chex
+
+from playbook_optax import _checks, chapters, plots, report
+from playbook_optax.analysis.training_length import best_step_info
+from playbook_optax.procedures import tune as parts
+from playbook_optax.procedures.tune import Chapter, Recipe, find_recipe
+from playbook_optax.records.study import Study
+from playbook_optax.report import Decision, Figure, Table, shown_number
+from playbook_optax.search_space import SearchSpace
+from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
+from playbook_optax.trials.workload import WorkloadLike, resolve
+
+PROGRAM = "recipe.py"
+_TITLES = {
+    parts.LEARNING_RATE_CHAPTER: ("Learning rate", "Around which learning rate is the best one?"),
+    parts.NUM_STEPS_CHAPTER: ("Length of training", "How many steps should trials have?"),
+    parts.STABILITY: ("Stability", "Does training break, and what helps?"),
+    parts.ROUND_1: ("Round 1", "Which region of the search space is good?"),
+    parts.ROUND_2: ("Round 2", "Which point is best when training is longer?"),
+    parts.RETRAIN: ("Retraining", "Does the best point hold with other seeds?"),
+}
+
+
+@_checks.named_arguments
+def tune(
+    workload: WorkloadLike,
+    make_optimizer: MakeOptimizer | str | None = None,
+    space: SearchSpace | None = None,
+    make_schedule: MakeSchedule | None = None,
+    *,
+    num_trials: int,
+    num_steps: int,
+    key: chex.PRNGKey,
+    directory: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    trials_per_block: int | str | None = None,
+    progress: bool = True,
+) -> Recipe:
+    """Tunes a workload by the playbook, from the first learning rate to a program to keep.
+
+    The budget is num_trials x num_steps trial-steps, and no more is spent. In order: a sweep of
+    the constant learning rate, moved as long as the best lies at its end (`sweep_learning_rate`);
+    how long to train (`pick_num_steps`); the chapter on instability where the sweep shows one
+    (`stabilize`); round 1, quasi-random, short, over the hyperparameters that the budget allows;
+    round 2, longer, around the good trials of round 1 (`plan_next_round`); and the best candidates
+    trained again with seeds that they were not tuned on. What the budget is too small for is left
+    out, and a Finding says so.
+
+    With a `directory` everything is stored and the same call continues after a kill at any point.
+    The same key and versions give the same recipe bit for bit.
+
+    Args:
+      workload: a `Workload`, or a function of the point that gives one. Test data, if it has any,
+        are not touched; `Recipe.final_evaluate` reads them.
+      make_optimizer: name of one of our optimizers (``"adam"`` if None), or
+        ``make_optimizer(point)`` for any Optax transformation, with a `space`.
+      space: the search space; that of `optimizer_search_space` for an optimizer by name if None.
+      make_schedule: ``make_schedule(point, num_steps)``; a cosine decay from
+        ``point["learning_rate"]`` to 0 if None and the space has a learning rate.
+      num_trials: size of the budget, in trials of `num_steps`.
+      num_steps: updates of the final run.
+      key: the only source of randomness.
+      directory: where to store the studies, the page ``report.html`` and the program
+        ``recipe.py``.
+      overrides: decisions that you take yourself, by name: ``learning_rate_range`` (a pair),
+        ``num_steps``, ``warmup_steps``, ``max_norm``, ``space`` (of round 1), ``next_space`` (of
+        round 2), ``point`` (nothing is searched, only trained).
+      trials_per_block: as in `run_study`.
+      progress: on a terminal, show which chapter is running, and progress bars.
+
+    Returns:
+      The `Recipe`. Its point is None where every trial was infeasible; a Finding says what to do.
+
+    Raises:
+      ValueError: a bad argument, an unknown override, or as `run_study`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import playbook_optax as pbx
+      >>> workload = pbx.Workload(
+      ...     name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+      ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+      ...     evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()}, objective="valid/loss")
+      >>> recipe = pbx.tune(workload, "sgd", num_trials=12, num_steps=40, key=jax.random.key(0))
+      >>> recipe.value < 1e-6, sum(recipe.cost.values()) <= 12 * 40
+      (True, True)
+
+    Source: playbook, "A scientific approach to improving model performance".
+    """
+    recipe = find_recipe(
+        workload,
+        make_optimizer,
+        space,
+        make_schedule,
+        num_trials=num_trials,
+        num_steps=num_steps,
+        key=key,
+        directory=directory,
+        overrides=overrides,
+        trials_per_block=trials_per_block,
+        progress=progress,
+    )
+    if directory is None:
+        return recipe
+    try:
+        page = write_recipe_report(recipe, directory)
+    except ImportError as error:
+        # What was paid for with training is not lost for want of a drawing.
+        warnings.warn(f"no report is written: {error}", UserWarning, stacklevel=2)
+        return recipe
+    return dataclasses.replace(recipe, report=page)
+
+
+@_checks.named_arguments
+def write_recipe_report(
+    recipe: Recipe, directory: str | os.PathLike[str], workload: str | None = None
+) -> Path:
+    """Writes a recipe and its evidence as ``report.html``, and the program as ``recipe.py``.
+
+    Args:
+      recipe: what `tune` returned.
+      directory: where to write; made when missing.
+      workload: the workload as ``module:attribute`` or a name of the zoo, for the program.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ImportError: jinja2 or matplotlib is not installed (the extra ``report``).
+
+    Example:
+      >>> import tempfile
+      >>> import jax, jax.numpy as jnp
+      >>> import playbook_optax as pbx
+      >>> workload = pbx.Workload(
+      ...     name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+      ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+      ...     evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()}, objective="valid/loss")
+      >>> recipe = pbx.tune(workload, "sgd", num_trials=2, num_steps=20, key=jax.random.key(0),
+      ...                   overrides={"point": {"learning_rate": 0.4}})
+      >>> pbx.write_recipe_report(recipe, tempfile.mkdtemp()).name
+      'report.html'
+
+    Source: playbook, "Extracting insight from experimental results".
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = None
+    if recipe.point is not None:
+        source = recipe.to_python(workload)
+        report.write_file(folder / PROGRAM, source.encode())
+    count = _Count()
+    decisions = [made for chapter in recipe.chapters for made in _decisions(chapter, count)]
+    headline, trust = recipe_headline(recipe)
+    return report.write_recipe(
+        name=_name(recipe),
+        headline=headline,
+        trust=trust,
+        recipe=source,
+        facts=_facts(recipe),
+        decisions=decisions,
+        studies=list(recipe.studies.items()),
+        directory=folder,
+        budget=[(_TITLES[name][0], cost) for name, cost in recipe.cost.items()],
+    )
+
+
+def recipe_headline(recipe: Recipe) -> tuple[str, str]:
+    """The verdict and how far to trust it, a sentence each.
+
+    Args:
+      recipe: what `tune` returned.
+
+    Returns:
+      The two sentences.
+    """
+    if recipe.point is None:
+        return (
+            "There is no recipe: every trial was infeasible.",
+            "Lower the range of learning rates and tune again.",
+        )
+    spent = sum(recipe.cost.values())
+    cost = f"It took {spent:,} of {recipe.total_budget:,} trial-steps."
+    reached = f"{recipe.objective} = {shown_number(recipe.value)}"
+    if len(recipe.values) > 1:
+        low, high = shown_number(recipe.values.min()), shown_number(recipe.values.max())
+        return (
+            f"Tuned: {reached} on average over {len(recipe.values)} seeds.",
+            f"Seeds that it was not tuned on gave {low} to {high}, standard deviation "
+            f"{recipe.spread:.2g}. {cost}",
+        )
+    return f"Tuned: {reached}.", f"Trained with one seed: its spread is unknown. {cost}"
+
+
+class _Count:
+    """Numbers figures, so that nothing stored decides on a file name."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def __call__(self, title: str, alt: str, draw: Any, *arguments: Any, **options: Any) -> Figure:
+        wide = bool(options.pop("wide", False))
+        name = f"decision_{self._next}.png"
+        self._next += 1
+        made = functools.partial(draw, *arguments, **options)
+        return report.draw_figure(name, title, alt, made, wide)
+
+
+def _name(recipe: Recipe) -> str:
+    if recipe.point is not None:
+        return resolve(recipe.workload, recipe.point).name
+    return getattr(recipe.workload, "name", "workload")
+
+
+def _facts(recipe: Recipe) -> list[tuple[str, str]]:
+    """The recipe in pairs of text."""
+    facts = [("Optimizer", recipe.optimizer_name or "your own")]
+    if recipe.point is not None:
+        facts += [(name, shown_number(value)) for name, value in recipe.point.items()]
+    facts.append(("num_steps", str(recipe.num_steps)))
+    if recipe.pipeline.warmup_steps:
+        facts.append(("warmup_steps", str(recipe.pipeline.warmup_steps)))
+    if recipe.pipeline.max_norm is not None:
+        facts.append(("max_norm", shown_number(recipe.pipeline.max_norm)))
+    facts.append((recipe.objective, shown_number(recipe.value)))
+    if len(recipe.values) > 1:
+        facts.append(("standard deviation over seeds", f"{recipe.spread:.3g}"))
+    return facts
+
+
+def _decisions(chapter: Chapter, picture: _Count) -> list[Decision]:
+    """A chapter as decisions of the page: its own, and those of the chapter on instability."""
+    title, asked = _TITLES[chapter.name]
+    own = Decision(
+        title,
+        asked,
+        chapter.decision.message,
+        chapter.decision.section,
+        [chapter.decision, *chapter.verdict.findings],
+        _figures(chapter, picture),
+        _table(chapter),
+        next=chapter.decision.suggestion,
+        cost=f"{chapter.verdict.cost:,} trial-steps",
+    )
+    if chapter.name != parts.STABILITY or chapter.verdict.answer is None:
+        return [own]
+    inner = [
+        dataclasses.replace(
+            decision,
+            title=f"Stability: {decision.title}",
+            figures=[
+                dataclasses.replace(figure, file=f"stability_{figure.file}")
+                for figure in decision.figures
+            ],
+        )
+        for decision in chapters.stability_decisions(chapter.verdict)
+    ]
+    # Their findings stand with the steps that made them.
+    return [dataclasses.replace(own, findings=[chapter.decision]), *inner]
+
+
+def _table(chapter: Chapter) -> Table | None:
+    """The candidates of the last chapter, seed by seed."""
+    if chapter.name != parts.RETRAIN or "retrain" not in chapter.verdict.studies:
+        return None
+    study = chapter.verdict.studies["retrain"]
+    names = list(study.points)
+    header = ("candidate", *names, "mean", "lowest", "highest")
+    rows = []
+    for trial in range(study.num_trials):
+        values = parts.best_by_seed(study, trial)
+        point = [shown_number(study.points[name][trial]) for name in names]
+        shown = [shown_number(v) for v in (values.mean(), values.min(), values.max())]
+        rows.append((str(trial + 1), *point, *shown))
+    return Table(header, rows)
+
+
+def _figures(chapter: Chapter, picture: _Count) -> list[Figure]:
+    studies = list(chapter.verdict.studies.values())
+    if chapter.name == parts.LEARNING_RATE_CHAPTER:
+        return [figure for study in studies for figure in _of_sweep(study, picture)]
+    if chapter.name == parts.ROUND_1 or chapter.name == parts.ROUND_2:
+        return [figure for study in studies for figure in _of_round(study, picture)]
+    if chapter.name == parts.RETRAIN and studies:
+        alt = "Line plot: the objective of the retrained candidates, means over seeds."
+        return [picture("Retrained candidates", alt, plots.plot_curves, studies[0])]
+    return []
+
+
+def _of_sweep(study: Study, picture: _Count) -> list[Figure]:
+    if not study.num_trials or bool(study.data["infeasible"].values.all()):
+        return []
+    objective = study.objective
+    alt = f"Scatter plot: best {objective} against the learning rate, infeasible trials marked."
+    title = "Sweep of the learning rate"
+    return [picture(title, alt, plots.plot_axis, study, "learning_rate")]
+
+
+def _of_round(study: Study, picture: _Count) -> list[Figure]:
+    if bool(study.data["infeasible"].values.all()):
+        return []
+    objective = study.objective
+    figures = [
+        picture(
+            "Each hyperparameter",
+            f"Scatter plots: best {objective} against each hyperparameter, infeasible marked.",
+            plots.plot_axes,
+            study,
+            wide=True,
+        ),
+        picture(
+            "The best trials",
+            f"Line plot: {objective} of the best trials against the step.",
+            plots.plot_curves,
+            study,
+        ),
+        picture(
+            "When trials were best",
+            "Histogram: the step of each good trial's best checkpoint, as a part of the run.",
+            plots.plot_best_steps,
+            best_step_info(study),
+        ),
+    ]
+    return figures

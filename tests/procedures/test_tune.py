@@ -1,0 +1,326 @@
+"""`tune` end to end: budget, decisions, program, resumption, and what goes wrong."""
+
+import dataclasses
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_workloads as tiny
+
+import playbook_optax as pbx
+from playbook_optax.analysis.findings import Finding
+from playbook_optax.procedures import stability, tune
+from playbook_optax.procedures.remedies import RemedyComparison
+from playbook_optax.procedures.stability import Stabilization
+from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.records.study import NoFeasibleTrial
+
+KEY = jax.random.key(0)
+BUDGET = {"num_trials": 24, "num_steps": 40, "key": KEY, "progress": False}
+RATE = pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 1.0, scale="log")})
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tune")
+    return pbx.tune(tiny.mlp(), **BUDGET, directory=directory), directory
+
+
+def same(one, other):
+    assert one.point == other.point
+    assert one.values.tobytes() == other.values.tobytes()
+    assert one.cost == other.cost
+    assert [c.decision for c in one.chapters] == [c.decision for c in other.chapters]
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    digests = [{n: tiny.digest(s) for n, s in r.studies.items()} for r in (one, other)]
+    assert digests[0] == digests[1]
+
+
+def test_a_recipe_and_its_budget(stored):
+    recipe, _ = stored
+    assert [chapter.name for chapter in recipe.chapters] == list(tune.CHAPTERS)
+    assert recipe.total_budget == 24 * 40
+    spent = sum(
+        s.num_trials * s.num_seeds * int(s.spec["num_steps"]) for s in recipe.studies.values()
+    )
+    assert sum(recipe.cost.values()) == spent
+    assert 0.9 * recipe.total_budget < spent <= recipe.total_budget
+    assert recipe.num_steps == 40
+    assert recipe.optimizer_name == "adam"
+    assert set(recipe.point) >= {"learning_rate", "b1"}
+    retrained = recipe.studies["retrain/retrain"]
+    assert retrained.num_seeds == len(recipe.values) == 3
+    curves = retrained.data["valid/error_rate"].values[retrained.best().trial]
+    np.testing.assert_array_equal(recipe.values, curves.min(axis=1))
+    assert recipe.value == recipe.values.mean()
+    assert recipe.value < 0.2
+    assert jax.tree.structure(recipe.params) == jax.tree.structure(tiny.mlp_init(KEY))
+
+
+def test_each_decision_is_a_finding_that_says_how_to_reverse_it(stored):
+    recipe, _ = stored
+    for chapter in recipe.chapters:
+        assert isinstance(chapter.decision, Finding)
+        assert chapter.decision in recipe.findings
+        assert chapter.decision.evidence["override"] in tune.OVERRIDES
+        assert chapter.decision.section
+    assert len({f.message for f in recipe.findings}) == len(recipe.findings)
+
+
+def test_the_optimizer_is_the_one_that_was_trained(stored):
+    recipe, _ = stored
+    study = recipe.studies["retrain/retrain"]
+    trial = study.best().trial
+    train = pbx.make_train(tiny.mlp(), lambda _: recipe.optimizer(), 40, recipe.eval_every)
+    result = jax.jit(train)({}, pbx.trial_key(recipe.key, 1), tiny.mlp().data)
+    np.testing.assert_allclose(
+        result.metrics["valid/loss"], study.data["valid/loss"].values[trial, 1], rtol=1e-4
+    )
+
+
+def test_the_program_reaches_the_result(stored):
+    recipe, directory = stored
+    source = recipe.to_python("tiny_workloads:mlp")
+    assert "pbx.adam(" in source
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", source],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(tiny.__file__)},
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    printed = out.stdout.split()
+    assert printed[:2] == ["best", "valid/error_rate"]
+    assert recipe.values.min() <= float(printed[2]) <= recipe.values.max()
+    assert float(printed[2]) == pytest.approx(recipe.values[0], abs=1e-6)
+    # What stands beside the report compiles too, though nobody told it where the workload is.
+    kept = (directory / "recipe.py").read_text()
+    compile(kept, "recipe.py", "exec")
+    assert "# The name `workload` is your Workload." in kept
+
+
+def test_the_same_call_is_answered_from_the_directory(stored, monkeypatch):
+    recipe, directory = stored
+    from playbook_optax.runner import execute
+
+    monkeypatch.setattr(execute.Engine, "_train", None)  # Nothing is trained again.
+    again = pbx.tune(tiny.mlp(), **BUDGET, directory=directory)
+    same(recipe, again)
+    assert again.report == directory / "report.html"
+
+
+def test_a_killed_call_continues_bit_for_bit(stored, tmp_path, monkeypatch):
+    recipe, _ = stored
+    original = tune.run_study
+
+    class Killed(BaseException):
+        pass
+
+    calls = []
+
+    def killed(*args, **arguments):
+        calls.append(arguments["directory"].name)
+        if len(calls) == 2:
+            raise Killed
+        return original(*args, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "run_study", killed)
+        with pytest.raises(Killed):
+            pbx.tune(tiny.mlp(), **BUDGET, directory=tmp_path)
+    assert calls == ["round_1", "round_2"]
+    same(recipe, pbx.tune(tiny.mlp(), **BUDGET, directory=tmp_path))
+
+
+def test_the_report_names_every_decision(stored):
+    recipe, directory = stored
+    assert recipe.report == directory / "report.html"
+    page = recipe.report.read_text()
+    for chapter in recipe.chapters:
+        assert chapter.decision.section.split(" using")[0] in page
+    assert "pbx.adam(" in page
+    assert f"{sum(recipe.cost.values()):,}" in page
+
+
+def test_a_sweep_moves_while_the_best_is_at_its_end():
+    low = pbx.SearchSpace({"learning_rate": pbx.Float(1e-5, 1e-3, scale="log")})
+    recipe = pbx.tune(tiny.quadratic(), "sgd", low, **{**BUDGET, "num_trials": 48, "num_steps": 16})
+    sweep = recipe.chapters[0]
+    assert len(sweep.verdict.studies) > 1
+    # Two decades beyond the end each time: the optimum lies near 2 / (1 + 0.1).
+    assert sweep.decision.evidence["learning_rate"] > 3e-2
+    assert recipe.point["learning_rate"] > 3e-2
+
+
+def test_divergence_everywhere_is_no_crash():  # 43
+    work = tiny.quadratic()
+    broken = dataclasses.replace(work, loss=lambda p, s, b, k: (jnp.nan * jnp.sum(p["w"]), (s, {})))
+    recipe = pbx.tune(broken, "sgd", **{**BUDGET, "num_trials": 8, "num_steps": 16})
+    assert recipe.point is None
+    assert recipe.findings[0].severity == "error"
+    assert any("Lower the range" in finding.suggestion for finding in recipe.findings)
+    assert np.isnan(recipe.value)
+    for call in (recipe.optimizer, recipe.to_python, recipe.schedule, recipe.final_evaluate):
+        with pytest.raises(NoFeasibleTrial, match="every trial was infeasible"):
+            call()
+    assert sum(recipe.cost.values()) <= recipe.total_budget
+
+
+@pytest.mark.parametrize(
+    "num_trials",
+    [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)],
+)
+def test_small_budgets_leave_chapters_out(num_trials):
+    recipe = pbx.tune(
+        tiny.quadratic(), "sgd", RATE, **{**BUDGET, "num_trials": num_trials, "num_steps": 16}
+    )
+    assert recipe.point is not None
+    assert sum(recipe.cost.values()) <= num_trials * 16
+    assert np.isfinite(recipe.value)
+    if num_trials < 6:
+        assert "unknown" in recipe.chapters[-1].decision.message
+
+
+def test_a_point_of_your_own_is_only_retrained():
+    recipe = pbx.tune(
+        tiny.quadratic(),
+        "sgd",
+        **{**BUDGET, "num_trials": 6, "num_steps": 16},
+        overrides={"point": {"learning_rate": 0.5}, "max_norm": 1.0, "warmup_steps": 2},
+    )
+    assert list(recipe.cost) == ["retrain"]
+    assert recipe.point == {"learning_rate": 0.5}
+    source = recipe.to_python()
+    assert "optax.chain(pbx.clip_by_global_norm(1.0), pbx.sgd(learning_rate=schedule))" in source
+    assert "prepend_warmup(pbx.schedules.cosine_decay(0.5, 14), 2)" in source
+    assert float(recipe.schedule()(1)) == pytest.approx(0.25)
+
+
+@pytest.fixture
+def unstable(monkeypatch):
+    """Sweeps that see an instability."""
+    seen = Finding("unstable_best", "warning", "It rises.", {}, "Identifying unstable workloads")
+    original = tune.sweep_learning_rate
+
+    def sweep(*args, **arguments):
+        verdict = original(*args, **arguments)
+        return dataclasses.replace(verdict, findings=(*verdict.findings, seen))
+
+    monkeypatch.setattr(tune, "sweep_learning_rate", sweep)
+
+
+@pytest.mark.slow
+def test_a_budget_too_small_for_the_chapter_on_instability_says_so(unstable):
+    budget = {**BUDGET, "num_trials": 8, "num_steps": 16}
+    poor = pbx.tune(tiny.quadratic(), "sgd", RATE, **budget)
+    assert poor.cost["stability"] == 0
+    (said,) = (f for f in poor.findings if f.code == "decided_stability")
+    assert said.severity == "warning"
+    assert "trials" in said.suggestion
+
+
+def test_what_the_chapter_on_instability_says_is_trained(monkeypatch, unstable):
+    asked = {}
+
+    def stabilize(workload, make_optimizer, study, **arguments):
+        asked.update(arguments)
+        comparison = RemedyComparison(
+            **dict.fromkeys(RemedyComparison._fields) | {"max_norm": 0.5, "warmup_steps": 2}
+        )
+        answer = Stabilization("warmup", 0.2, 2, None, 0.1, 0.3, comparison, {})
+        return Verdict(answer, (), {}, 100)
+
+    monkeypatch.setattr(tune, "stabilize", stabilize)
+    rich = pbx.tune(tiny.quadratic(), "sgd", RATE, **{**BUDGET, "num_trials": 80, "num_steps": 16})
+    assert asked["num_steps"] == 4
+    assert inspect.signature(stability.stabilize).parameters.keys() >= asked.keys()
+    assert rich.cost["stability"] == 100
+    assert rich.pipeline.warmup_steps == 2
+    assert "prepend_warmup" in rich.to_python()
+    space = pbx.SearchSpace.from_dict(rich.chapters[3].decision.evidence["space"])
+    assert space["learning_rate"].low == pytest.approx(0.02)
+    assert float(rich.schedule()(1)) == pytest.approx(rich.point["learning_rate"] / 2)
+
+
+def own_optimizer(point):
+    return optax.lion(point["learning_rate"], weight_decay=point["decay"])
+
+
+def own_schedule(point, num_steps):
+    return pbx.schedules.linear_decay(point["learning_rate"], num_steps)
+
+
+def test_an_optimizer_and_a_schedule_of_your_own():
+    space = pbx.SearchSpace(
+        {
+            "learning_rate": pbx.Float(1e-4, 1e-1, scale="log"),
+            "decay": pbx.Float(1e-5, 1e-1, scale="log"),
+        }
+    )
+    recipe = pbx.tune(
+        tiny.quadratic(),
+        own_optimizer,
+        space,
+        own_schedule,
+        **{**BUDGET, "num_trials": 8, "num_steps": 16},
+        overrides={"learning_rate_range": (1e-3, 1e-1)},
+    )
+    assert recipe.optimizer_name is None
+    assert set(recipe.point) == {"learning_rate", "decay"}
+    # A linear decay keeps its length, and is held before it (P7).
+    rate = recipe.point["learning_rate"]
+    schedule = recipe.schedule()
+    assert float(schedule(8)) == pytest.approx(rate, rel=1e-6)
+    assert float(schedule(12)) == pytest.approx(rate / 2, rel=1e-5)
+    source = recipe.to_python(make_optimizer="mine.optim:own_optimizer")
+    assert "from mine.optim import own_optimizer" in source
+    assert "pbx.schedules.extend_for_longer_run(own_schedule(" in source
+    compile(source, "recipe", "exec")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"overrides": {"learning_rates": (0, 1)}}, "did you mean 'learning_rate_range'"),
+        ({"overrides": {"num_steps": 0}}, "num_steps"),
+        ({"overrides": {"max_norm": -1.0}}, "max_norm"),
+        ({"overrides": {"space": {"learning_rate": 1}}}, "SearchSpace"),
+        ({"overrides": {"learning_rate_range": (1.0, 0.1)}}, "low"),
+        ({"num_trials": 0}, "num_trials"),
+        ({"num_trials": 2.5}, "num_trials"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"key": 0}, "key"),
+        ({"make_optimizer": "adan"}, "did you mean 'adam'"),
+        ({"make_optimizer": tiny.sgd}, "space is missing"),
+        ({"space": pbx.SearchSpace({"lr": pbx.Float(0, 1)})}, "lr"),
+        ({"num_trial": 3}, "did you mean 'num_trials'"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):  # 4, 5, 7, 8
+    with pytest.raises((ValueError, TypeError), match=message):
+        pbx.tune(**{"workload": tiny.quadratic(), **BUDGET, "directory": tmp_path, **arguments})
+    assert list(pathlib.Path(tmp_path).iterdir()) == []
+
+
+def test_another_budget_in_the_same_directory_is_refused(stored):  # 67
+    _, directory = stored
+    with pytest.raises(ValueError, match="num_steps"):
+        pbx.tune(tiny.mlp(), **{**BUDGET, "num_steps": 48}, directory=directory)
+
+
+def test_the_users_own_error_passes_through(tmp_path):  # 22
+    def loss(params, state, batch, key):
+        raise KeyError("mine")
+
+    work = dataclasses.replace(tiny.quadratic(), loss=loss)
+    with pytest.raises(KeyError, match="mine"):
+        pbx.tune(work, "sgd", **BUDGET, directory=tmp_path)

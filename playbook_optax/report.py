@@ -26,7 +26,7 @@ _NUM_CURVES = 5
 _DPI = 130
 # On a phone a figure is three inches wide: what is drawn on less paper has larger letters there.
 _NARROW = 0.8
-_WIDE = 8.0
+_WIDE, _VERY_WIDE = 6.5, 8.0
 _MAX_TRIALS = {"report": 1000, "recipe": 50}
 # More of a name than this makes no picture clearer.
 _MAX_LETTERS, _MAX_LINES = 90, 3
@@ -115,8 +115,8 @@ def draw_figure(
       title: heading above it.
       alt: what it shows.
       draw: makes the matplotlib Figure or Axes.
-      wide: whether it takes the whole width of the page, as one drawn over eight inches wide does
-        in any case.
+      wide: whether it may take the whole width of the page; one drawn up to 6.5 inches wide never
+        does, one over eight always.
 
     Returns:
       The figure.
@@ -139,7 +139,8 @@ def draw_figure(
         figure = getattr(drawn, "figure", None) or drawn
         try:
             _tame_texts(figure)
-            wide = bool(wide or figure.get_size_inches()[0] > _WIDE)
+            width = figure.get_size_inches()[0]
+            wide = bool(width > (_WIDE if wide else _VERY_WIDE))
             if not wide:
                 figure.set_size_inches(_NARROW * figure.get_size_inches())
             # Tight: a legend that needs more room than the axes gets it.

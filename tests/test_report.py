@@ -124,6 +124,21 @@ def test_findings_are_sorted_by_severity(tmp_path):
     assert "Act on 1 error and 1 warning below" in " ".join(page.texts)
 
 
+def test_remarks_on_a_decision_are_folded_and_what_is_grave_is_not(tmp_path):
+    found = [
+        Finding(f"code_{i}", severity, f"Said {i}.", {}, "A section")
+        for i, severity in enumerate(("info", "error", "info", "warning"))
+    ]
+    decision = make_decision(findings=found, figures=[])
+    _, page = recipe_page(tmp_path, decisions=[decision], studies=[], budget=None)
+    text = " ".join(" ".join(page.texts).split())
+    told = ["Said 1.", "Said 3.", "2 further remarks", "Said 0.", "Said 2."]
+    assert sorted(told, key=text.index) == told
+    decision = make_decision(findings=found[:1], figures=[])
+    _, page = recipe_page(tmp_path, decisions=[decision], studies=[], budget=None)
+    assert "1 remark" in page.texts
+
+
 def test_nothing_from_a_study_becomes_markup_or_a_file_name(tmp_path):
     finding = [Finding(EVIL, "info", EVIL, {EVIL: EVIL}, EVIL, EVIL)]
     study = make_study(EVIL, EVIL + "x")
@@ -372,10 +387,11 @@ def test_a_wide_drawing_is_a_wide_figure():
     def draw(width):
         return pyplot.subplots(figsize=(width, 3.0))[1]
 
-    figures = [report.draw_figure("x.png", "t", "a", lambda w=w: draw(w)) for w in (6.0, 15.0)]
-    assert [figure.wide for figure in figures] == [False, True]
+    asked = [(6.0, True), (7.0, False), (7.0, True), (15.0, False)]
+    figures = [report.draw_figure("x.png", "t", "a", lambda w=w: draw(w), x) for w, x in asked]
+    assert [figure.wide for figure in figures] == [False, False, True, True]
     # Tight, so that the size is nearly, not exactly, the paper's; a narrow one has less of it.
-    np.testing.assert_allclose([f.size[0] / 130 for f in figures], [4.8, 15.0], rtol=0.2)
+    np.testing.assert_allclose([f.size[0] / 130 for f in figures], [4.8, 5.6, 7, 15], rtol=0.2)
 
 
 def test_no_name_reaches_tex():

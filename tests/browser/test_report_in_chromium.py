@@ -377,6 +377,7 @@ def test_figures_fit_the_scheme_and_keep_their_contrast(browser, scheme):
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_keyboard_reaches_everything_in_order_and_shows_where_it_is(browser, width):
     browser.open("recipe", width)
+    browser.run("document.querySelectorAll('#decisions details').forEach(d => { d.open = true })")
     wanted = browser.run(
         """
         window.wanted = [...document.querySelectorAll("a[href], summary, [tabindex='0']")]
@@ -416,9 +417,10 @@ def test_the_skip_link_jumps_and_a_summary_opens_by_keyboard(browser):
     browser.press("Tab")
     browser.press("Enter")
     assert browser.run("return document.activeElement.id") == "main"
-    browser.run("document.querySelector('.finding summary').focus()")
+    browser.run("document.querySelector('main summary').focus()")
+    assert not browser.run("return document.querySelector('main details').open")
     browser.press("Enter")
-    assert browser.run("return document.querySelector('.finding details').open")
+    assert browser.run("return document.querySelector('main details').open")
 
 
 @pytest.mark.parametrize("page", PAGES)

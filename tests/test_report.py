@@ -258,8 +258,8 @@ def test_a_recipe_page_tells_verdict_recipe_decisions_cost_and_studies_in_order(
     text = " ".join(" ".join(page.texts).split())
     order = [
         "Adam at 0.01. Five seeds agree.",
-        "optimizer = pbx.adam(0.01)",
         "learning_rate 0.01 spread 0.002",
+        "optimizer = pbx.adam(0.01)",
         "Asked What about Learning rate?",
         "A plot",
         "Learning rate in numbers",

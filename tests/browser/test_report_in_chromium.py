@@ -72,7 +72,7 @@ def make_decisions(study):
         "120,000 trial-steps",
     )
     steps = report.Decision(
-        "Number of steps",
+        "Length of training",
         "Is training compute-bound?",
         "Train for 2000 steps: the best trials were still improving at the end.",
         "Deciding how long to train when training is compute-bound",
@@ -289,6 +289,27 @@ def test_no_page_scrolls_sideways(browser, width):
                 "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
             )
             assert seen[0] <= seen[1], (page, media)
+
+
+def test_no_common_word_is_broken_in_a_narrow_column(browser):
+    browser.open("recipe", 360, open_details=True)
+    broken = browser.run(
+        """
+        return [...document.querySelectorAll("#decisions > table tbody th, .finding th")].filter(
+          cell => {
+            const walk = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+            for (let node; node = walk.nextNode();)
+              for (const word of node.data.matchAll(/[\\w]+/g)) {
+                const range = document.createRange();
+                range.setStart(node, word.index);
+                range.setEnd(node, word.index + word[0].length);
+                if (new Set([...range.getClientRects()].map(r => r.top)).size > 1) return true;
+              }
+            return false;
+          }).map(cell => cell.textContent)
+        """
+    )
+    assert broken == []
 
 
 def test_what_is_wide_scrolls_in_a_region_with_a_name(browser):

@@ -262,6 +262,9 @@ class Tune:
         loaded, optimizer, seed = _prepare(self)
         if (self.low is None) != (self.high is None):
             raise UsageError("give both --low and --high, or neither.")
+        work = loaded.workload
+        if self.test and isinstance(work, Workload) and work.evaluate_test is None:
+            raise UsageError(f"{self.workload} has no test data, so --test has nothing to read.")
         overrides: dict[str, Any] = {}
         if self.low is not None:
             overrides["learning_rate_range"] = (self.low, self.high)

@@ -1,10 +1,13 @@
-"""The page on the playbook's claims says what the stored results say."""
+"""The pages on the playbook's claims say what the stored results say."""
 
 import json
 
+import jax
 import numpy as np
+import tiny_workloads as tiny
 
-from benchmarks.claims import stability
+import playbook_optax as pbx
+from benchmarks.claims import stability, tuning
 
 
 def test_the_page_is_made_of_the_stored_results():
@@ -29,3 +32,39 @@ def test_an_interval_is_students():
     mean, half = stability.interval([1.0, 2.0, 3.0])
     # t of two degrees of freedom at 97.5% is 4.3027; the standard error is 1 / sqrt(3).
     np.testing.assert_allclose([mean, half], [2.0, 4.3027 / np.sqrt(3)], rtol=1e-4)
+
+
+def test_the_page_of_tune_is_made_of_the_stored_results():
+    assert (tuning.RESULTS / "tuning.md").read_text() == tuning.page()
+    for name, metric in tuning.CASES.items():
+        stored = json.loads((tuning.RESULTS / f"tune_{name}.json").read_text())
+        assert stored["metric"] == metric
+        total = stored["num_trials"] * stored["num_steps"]
+        assert set(stored["contenders"]) == set(tuning.NAMES) == set(tuning.MAKERS)
+        for rows in stored["contenders"].values():
+            assert len(rows) == len(stored["contenders"]["tune"])
+            assert all(len(row["test"]) == tuning.NUM_EVAL_SEEDS for row in rows)
+            assert all(row["spent"] <= total for row in rows)
+
+
+def test_differences_are_paired():
+    stored = {
+        "contenders": {
+            "tune": [{"test": [1.0, 2.0]}, {"test": [3.0, 4.0]}],
+            "adam": [{"test": [1.5, 2.5]}, {"test": [3.5, 4.5]}],
+        }
+    }
+    assert tuning.compared(stored, "adam") == {"mean": 3.0, "difference": -0.5, "error": 0.0}
+
+
+def test_final_runs_are_trials():
+    work, key = tiny.mlp(), jax.random.key(3)
+    contender = tuning.Contender(pbx.momentum(0.1, 0.9), 40, tuning._as_trained, {})
+    values, weights = tuning.final_runs(work, contender, [key])
+    train = jax.jit(pbx.make_train(work, lambda _: pbx.momentum(0.1, 0.9), 40, 2, keep="best"))
+    result = train({}, key, work.data)
+    assert values == [float(result.best_value)]
+    for one, other in zip(
+        jax.tree.leaves(weights[0][0]), jax.tree.leaves(result.params), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

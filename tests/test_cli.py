@@ -1,6 +1,7 @@
 """The command line, in this process where JAX's devices do not matter, and once as a program."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -140,6 +141,38 @@ def test_workloads_functions_and_functions_of_the_point_load(folder, attribute):
     loaded = cli.load_workload(f"own_workloads:{attribute}")
     assert callable(loaded.workload) == (attribute == "of_point")
     assert loaded.optimizer == "adam"
+
+
+def test_tune_writes_a_recipe_that_runs_and_continues(folder, capsys):
+    command = ["tune", "own_workloads:square", "--optimizer", "sgd", "--num-trials", "6"]
+    command += ["--num-steps", "16", "--low", "0.01", "--high", "1", "--max-norm", "10"]
+    assert cli.run(command) == 0
+    out = capsys.readouterr().out
+    place = folder / "runs" / "own_workloads.square" / "tune"
+    assert "Tuned: valid/loss" in out
+    for chapter in ("learning_rate", "num_steps", "stability", "round_1", "retrain"):
+        assert f"- {chapter}: " in out
+    assert "clipped at a norm of 10" in out
+    assert f"Report   {place.relative_to(folder) / 'report.html'}" in out
+    # The program knows where the workload is, and prints what the report says.
+    program = (place / "recipe.py").read_text()
+    assert "from own_workloads import square" in program
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", str(place / "recipe.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("best valid/loss")
+    before = (place / "report.html").read_bytes()
+    assert cli.run(command) == 0
+    assert capsys.readouterr().out == out
+    assert (place / "report.html").read_bytes() == before
+    assert "both --low and --high" in complaint(capsys, *command[:-4], "--low", "0.1")
+    assert "did you mean 'square'" in complaint(capsys, "tune", "own_workloads:squrae")
+    assert "no test data" in complaint(capsys, *command, "--test")
 
 
 def test_user_errors_are_one_line(folder, capsys):

@@ -23,6 +23,7 @@ import playbook_optax as pbx
 from playbook_optax import zoo
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
+FOUND = pathlib.Path(__file__).with_name("found_tuning.md")
 NUM_TRIALS = 64
 NUM_EVAL_SEEDS = 5
 EVALS = 20
@@ -249,8 +250,9 @@ def compared(stored: dict[str, Any], label: str) -> dict[str, float]:
 
 
 def page() -> str:
-    """The table of all stored results, as markdown."""
+    """What was found, and the table of all stored results, as markdown."""
     lines = [
+        FOUND.read_text(),
         "| test metric, mean over seeds (difference from `pbx.tune`) | "
         + " | ".join(NAMES.values())
         + " |",
@@ -269,7 +271,7 @@ def page() -> str:
                 cell += f" ({-row['difference']:+.2g} ± {row['error']:.1g})"
             cells.append(cell)
         lines.append(f"| {name}, {stored['metric'].removeprefix('test/')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
@@ -278,9 +280,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(CASES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--page", action="store_true", help="print the stored results' table")
+    parser.add_argument("--page", action="store_true", help="only write the page of what is stored")
     given = parser.parse_args()
     if not given.page:
         pbx.use_cpu_cores()
         run(given.names, given.seeds)
+    (RESULTS / "tuning.md").write_text(page())
     print(page())

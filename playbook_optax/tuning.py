@@ -185,10 +185,8 @@ def recipe_headline(recipe: Recipe) -> tuple[str, str]:
       The two sentences.
     """
     if recipe.point is None:
-        return (
-            "There is no recipe: every trial was infeasible.",
-            "Lower the range of learning rates and tune again.",
-        )
+        last = recipe.chapters[-1].decision
+        return last.message, last.suggestion
     spent = sum(recipe.cost.values())
     cost = f"It took {spent:,} of {recipe.total_budget:,} trial-steps."
     reached = f"{recipe.objective} = {shown_number(recipe.value)}"

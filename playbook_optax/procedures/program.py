@@ -1,18 +1,24 @@
 """A recipe as a program: plain Optax and our transforms, and a loop that anyone can read."""
 
+import keyword
 import sys
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from playbook_optax import _checks
+from playbook_optax.runner.plan import fingerprint_data
 from playbook_optax.trials.workload import Workload, resolve
 
 if TYPE_CHECKING:
     from playbook_optax.procedures.tune import Recipe
 
+# Nobody else can import from the script that was started.
+_MAIN = ("__main__", "__mp_main__")
+
 _TRAIN = """
-key = pbx.trial_key(jax.random.wrap_key_data(jnp.uint32({key})))
+key = pbx.trial_key(jax.random.wrap_key_data(jnp.uint32({key}){impl}))
 
 
 @jax.jit
@@ -38,7 +44,7 @@ opt_state = optimizer.init(params)
 for step in range(num_steps + 1):
     if step % eval_every == 0 or step == num_steps:
         value = float(evaluate(params, model_state, workload.data)[workload.objective])
-        if best is None or value {better} best[0]:
+        if math.isfinite(value) and (best is None or value {better} best[0]):
             best, best_params = (value, step), (params, model_state)
     if step < num_steps:
         params, model_state, opt_state = update(
@@ -62,13 +68,16 @@ def program(
     Returns:
       Python source.
     """
-    imports = ["import jax", "import jax.numpy as jnp", "import optax", ""]
+    imports = ["import math", "", "import jax", "import jax.numpy as jnp", "import optax", ""]
     imports += ["import playbook_optax as pbx"]
     lines, needed = _workload(recipe, point, workload)
     imports += needed
     schedule, optimizer, needed = _optimizer(recipe, point, make_optimizer)
     imports += needed
     key = np.asarray(jax.random.key_data(recipe.key)).tolist()
+    kind = str(jax.random.key_impl(recipe.key))
+    # What most keys are needs no word.
+    impl = "" if kind == "threefry2x32" else f", impl={kind!r}"
     if resolve(recipe.workload, point).batch is None:
         fed = {
             "given": "batch",
@@ -87,7 +96,7 @@ def program(
         f'"""{_comment(recipe)}"""\n\n' + "\n".join(imports) + "\n\n" + "\n".join(lines) + "\n"
         f"{schedule}{optimizer}num_steps, eval_every = {recipe.num_steps}, {recipe.eval_every}\n"
     )
-    return head + _TRAIN.format(key=key, better=">" if recipe.maximize else "<", **fed)
+    return head + _TRAIN.format(key=key, impl=impl, better=">" if recipe.maximize else "<", **fed)
 
 
 def _comment(recipe: "Recipe") -> str:
@@ -125,19 +134,54 @@ def _reference(value: Any) -> str | None:
     """``module:attribute`` of an object that an importable module holds."""
     name = getattr(value, "__qualname__", None)
     module = getattr(value, "__module__", None)
-    if isinstance(name, str) and isinstance(module, str) and module != "__main__":
+    if isinstance(name, str) and isinstance(module, str) and module not in _MAIN:
         held: Any = sys.modules.get(module)
         for part in name.split("."):
             held = getattr(held, part, None)
         if held is value:
             return f"{module}:{name}"
     for module_name, loaded in list(sys.modules.items()):
-        if module_name == "__main__" or module_name.startswith("_"):
+        # A prompt keeps its last answer as `builtins._`, which another process lacks.
+        if module_name in (*_MAIN, "builtins") or not _is_path(module_name):
             continue
         for attribute, held in list(getattr(loaded, "__dict__", {}).items()):
-            if held is value:
+            if held is value and _is_path(attribute):
                 return f"{module_name}:{attribute}"
     return None
+
+
+def _is_path(text: str) -> bool:
+    """Whether it is a dotted name that a program can import, none of it private."""
+    parts = text.split(".")
+    return all(p.isidentifier() and not keyword.iskeyword(p) and p[0] != "_" for p in parts)
+
+
+def _check_place(name: str, where: str | None) -> None:
+    """Raises unless it is a ``module:attribute``: it becomes a line of the program."""
+    if where is None:
+        return
+    parts = where.split(":") if isinstance(where, str) else []
+    if len(parts) != 2 or not all(p.isidentifier() for part in parts for p in part.split(".")):
+        raise ValueError(
+            f"{name} must be 'module:attribute', such as 'package.models:resnet', got {where!r}."
+        )
+
+
+def _in_zoo(recipe: "Recipe") -> str | None:
+    """The workload's name in the zoo, if it is from there and not only called so."""
+    from playbook_optax import zoo  # Importing flax takes a second.
+
+    work = recipe.workload
+    if not isinstance(work, Workload) or work.name not in zoo.names():
+        return None
+    try:
+        other = zoo.load(work.name).workload
+    except ImportError:
+        return None
+    key = jax.random.key(0)
+    shapes = [str(jax.eval_shape(one.init, key)) for one in (work, other)]
+    same = shapes[0] == shapes[1] and fingerprint_data(work.data) == fingerprint_data(other.data)
+    return work.name if same else None
 
 
 def _workload(
@@ -145,10 +189,13 @@ def _workload(
 ) -> tuple[list[str], list[str]]:
     """Lines that make the name ``workload``, and the imports they need."""
     if where is None:
-        from playbook_optax import zoo  # Importing flax takes a second.
+        where = _reference(recipe.workload) or _in_zoo(recipe)
+    elif ":" in where:
+        _check_place("workload", where)
+    else:
+        from playbook_optax import zoo
 
-        name = recipe.workload.name if isinstance(recipe.workload, Workload) else None
-        where = _reference(recipe.workload) or (name if name in zoo.names() else None)
+        _checks.check_choice("workload", where, zoo.names())
     if where is None:
         if isinstance(recipe.workload, Workload):
             return ["# The name `workload` is your Workload."], []
@@ -201,6 +248,7 @@ def _schedule(recipe: "Recipe", point: dict[str, Any], where: str | None) -> tup
 
 def _imported(function: Any, where: str | None, fallback: str) -> tuple[str, list[str]]:
     """The name of a function in the program, and the import that it needs."""
+    _check_place(fallback, where)
     where = where or _reference(function)
     if where is None:
         return fallback, [f"# The name `{fallback}` is your own function."]
@@ -212,19 +260,23 @@ def _optimizer(
     recipe: "Recipe", point: dict[str, Any], where: str | None
 ) -> tuple[str, str, list[str]]:
     """Lines for ``schedule`` and ``optimizer``, and the imports they need."""
+    from playbook_optax.procedures import tune
+
     made, imports = _schedule(recipe, point, None)
     schedule = f"schedule = {made}\n" if made else ""
     rest = {name: value for name, value in point.items() if not made or name != "learning_rate"}
     if recipe.optimizer_name is not None:
         arguments = ["learning_rate=schedule"] if made else []
-        arguments += [f"{name}={_number(value)}" for name, value in rest.items()]
+        # What else there is in a point is the workload's.
+        taken = tune.optimizer_arguments(recipe.optimizer_name)
+        arguments += [f"{n}={_number(value)}" for n, value in rest.items() if n in taken]
         base = f"pbx.{recipe.optimizer_name}({', '.join(arguments)})"
     else:
         name, more = _imported(recipe.pipeline.make_optimizer, where, "make_optimizer")
         imports = imports + [line for line in more if line not in imports]
         items = [f"{n!r}: {_number(v)}" for n, v in rest.items()]
         items += ["'learning_rate': schedule"] if made else []
-        base = f"{name}({{{', '.join(items)}}})"
+        base = f"optax.with_extra_args_support({name}({{{', '.join(items)}}}))"
     if recipe.pipeline.max_norm is not None:
         clipper = f"pbx.clip_by_global_norm({_number(recipe.pipeline.max_norm)})"
         base = f"optax.chain({clipper}, {base})"

@@ -28,7 +28,7 @@ from playbook_optax.procedures.stability import stabilize
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import run_study
-from playbook_optax.search_space import Float, SearchSpace
+from playbook_optax.search_space import Categorical, Float, Parameter, SearchSpace
 from playbook_optax.trials import train
 from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
 from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
@@ -75,8 +75,11 @@ _FIRST_SHARE = 0.5
 _RATE_FACTOR = 10.0
 _KEPT_CANDIDATES = 3
 # Trials of the budget, at least, to (candidates, seeds) that are retrained at the end.
-_RETRAINED = ((45, (3, 3)), (24, (2, 3)), (10, (1, 3)), (6, (1, 2)))
+_RETRAINED = ((45, (5, 3)), (32, (3, 3)), (24, (2, 3)), (10, (1, 3)), (6, (1, 2)))
 _EVALS = 20
+# What each chapter folds into the key.
+_SWEEP_STREAM, _STABILITY_STREAM, _FIRST_STREAM, _SECOND_STREAM = 0, 2, 3, 4
+_POINTS_STREAM, _RETRAIN_STREAM = 5, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +160,10 @@ class Recipe:
         the one trial where the budget left no room to retrain.
       chapters: the decisions, in order.
       total_budget: trial-steps that were allowed.
-      params: weights of the best seed at its best evaluation, a pytree of NumPy arrays.
+      params: weights of the best seed at its best evaluation, a pytree of NumPy arrays; None where
+        the budget left no room to retrain.
       model_state: the model state that belongs to them.
-      key: the key that the recipe was retrained with.
+      key: the key of the study that `values` are from.
       report: path of the report, or None where none was written.
     """
 
@@ -256,17 +260,22 @@ class Recipe:
           Metrics by name.
 
         Raises:
-          ValueError: the workload has no test data.
+          ValueError: the workload has no test data, or there are no weights.
           NoFeasibleTrial: every trial was infeasible.
         """
         work = resolve(self.workload, self._feasible())
+        if self.params is None:
+            raise ValueError(
+                "the recipe has no weights: the budget left no room to train it again. Run the "
+                "program of recipe.to_python(), or tune with a larger num_trials."
+            )
         return work.final_evaluate(self.params, self.model_state)
 
     def _feasible(self) -> dict[str, Any]:
         if self.point is None:
             raise NoFeasibleTrial(
-                "there is no recipe: every trial was infeasible. Tune again with smaller learning "
-                "rates; recipe.findings says more."
+                f"{self.chapters[-1].decision.message} Tune again with smaller learning rates or "
+                "more trials; recipe.findings says more."
             )
         return dict(self.point)
 
@@ -307,6 +316,10 @@ def cosine(point: Mapping[str, Any], num_steps: int) -> schedules.Schedule:
 
 
 def _check_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise _checks.ArgumentTypeError(
+            f"overrides must be a dict of decisions by name, got {overrides!r}."
+        )
     given = dict(overrides or {})
     for name in given:
         if name not in OVERRIDES:
@@ -325,13 +338,23 @@ def _check_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"overrides[{name!r}] must be a SearchSpace, got {given[name]!r}."
             )
     if "learning_rate_range" in given:
-        low, high = given["learning_rate_range"]
-        given["learning_rate_range"] = (low, high)
-        Float(low, high, scale="log")
+        pair = given["learning_rate_range"]
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise _checks.ArgumentTypeError(
+                f"overrides['learning_rate_range'] must be a pair (low, high), got {pair!r}."
+            )
+        try:
+            line = Float(pair[0], pair[1], scale="log")
+        except ValueError as error:
+            raise ValueError(f"overrides['learning_rate_range']: {error}") from None
+        given["learning_rate_range"] = (line.low, line.high)
     if "point" in given and not isinstance(given["point"], Mapping):
         raise _checks.ArgumentTypeError(
             f"overrides['point'] must be a dict of hyperparameters, got {given['point']!r}."
         )
+    for name, value in given.get("point", {}).items():
+        fix = "Of a choice that is no number, give the index."
+        _checks.check_number(f"overrides['point'][{name!r}]", value, fix=fix)
     return given
 
 
@@ -348,8 +371,17 @@ def _rates(space: SearchSpace) -> Float:
     return line
 
 
+def optimizer_arguments(name: str) -> dict[str, Any]:
+    """The hyperparameters that one of our optimizers takes, with their defaults, or None."""
+    parameters = inspect.signature(getattr(optimizers, name)).parameters
+    own = {n: None if p.default is p.empty else p.default for n, p in parameters.items()}
+    return {n: v for n, v in own.items() if n == LEARNING_RATE or isinstance(v, (int, float))}
+
+
 def _by_name(name: str, point: Mapping[str, Any]) -> optax.GradientTransformation:
-    made: optax.GradientTransformation = getattr(optimizers, name)(**point)
+    # What else there is in a point is the workload's.
+    taken = {n: point[n] for n in optimizer_arguments(name) if n in point}
+    made: optax.GradientTransformation = getattr(optimizers, name)(**taken)
     return made
 
 
@@ -370,21 +402,33 @@ class _Tuner:
         options: dict[str, Any],
     ) -> None:
         train.check_key("key", key)
+        if space is not None and not isinstance(space, SearchSpace):
+            raise _checks.ArgumentTypeError(f"space must be a pbx.SearchSpace, got {space!r}.")
+        for what, given in (("make_optimizer", make_optimizer), ("make_schedule", make_schedule)):
+            if given is not None and not isinstance(given, str) and not callable(given):
+                raise _checks.ArgumentTypeError(
+                    f"{what} must be a function of the point, got {given!r}."
+                )
         self._name = None
         if make_optimizer is None or isinstance(make_optimizer, str):
-            self._name = make_optimizer or DEFAULT_OPTIMIZER
+            self._name = DEFAULT_OPTIMIZER if make_optimizer is None else make_optimizer
             _checks.check_choice("make_optimizer", self._name, OPTIMIZERS)
             make_optimizer = functools.partial(_by_name, self._name)
             # The table of budgets decides again when round 1 knows how many trials it has.
             self._given_space = space
             space = space or search_spaces.optimizer_search_space(self._name, num_trials)
-            known = inspect.signature(getattr(optimizers, self._name)).parameters
-            for name in space:
+            known = optimizer_arguments(self._name)
+            for name in space if isinstance(workload, Workload) else ():
                 if name not in known:
                     raise ValueError(
                         f"space has {name!r}, which {self._name} does not take: "
                         f"{_checks.nearest(name, known)}"
                     )
+            if LEARNING_RATE not in space:
+                raise ValueError(
+                    f"space has no {LEARNING_RATE!r}, which {self._name} needs: add "
+                    "pbx.Float(1e-4, 1.0, scale='log')."
+                )
         elif space is None:
             raise ValueError(
                 "space is missing: an optimizer of your own needs the SearchSpace of its "
@@ -412,13 +456,58 @@ class _Tuner:
         self._key, self._directory = key, directory
         self._overrides, self._options = overrides, options
         self._chapters: list[Chapter] = []
-        self._sweep_steps = max(1, num_steps // _SWEEP_PART)
-        # The rate around which round 1 searches, and the one from which on training breaks.
+        # One step shows no instability.
+        self._sweep_steps = max(2, num_steps // _SWEEP_PART)
+        # The rate around which round 1 searches.
         self._rate: float | None = None
         self._first_steps = max(1, num_steps // _FIRST_PART)
         self._final_steps = overrides.get("num_steps", num_steps)
         if "num_steps" in overrides:
             self._first_steps = max(1, self._final_steps // _FIRST_PART)
+        self._check_decisions()
+
+    def _check_decisions(self) -> None:
+        """Raises where the user's own decisions do not fit the space or the budget."""
+        given = self._overrides
+        if self._final_steps > self._total:
+            raise ValueError(
+                f"overrides['num_steps'] = {self._final_steps} is more than the whole budget of "
+                f"{self._total:,} trial-steps (num_trials x num_steps)."
+            )
+        if given.get("warmup_steps", 0) >= self._final_steps:
+            raise ValueError(
+                f"overrides['warmup_steps'] must be < {self._final_steps}, the steps of the run, "
+                f"got {given['warmup_steps']}."
+            )
+        if self._pipeline.make_schedule is None:
+            for name in ("learning_rate_range", "warmup_steps"):
+                if given.get(name):
+                    raise ValueError(
+                        f"overrides[{name!r}] needs the hyperparameter {LEARNING_RATE!r} in the "
+                        f"space, which has {list(self._space)}."
+                    )
+        needed, known = set(self._space), set(self._space)
+        if self._name is not None:
+            arguments = optimizer_arguments(self._name)
+            known |= set(arguments)
+            needed -= set(arguments) - {LEARNING_RATE}
+        for what in ("space", "next_space", "point"):
+            for name in given.get(what, ()):
+                if name not in known:
+                    raise ValueError(
+                        f"overrides[{what!r}] has {name!r}, which is no hyperparameter here: "
+                        f"{_checks.nearest(name, sorted(known))}"
+                    )
+            missing = sorted(needed - set(given.get(what, needed)))
+            if missing and what != "next_space":
+                raise ValueError(f"overrides[{what!r}] lacks {missing[0]!r}.")
+        first, second = given.get("space", self._space), given.get("next_space", {})
+        for name in second:
+            if name in first and not _alike(first[name], second[name]):
+                raise ValueError(
+                    f"overrides['next_space'][{name!r}] must be of the kind that round 1 has, "
+                    f"{first[name]!r}, got {second[name]!r}."
+                )
 
     # Chapters -----------------------------------------------------------------------------------
 
@@ -473,7 +562,7 @@ class _Tuner:
                 self._with_fixed_workload(fixed),
                 self._with_fixed(fixed),
                 SearchSpace({LEARNING_RATE: line}),
-                key=jax.random.fold_in(self._key, 0),
+                key=jax.random.fold_in(self._key, _SWEEP_STREAM),
                 num_trials=num,
                 num_steps=self._sweep_steps,
                 eval_every=self._every(self._sweep_steps),
@@ -487,7 +576,7 @@ class _Tuner:
             codes = {finding.code for finding in findings}
             wider = None
             if "all_infeasible" in codes:
-                wider = Float(float(line.low) / 1e3, float(line.low), scale=line.scale)
+                wider = _moved(line.low / 1e3, line.low)
             elif verdict.answer is None and "best_at_end_of_sweep" in codes:
                 wider = _extended(line, study)
             if wider is None or spent + cost > self._total * _SWEEPS_SHARE:
@@ -495,25 +584,30 @@ class _Tuner:
             line = wider
         low, high = float(line.low), float(line.high)
         try:
-            self._rate = float(study.best().point[LEARNING_RATE])
+            best = float(study.best().point[LEARNING_RATE])
+            # A linear range may begin at 0, around which there is nothing to search on a log scale.
+            self._rate = best if best > 0 else None
             decided = (
-                f"The best constant learning rate is {self._rate:.4g} after {self._sweep_steps} "
+                f"The best constant learning rate is {best:.4g} after {self._sweep_steps} "
                 f"steps, of {len(study.points[LEARNING_RATE])} from {low:.4g} to {high:.4g}."
             )
             if len(studies) > 1:
                 decided += f" The range was moved {len(studies) - 1} time(s)."
         except NoFeasibleTrial:
             decided = f"Every learning rate from {low:.4g} to {high:.4g} is infeasible."
-        self._line = line
         low, high = self._rate_range()
+        if "space" in self._overrides:
+            decided += " Round 1 searches the space that you give."
+        else:
+            decided += f" Round 1 searches from {low:.4g} to {high:.4g}."
         self._decide(
             LEARNING_RATE_CHAPTER,
-            f"{decided} Round 1 searches from {low:.4g} to {high:.4g}.",
+            decided,
             {"learning_rate": self._rate or math.nan, "low": low, "high": high},
             "learning_rate_range",
             verdict=Verdict(self._rate, tuple(findings), studies, spent),
         )
-        return study if self._rate is not None else None
+        return study if len(outcomes(study).order) else None
 
     def _decide_num_steps(self, sweep: Study | None) -> None:
         """How long round 1 and the final run are."""
@@ -560,7 +654,7 @@ class _Tuner:
             self._pipeline = self._overridden_pipeline()
             self._decide(
                 STABILITY,
-                f"Warm-up and clipping as you say: {self._remedies()}.",
+                f"Warm-up and clipping as you say: {self._remedies()}.{self._longer_first()}",
                 {"warmup_steps": self._pipeline.warmup_steps, "max_norm": self._pipeline.max_norm},
                 "warmup_steps",
             )
@@ -596,7 +690,7 @@ class _Tuner:
             self._with_fixed_workload(fixed),
             self._with_fixed(fixed),
             sweep,
-            key=jax.random.fold_in(self._key, 2),
+            key=jax.random.fold_in(self._key, _STABILITY_STREAM),
             num_steps=self._sweep_steps,
             num_trials=num,
             eval_every=self._every(self._sweep_steps),
@@ -620,7 +714,7 @@ class _Tuner:
             )
         self._decide(
             STABILITY,
-            f"{said}.",
+            f"{said}.{self._longer_first()}",
             {
                 "warmup_steps": self._pipeline.warmup_steps,
                 "max_norm": self._pipeline.max_norm,
@@ -633,11 +727,13 @@ class _Tuner:
     def _round_1(self) -> Study | None:
         """Quasi-random search over what the budget allows."""
         steps = self._first_steps
-        num = int(self._left_for_rounds() * _FIRST_SHARE // steps)
+        left = self._left_for_rounds()
+        # One trial at least, where there is room for one.
+        num = max(int(left * _FIRST_SHARE // steps), min(left // steps, 1))
         if num < 1:
             return None
-        space = self._overrides.get("space") or self._first_space(num)
-        study = self._search(ROUND_1, 3, space, num, steps)
+        space = self._first_space(num)
+        study = self._search(ROUND_1, _FIRST_STREAM, space, num, steps)
         findings = diagnose.diagnose(study)
         evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
         said = f"{num} quasi-random trials of {steps} steps over {', '.join(space)}"
@@ -667,7 +763,9 @@ class _Tuner:
             )
             findings += refined.findings
             if refined.answer is not None and refined.answer < self._first_steps:
-                self._final_steps = max(int(refined.answer), 1)
+                enough = max(int(refined.answer), 2 * self._pipeline.warmup_steps, 1)
+                self._final_steps = min(enough, self._final_steps)
+        self._extend_schedule(first)
         steps = self._final_steps
         num = int(self._left_for_rounds() // steps)
         if num < 1:
@@ -690,13 +788,20 @@ class _Tuner:
         points = kept
         if fresh:
             fixed = {} if plan.answer is None else dict(plan.answer.fixed)
-            sampled = space.sample(jax.random.fold_in(self._key, 5), fresh) if len(space) else {}
+            sampled = (
+                space.sample(jax.random.fold_in(self._key, _POINTS_STREAM), fresh)
+                if len(space)
+                else {}
+            )
             points = {}
-            for name, values in kept.items():
+            for name in dict.fromkeys((*kept, *sampled)):
+                # Round 1 left at its default what it did not search.
+                values = kept.get(name)
+                if values is None:
+                    values = np.full(len(top), self._defaults()[name], sampled[name].dtype)
                 new = sampled.get(name, np.full(fresh, fixed.get(name, values[0]), values.dtype))
                 points[name] = np.concatenate([values, np.asarray(new, values.dtype)])
-        self._extend_schedule(first)
-        study = self._search(ROUND_2, 4, points, None, steps)
+        study = self._search(ROUND_2, _SECOND_STREAM, points, None, steps)
         study = dataclasses.replace(
             study, spec={**study.spec, "space": _covering(space, study, first).to_dict()}
         )
@@ -727,23 +832,21 @@ class _Tuner:
             (s for s in (second, first) if s is not None and len(outcomes(s).order)), None
         )
         given = self._overrides.get("point")
-        key = jax.random.fold_in(self._key, 6)
+        key = jax.random.fold_in(self._key, _RETRAIN_STREAM)
         empty = np.array([], np.float64)
         if source is None and given is None:
+            said, advice = "every trial was infeasible", "Lower the range of learning rates."
+            if first is None:
+                said, advice = "the budget left no trial for round 1", "Give more trials."
             self._decide(
-                RETRAIN,
-                "There is no recipe: every trial was infeasible.",
-                {},
-                "point",
-                "Lower the range of learning rates.",
-                severity="error",
+                RETRAIN, f"There is no recipe: {said}.", {}, "point", advice, severity="error"
             )
             return self._recipe(None, empty, None, None, key)
         candidates, seeds = self._retrained()
         steps = self._final_steps
         if given is not None:
-            points = {name: np.asarray([value]) for name, value in given.items()}
-            seeds = max(seeds, min(3, max(1, self._left() // steps)))
+            points = {name: self._as_searched(name, value) for name, value in given.items()}
+            seeds = min(3, self._left() // steps)
         else:
             assert source is not None
             order = outcomes(source).order
@@ -753,6 +856,8 @@ class _Tuner:
                 best = source.best()
                 point = {name: value.item() for name, value in best.point.items()}
                 self._final_steps = int(source.spec["num_steps"])
+                stream = _FIRST_STREAM if source is first else _SECOND_STREAM
+                key = jax.random.fold_in(self._key, stream)
                 self._decide(
                     RETRAIN,
                     f"The recipe is the best trial, {best.value:.4g} at step {best.step}; the "
@@ -832,7 +937,7 @@ class _Tuner:
         )
 
     def _search(
-        self, name: str, number: int, points: Any, num_trials: int | None, steps: int
+        self, name: str, stream: int, points: Any, num_trials: int | None, steps: int
     ) -> Study:
         count = num_trials or len(next(iter(points.values())))
         self._say(name, f"{count} trials of {steps} steps")
@@ -842,7 +947,7 @@ class _Tuner:
             num_trials=num_trials,
             num_steps=steps,
             eval_every=self._every(steps),
-            key=jax.random.fold_in(self._key, number),
+            key=jax.random.fold_in(self._key, stream),
             directory=self._folder(name),
             **self._pipeline.arguments,
             **self._options,
@@ -889,7 +994,9 @@ class _Tuner:
 
     def _retrained(self) -> tuple[int, int]:
         """Candidates and seeds that the budget is to retrain."""
-        return next((what for least, what in _RETRAINED if self._num_trials >= least), (0, 0))
+        # A longer final run than the budget was counted in leaves room for fewer.
+        trials = min(self._num_trials, self._total // self._final_steps)
+        return next((what for least, what in _RETRAINED if trials >= least), (0, 0))
 
     def _left_for_rounds(self) -> int:
         candidates, seeds = self._retrained()
@@ -919,9 +1026,9 @@ class _Tuner:
         middle = _middle(self._space)
         if self._name is None:
             return middle
-        parameters = inspect.signature(getattr(optimizers, self._name)).parameters
-        own = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-        return {name: own.get(name, value) for name, value in middle.items()}
+        own = optimizer_arguments(self._name)
+        del own[LEARNING_RATE]
+        return {**own, **{n: value for n, value in middle.items() if n not in own}}
 
     def _with_fixed(self, fixed: Mapping[str, Any]) -> MakeOptimizer:
         make_optimizer = self._pipeline.make_optimizer
@@ -945,15 +1052,31 @@ class _Tuner:
 
     def _first_space(self, num_trials: int) -> SearchSpace:
         """The space of round 1: dimensions that its trials can afford, rates around the best."""
-        space = self._space
-        if self._given_space is None:
+        own = self._overrides.get("space")
+        space = own or self._space
+        if own is None and self._given_space is None:
             assert self._name is not None
             space = search_spaces.optimizer_search_space(self._name, num_trials)
-        if LEARNING_RATE not in space:
-            return space
-        low, high = self._rate_range()
-        scale = _rates(space).scale
-        return SearchSpace({**space, LEARNING_RATE: Float(low, high, scale=scale)})
+        known = own is None and self._rate is not None
+        if LEARNING_RATE in space and (known or "learning_rate_range" in self._overrides):
+            space = SearchSpace({**space, LEARNING_RATE: Float(*self._rate_range(), scale="log")})
+        return space
+
+    def _longer_first(self) -> str:
+        """Makes trials of round 1 so long that training goes on after the warm-up, and says so."""
+        enough = min(2 * self._pipeline.warmup_steps, self._final_steps)
+        if enough <= self._first_steps:
+            return ""
+        self._first_steps = enough
+        return f" Trials of round 1 have {enough} steps, so that training goes on after it."
+
+    def _as_searched(self, name: str, value: Any) -> np.ndarray:
+        """One trial's value of a hyperparameter, in the dtype that its search would have."""
+        like = _middle(self._space).get(name, np.float32(0))
+        array = np.asarray([value])
+        if np.issubdtype(like.dtype, np.integer) and int(value) != value:
+            raise ValueError(f"overrides['point'][{name!r}] must be a whole number, got {value!r}.")
+        return array.astype(like.dtype)
 
     def _overridden_pipeline(self) -> Pipeline:
         return dataclasses.replace(
@@ -972,12 +1095,28 @@ class _Tuner:
         return " and ".join(said) or "neither"
 
 
-def _extended(line: Any, study: Study) -> Float | None:
+def _extended(line: Float, study: Study) -> Float | None:
     """A range two decades beyond the end at which the best learning rate lies."""
     rate = float(study.best().point[LEARNING_RATE])
     if rate <= float(study.points[LEARNING_RATE].min()):
-        return Float(float(line.low) / 100, float(line.low) * 3, scale=line.scale)
-    return Float(float(line.high) / 3, float(line.high) * 100, scale=line.scale)
+        return _moved(line.low / 100, line.low * 3)
+    return _moved(line.high / 3, line.high * 100)
+
+
+def _moved(low: float, high: float) -> Float | None:
+    """A range of learning rates on a log scale; None where there is none, as below 0."""
+    try:
+        return Float(low, high, scale="log")
+    except ValueError:
+        return None
+
+
+def _alike(one: Parameter, other: Parameter) -> bool:
+    """Whether values of the one mean the same as those of the other."""
+    if isinstance(one, Categorical) and not one.numeric:
+        return one == other
+    named = isinstance(other, Categorical) and not other.numeric
+    return not named and one.from_unit(0.5).dtype == other.from_unit(0.5).dtype
 
 
 def best_by_seed(study: Study, trial: int) -> np.ndarray:
@@ -994,10 +1133,24 @@ def _covering(space: SearchSpace, study: Study, first: Study) -> SearchSpace:
     found: dict[str, Any] = {}
     known = SearchSpace.from_dict(first.spec["space"]) if first.spec.get("space") else space
     for name, values in study.points.items():
-        parameter = space[name] if name in space else known[name]
-        if isinstance(parameter, Float):
-            low = min(float(parameter.low), float(values.min()))
-            high = max(float(parameter.high), float(values.max()))
-            parameter = Float(low, high, scale=parameter.scale)
-        found[name] = parameter
+        found[name] = _wide_enough(space[name] if name in space else known[name], values)
     return SearchSpace(found)
+
+
+def _wide_enough(parameter: Parameter, values: np.ndarray) -> Parameter:
+    """A parameter whose range, or choices, hold all the values."""
+    if isinstance(parameter, Categorical):
+        # Values of choices that are no numbers are indices, which are the same in every round.
+        more = np.setdiff1d(values, parameter.grid()).tolist() if parameter.numeric else []
+        return Categorical([*parameter.values, *more]) if more else parameter
+    if isinstance(parameter, Float):
+        low, high = min(parameter.low, float(values.min())), max(parameter.high, values.max())
+        return Float(low, float(high), scale=parameter.scale)
+    log = parameter.scale == "log"
+    inside = values[values > 0] if log else values
+    return dataclasses.replace(
+        parameter,
+        low=min(parameter.low, *inside.tolist()),
+        high=max(parameter.high, *inside.tolist()),
+        include_zero=parameter.include_zero or (log and len(inside) < len(values)),
+    )

@@ -234,8 +234,8 @@ class Tune:
     workload: str
     """A name of `playbook-optax zoo`, or your own as package.module:attribute, where the attribute
     is a Workload or a function that returns one."""
-    num_trials: int = 64
-    """The budget, in trials of NUM_STEPS steps."""
+    num_trials: int | None = None
+    """The budget, in trials of NUM_STEPS steps; twice what `search` trains, 64."""
     num_steps: int | None = None
     """Optimizer updates of the final run; 400."""
     optimizer: OptimizerName = "adam"
@@ -275,7 +275,7 @@ class Tune:
         recipe = find_recipe(
             loaded.workload,
             optimizer,
-            num_trials=self.num_trials,
+            num_trials=default_num_trials(loaded) if self.num_trials is None else self.num_trials,
             num_steps=loaded.num_steps if self.num_steps is None else self.num_steps,
             key=jax.random.key(seed),
             directory=folder,
@@ -487,6 +487,11 @@ def load_workload(name: str) -> _Loaded:
                 f"module {module_name!r} has no {attribute!r}: {_checks.nearest(attribute, known)}"
             ) from None
     return _Loaded(_as_workload(name, value), "adam", None, 32, 400)
+
+
+def default_num_trials(loaded: _Loaded) -> int:
+    """The budget of `tune` in trials: searching in two rounds and retraining, twice one study."""
+    return 2 * loaded.num_trials
 
 
 def _import(name: str) -> ModuleType:

@@ -20,11 +20,10 @@ import numpy as np
 import optax
 
 import playbook_optax as pbx
-from playbook_optax import zoo
+from playbook_optax import cli, zoo
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
 FOUND = pathlib.Path(__file__).with_name("found_tuning.md")
-NUM_TRIALS = 64
 NUM_EVAL_SEEDS = 5
 EVALS = 20
 # Test metric of each workload: the one that its objective validates.
@@ -118,22 +117,37 @@ def final_runs(
     return values, weights
 
 
-def _tuned(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -> Contender:
-    del space
-    recipe = pbx.tune(work, num_trials=NUM_TRIALS, num_steps=steps, key=jax.random.key(seed))
+class Budget(NamedTuple):
+    """What `playbook-optax tune` spends if it is not told otherwise."""
+
+    num_trials: int
+    num_steps: int
+
+
+def default_budget(name: str) -> Budget:
+    """The default budget of a workload of the zoo."""
+    loaded = cli.load_workload(name)
+    return Budget(cli.default_num_trials(loaded), loaded.num_steps)
+
+
+def _tuned(work: pbx.Workload, budget: Budget, seed: int) -> Contender:
+    recipe = pbx.tune(work, **budget._asdict(), key=jax.random.key(seed))
     facts = {"point": recipe.point, "spent": sum(recipe.cost.values())}
     facts |= {"warmup_steps": recipe.pipeline.warmup_steps, "max_norm": recipe.pipeline.max_norm}
     return Contender(recipe.optimizer(), recipe.num_steps, _as_trained, facts)
 
 
-def _adam(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -> Contender:
-    del work, space, seed
+def _adam(work: pbx.Workload, budget: Budget, seed: int) -> Contender:
+    del work, seed
+    steps = budget.num_steps
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
     return Contender(optimizer, steps, _as_trained, {"spent": steps})
 
 
-def _optuna(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -> Contender:
+def _optuna(work: pbx.Workload, budget: Budget, seed: int) -> Contender:
     import optuna
+
+    steps, space = budget.num_steps, pbx.adam_search_space(budget.num_trials)
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -161,22 +175,22 @@ def _optuna(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -
 
     direction = "maximize" if work.maximize else "minimize"
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
-    study.optimize(objective, n_trials=NUM_TRIALS)
+    study.optimize(objective, n_trials=budget.num_trials)
     point = study.best_trial.user_attrs["point"]
-    facts = {"point": point, "spent": NUM_TRIALS * steps}
+    facts = {"point": point, "spent": budget.num_trials * steps}
     return Contender(make_optimizer(point), steps, _as_trained, facts)
 
 
 def _free(name: str) -> Callable[..., Contender]:
-    def made(work: pbx.Workload, space: pbx.SearchSpace, steps: int, seed: int) -> Contender:
-        del work, space, seed
+    def made(work: pbx.Workload, budget: Budget, seed: int) -> Contender:
+        del work, seed
         weights = _as_trained
         if name == "schedule_free":
             optimizer = optax.contrib.schedule_free_adamw()
             weights = optax.contrib.schedule_free_eval_params
         else:
             optimizer = getattr(optax.contrib, name)()
-        return Contender(optimizer, steps, weights, {"spent": steps})
+        return Contender(optimizer, budget.num_steps, weights, {"spent": budget.num_steps})
 
     return made
 
@@ -199,8 +213,7 @@ def run(names: list[str], num_seeds: int = 3) -> None:
       num_seeds: seeds of the tuning itself; what tunes nothing differs by its final runs only.
     """
     for name in names:
-        work, entry = zoo.load(name).workload, zoo.load(name)
-        space = pbx.adam_search_space(NUM_TRIALS)
+        work, budget = zoo.load(name).workload, default_budget(name)
         rows: dict[str, list[dict[str, Any]]] = {label: [] for label in MAKERS}
         for seed in range(num_seeds):
             keys = [
@@ -209,7 +222,7 @@ def run(names: list[str], num_seeds: int = 3) -> None:
             ]
             for label, make in MAKERS.items():
                 begun = time.perf_counter()
-                contender = make(work, space, entry.num_steps, seed)
+                contender = make(work, budget, seed)
                 values, weights = final_runs(work, contender, keys)
                 tests = [work.final_evaluate(*pair)[CASES[name]] for pair in weights]
                 rows[label].append({**contender.facts, "valid": values, "test": tests})
@@ -222,8 +235,7 @@ def run(names: list[str], num_seeds: int = 3) -> None:
             stored = {
                 "workload": name,
                 "metric": CASES[name],
-                "num_trials": NUM_TRIALS,
-                "num_steps": entry.num_steps,
+                **budget._asdict(),
                 "contenders": rows,
             }
             RESULTS.mkdir(parents=True, exist_ok=True)

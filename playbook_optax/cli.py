@@ -835,7 +835,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_cpu_cores()
     use_compilation_cache()
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read has seen enough, as `head` does; what is left goes nowhere, without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # What a shell says of a program that SIGPIPE ended.
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; the same command continues the study.", file=sys.stderr)
         return 130

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import numpy as np
 
 from playbook_optax import _checks, chapters, plots, report
 from playbook_optax.analysis.training_length import best_step_info
 from playbook_optax.procedures import tune as parts
 from playbook_optax.procedures.tune import Chapter, Recipe, find_recipe
 from playbook_optax.records.study import Study
-from playbook_optax.report import Decision, Figure, Table, shown_number
+from playbook_optax.report import Decision, Figure, Table, shown_number, shown_point
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
 from playbook_optax.trials.workload import WorkloadLike, resolve
@@ -224,7 +225,7 @@ def _facts(recipe: Recipe) -> list[tuple[str, str]]:
     """The recipe in pairs of text."""
     facts = [("Optimizer", recipe.optimizer_name or "your own")]
     if recipe.point is not None:
-        facts += [(name, shown_number(value)) for name, value in recipe.point.items()]
+        facts += list(_shown_point(recipe).items())
     facts.append(("num_steps", str(recipe.num_steps)))
     if recipe.pipeline.warmup_steps:
         facts.append(("warmup_steps", str(recipe.pipeline.warmup_steps)))
@@ -234,6 +235,21 @@ def _facts(recipe: Recipe) -> list[tuple[str, str]]:
     if len(recipe.values) > 1:
         facts.append(("standard deviation over seeds", f"{recipe.spread:.3g}"))
     return facts
+
+
+def _shown_point(recipe: Recipe) -> dict[str, str]:
+    """The point as text, with the labels of choices where a study knows them."""
+    assert recipe.point is not None
+    for study in reversed(recipe.studies.values()):
+        values = study.points
+        if set(values) != set(recipe.point):
+            continue
+        same = np.all(
+            [values[n] == np.asarray(v, values[n].dtype) for n, v in recipe.point.items()], 0
+        )
+        if same.any():
+            return shown_point(study, int(np.argmax(same)))
+    return {name: shown_number(value) for name, value in recipe.point.items()}
 
 
 def _decisions(chapter: Chapter, picture: _Count) -> list[Decision]:
@@ -277,7 +293,8 @@ def _table(chapter: Chapter) -> Table | None:
     rows = []
     for trial in range(study.num_trials):
         values = parts.best_by_seed(study, trial)
-        point = [shown_number(study.points[name][trial]) for name in names]
+        told = shown_point(study, trial)
+        point = [told[name] for name in names]
         shown = [shown_number(v) for v in (values.mean(), values.min(), values.max())]
         rows.append((str(trial + 1), *point, *shown))
     return Table(header, rows)

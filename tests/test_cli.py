@@ -175,6 +175,18 @@ def test_tune_writes_a_recipe_that_runs_and_continues(folder, capsys):
     assert "no test data" in complaint(capsys, *command, "--test")
 
 
+def test_a_reader_that_stops_early_gets_no_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "playbook_optax.cli", "zoo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.wait() == 141
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
 def test_user_errors_are_one_line(folder, capsys):
     assert "did you mean 'digits_mlp'" in complaint(capsys, "search", "digit_mlp")
     assert "did you mean 'own_workloads'" in complaint(capsys, "search", "own_workload:square")

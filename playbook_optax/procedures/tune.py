@@ -832,6 +832,12 @@ class _Tuner:
             (s for s in (second, first) if s is not None and len(outcomes(s).order)), None
         )
         given = self._overrides.get("point")
+        instead = ""
+        if source is None and given is None and self._rate and self._left() >= self._final_steps:
+            # Rounds of a trial or two may have met only rates at which training breaks.
+            given = {n: v for n, v in self._defaults().items() if n in self._space}
+            given[LEARNING_RATE] = self._rate
+            instead = "No trial of the rounds is feasible, so this is the best of the sweep. "
         key = jax.random.fold_in(self._key, _RETRAIN_STREAM)
         empty = np.array([], np.float64)
         if source is None and given is None:
@@ -884,6 +890,9 @@ class _Tuner:
         )
         cost = study.num_trials * seeds * steps
         findings = diagnose.diagnose(study) if study.num_trials > 1 else []
+        if source is not None:
+            # Which says what the indices of choices mean.
+            study = dataclasses.replace(study, spec={**study.spec, "space": source.spec["space"]})
         try:
             best = study.best()
         except NoFeasibleTrial:
@@ -902,9 +911,9 @@ class _Tuner:
         spread = f", standard deviation {np.std(values, ddof=1):.3g}" if seeds > 1 else ""
         self._decide(
             RETRAIN,
-            f"Of {study.num_trials} candidate(s), each trained with {seeds} seeds it was not tuned "
-            f"on, number {best.trial + 1} is best: {study.objective} = {np.mean(values):.4g} on "
-            f"average{spread}.",
+            f"{instead}Of {study.num_trials} candidate(s), each trained with {seeds} seed(s) that it "
+            f"was not tuned on, number {best.trial + 1} is best: {study.objective} = "
+            f"{np.mean(values):.4g} on average{spread}.",
             {"point": point, "values": [float(value) for value in values]},
             "point",
             verdict=Verdict(point, tuple(findings), {"retrain": study}, cost),
@@ -1098,8 +1107,11 @@ class _Tuner:
 def _extended(line: Float, study: Study) -> Float | None:
     """A range two decades beyond the end at which the best learning rate lies."""
     rate = float(study.best().point[LEARNING_RATE])
-    if rate <= float(study.points[LEARNING_RATE].min()):
-        return _moved(line.low / 100, line.low * 3)
+    rates = study.points[LEARNING_RATE]
+    if rate <= float(rates.min()):
+        # Below a linear range that begins at 0 there is what its grid left out.
+        low = line.low or float(rates[rates > 0].min())
+        return _moved(low / 100, low * 3)
     return _moved(line.high / 3, line.high * 100)
 
 

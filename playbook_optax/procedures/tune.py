@@ -911,8 +911,8 @@ class _Tuner:
         spread = f", standard deviation {np.std(values, ddof=1):.3g}" if seeds > 1 else ""
         self._decide(
             RETRAIN,
-            f"{instead}Of {study.num_trials} candidate(s), each trained with {seeds} seed(s) that it "
-            f"was not tuned on, number {best.trial + 1} is best: {study.objective} = "
+            f"{instead}Of {study.num_trials} candidate(s), each trained with {seeds} seed(s) which "
+            f"it was not tuned on, number {best.trial + 1} is best: {study.objective} = "
             f"{np.mean(values):.4g} on average{spread}.",
             {"point": point, "values": [float(value) for value in values]},
             "point",

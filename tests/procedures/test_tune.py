@@ -1,7 +1,9 @@
 """`tune` end to end: budget, decisions, program, resumption, and what goes wrong."""
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import os
 import pathlib
 import subprocess
@@ -188,6 +190,18 @@ def test_small_budgets_leave_chapters_out(num_trials):
     assert np.isfinite(recipe.value)
     if num_trials < 6:
         assert "unknown" in recipe.chapters[-1].decision.message
+        with pytest.raises(ValueError, match="no weights"):
+            recipe.final_evaluate()
+    # Its program trains the seed whose value it tells, also where nothing was trained again.
+    told = run_program(recipe.to_python("tiny_workloads:quadratic"))
+    assert told == pytest.approx(recipe.values[0], rel=1e-5)
+
+
+def run_program(source, **names):
+    """What a program says was best, with whatever names it leaves to its reader."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(source, "recipe", "exec"), names)
+    return float(out.getvalue().rpartition(" at step ")[0].rpartition(" ")[2])
 
 
 def test_a_point_of_your_own_is_only_retrained():
@@ -203,6 +217,186 @@ def test_a_point_of_your_own_is_only_retrained():
     assert "optax.chain(pbx.clip_by_global_norm(1.0), pbx.sgd(learning_rate=schedule))" in source
     assert "prepend_warmup(pbx.schedules.cosine_decay(0.5, 14), 2)" in source
     assert float(recipe.schedule()(1)) == pytest.approx(0.25)
+
+
+def test_a_program_never_selects_what_is_not_finite():  # 44, 45
+    base = tiny.quadratic()
+
+    def evaluate(params, state, data):
+        loss = base.evaluate(params, state, data)["valid/loss"]
+        bad = jnp.where(loss > 2.0, jnp.nan, jnp.where(loss < 0.3, jnp.inf, -loss))
+        return {'"score"\n\\': bad}
+
+    work = dataclasses.replace(
+        base, name='"""\n\\', evaluate=evaluate, objective='"score"\n\\', maximize=True
+    )
+
+    def make_optimizer(point):
+        # An old transformation, which takes no extra arguments.
+        return optax.GradientTransformation(
+            lambda params: (),
+            lambda updates, state, params=None: (
+                jax.tree.map(lambda u: -0.5 * u / point["divisor"], updates),
+                state,
+            ),
+        )
+
+    recipe = pbx.tune(
+        work,
+        make_optimizer,
+        pbx.SearchSpace({"divisor": pbx.Integer(1, 9)}),
+        **{**BUDGET, "num_trials": 1, "num_steps": 16, "key": jax.random.key(0, impl="rbg")},
+        overrides={"point": {"divisor": 2}},
+    )
+    assert recipe.point == {"divisor": 2}
+    assert -2.0 <= recipe.values[0] <= -0.3
+    source = recipe.to_python()
+    assert "impl='rbg'" in source
+    told = run_program(source, workload=work, make_optimizer=make_optimizer)
+    assert told == pytest.approx(recipe.values[0], rel=1e-5)
+
+
+def test_a_workload_of_the_point_with_an_optimizer_by_name():
+    base = tiny.quadratic()
+
+    def workload(point):
+        def loss(params, state, batch, key):
+            value, rest = base.loss(params, state, batch, key)
+            return (1.0 + point["penalty"]) * value, rest
+
+        return dataclasses.replace(base, loss=loss)
+
+    space = pbx.SearchSpace({**RATE, "penalty": pbx.Float(0.0, 1.0)})
+    point = {"learning_rate": 0.5, "penalty": 0.25}
+    budget = {**BUDGET, "num_trials": 2, "num_steps": 16}
+    recipe = pbx.tune(workload, "sgd", space, **budget, overrides={"point": point})
+    source = recipe.to_python()
+    assert "pbx.sgd(learning_rate=schedule)" in source
+    told = run_program(source, workload=workload(recipe.point))
+    assert told == pytest.approx(recipe.values[0], rel=1e-5)
+    with pytest.raises(ValueError, match="lacks 'penalty'"):
+        pbx.tune(workload, "sgd", space, **budget, overrides={"point": {"learning_rate": 0.5}})
+
+
+def test_a_run_much_longer_than_the_budget_was_counted_in():
+    budget = {**BUDGET, "num_trials": 12, "num_steps": 16, "key": jax.random.key(3)}
+    recipe = pbx.tune(tiny.quadratic(), "sgd", RATE, **budget, overrides={"num_steps": 96})
+    # The one trial of round 1 diverges: the best of the sweep is trained instead.
+    assert recipe.cost["round_1"] == 48
+    assert recipe.num_steps == 96
+    assert recipe.value < 1e-3
+    assert "the best of the sweep" in recipe.chapters[-1].decision.message
+    assert sum(recipe.cost.values()) <= recipe.total_budget
+
+
+@pytest.mark.slow
+def test_decisions_of_the_user_together(tmp_path):
+    space = pbx.SearchSpace(
+        {
+            **RATE,
+            "kind": pbx.Categorical(["plain", "scaled"]),
+            "size": pbx.Categorical([0.5, 1, 2]),
+            "count": pbx.Integer(1, 100, scale="log", include_zero=True),
+        }
+    )
+
+    def make_optimizer(point):
+        factor = 1.0 + 0.01 * point["kind"] + 0.01 * point["size"] + 0.001 * point["count"]
+        return optax.chain(optax.scale(factor), optax.sgd(point["learning_rate"]))
+
+    following = {"size": pbx.Categorical([0.25, 0.5]), "count": pbx.Integer(2, 5)}
+    recipe = pbx.tune(
+        tiny.quadratic(),
+        make_optimizer,
+        space,
+        **{**BUDGET, "num_trials": 16, "num_steps": 16},
+        directory=tmp_path,
+        overrides={
+            "learning_rate_range": (0.05, 0.5),
+            "warmup_steps": 14,
+            "next_space": pbx.SearchSpace(following),
+        },
+    )
+    assert sum(recipe.cost.values()) <= recipe.total_budget
+    first, second = recipe.studies["round_1/search"], recipe.studies["round_2/search"]
+    assert first.space["learning_rate"] == pbx.Float(0.05, 0.5, scale="log")
+    # As long as warm-up and a decay take.
+    assert first.spec["num_steps"] == 16
+    fresh = {name: values[3:] for name, values in second.points.items()}
+    assert len(fresh["count"]) > 0
+    assert set(fresh["count"].tolist()) <= {2, 3, 4, 5}
+    assert set(fresh["size"].tolist()) <= {0.25, 0.5}
+    # What it leaves out stays as in the best trial, and the range told holds every trial.
+    assert set(fresh["kind"].tolist()) == {second.points["kind"][0]}
+    for trial in range(second.num_trials):
+        for name, values in second.points.items():
+            second.space.label(name, values[trial])
+    label = ["plain", "scaled"][recipe.point["kind"]]
+    assert f">{label}<" in recipe.report.read_text()
+
+
+def test_ranges_move_on_a_log_scale_and_hold_what_was_trained():
+    rates = np.array([0.0, 0.1, 0.2], np.float32)
+    curves = np.stack([np.full(3, 4.0), [1.0, 2.0, 3.0]], axis=1)
+    study = pbx.Study.from_arrays(
+        {"learning_rate": rates}, {"valid/loss": curves}, [0, 10], objective="valid/loss"
+    )
+    moved = tune._extended(pbx.Float(0.0, 0.2), study)
+    assert moved.scale == "log"
+    assert moved.low == pytest.approx(1e-3)
+    assert moved.high == pytest.approx(0.3)
+    assert tune._moved(0.0, 0.0) is None
+    wide = tune._wide_enough(pbx.Integer(2, 9, scale="log"), np.array([0, 5, 12], np.int32))
+    assert wide == pbx.Integer(2, 12, scale="log", include_zero=True)
+    choices = tune._wide_enough(pbx.Categorical([0.5, 1]), np.array([2.0, 0.5], np.float32))
+    assert choices == pbx.Categorical([0.5, 1, 2.0])
+    labels = pbx.Categorical(["a", "b"])
+    assert tune._wide_enough(labels, np.array([1], np.int32)) is labels
+
+
+def test_a_name_alone_does_not_make_a_workload_of_the_zoo(monkeypatch):
+    from playbook_optax import zoo
+    from playbook_optax.procedures import program
+
+    def recipe(workload):
+        return type("Recipe", (), {"workload": workload})
+
+    named = dataclasses.replace(tiny.quadratic(), name="wine")
+    assert program._in_zoo(recipe(named)) is None
+    assert program._in_zoo(recipe(zoo.wine())) == "wine"
+    # A prompt's last answer is no place to import from.
+    monkeypatch.setattr("builtins._", named, raising=False)
+    assert program._reference(named) is None
+
+
+@pytest.mark.parametrize("where", ["os:system('x')", "a b:c", "nowhere", "a:b:c", "a:b\nimport os"])
+def test_a_place_that_is_no_name_is_refused(where):
+    made = tune.Recipe(
+        workload=tiny.quadratic(),
+        pipeline=tune.Pipeline(tiny.sgd, None),
+        optimizer_name=None,
+        point={"learning_rate": 0.5},
+        num_steps=4,
+        eval_every=1,
+        objective="valid/loss",
+        maximize=False,
+        values=np.array([1.0]),
+        chapters=(),
+        total_budget=4,
+        params=None,
+        model_state=None,
+        key=KEY,
+    )
+    with pytest.raises(ValueError, match="workload"):
+        made.to_python(where)
+    with pytest.raises(ValueError, match="make_optimizer"):
+        made.to_python(make_optimizer=where)
+
+
+def test_debugging_of_nans_is_refused_before_anything_is_written(tmp_path):  # 52
+    with jax.debug_nans(True), pytest.raises(ValueError, match="jax_debug_nans"):
+        pbx.tune(tiny.quadratic(), "sgd", RATE, **BUDGET, directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -295,6 +489,21 @@ def test_an_optimizer_and_a_schedule_of_your_own():
         ({"overrides": {"max_norm": -1.0}}, "max_norm"),
         ({"overrides": {"space": {"learning_rate": 1}}}, "SearchSpace"),
         ({"overrides": {"learning_rate_range": (1.0, 0.1)}}, "low"),
+        ({"overrides": {"learning_rate_range": 0.1}}, "pair"),
+        ({"overrides": ["point"]}, "overrides must be a dict"),
+        ({"overrides": {"num_steps": 24 * 40 + 1}}, "more than the whole budget"),
+        ({"overrides": {"warmup_steps": 40}}, "warmup_steps.* must be < 40"),
+        ({"overrides": {"point": {"learning_rat": 0.1}}}, "did you mean 'learning_rate'"),
+        ({"overrides": {"point": {"b1": 0.9}}}, "lacks 'learning_rate'"),
+        ({"overrides": {"point": {"learning_rate": "0.1"}}}, "must be a number"),
+        ({"overrides": {"space": pbx.SearchSpace({"b1": pbx.Float(0.1, 0.9)})}}, "lacks"),
+        ({"overrides": {"next_space": pbx.SearchSpace({"b3": pbx.Float(0, 1)})}}, "did you mean"),
+        ({"overrides": {"next_space": pbx.SearchSpace({"b1": pbx.Integer(0, 1)})}}, "of the kind"),
+        ({"space": {"learning_rate": (0, 1)}}, "SearchSpace"),
+        ({"space": pbx.SearchSpace({"b1": pbx.Float(0.1, 0.9)})}, "which adam needs"),
+        ({"make_optimizer": optax.sgd(0.1), "space": RATE}, "function of the point"),
+        ({"make_schedule": 0.1}, "function of the point"),
+        ({"make_optimizer": ""}, "make_optimizer"),
         ({"num_trials": 0}, "num_trials"),
         ({"num_trials": 2.5}, "num_trials"),
         ({"num_steps": 0}, "num_steps"),

@@ -837,7 +837,7 @@ class _Tuner:
             # Rounds of a trial or two may have met only rates at which training breaks.
             given = {n: v for n, v in self._defaults().items() if n in self._space}
             given[LEARNING_RATE] = self._rate
-            instead = "No trial of the rounds is feasible, so this is the best of the sweep. "
+            instead = "The rounds have no feasible trial, so this is the best of the sweep. "
         key = jax.random.fold_in(self._key, _RETRAIN_STREAM)
         empty = np.array([], np.float64)
         if source is None and given is None:

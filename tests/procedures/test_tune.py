@@ -143,6 +143,34 @@ def test_a_killed_call_continues_bit_for_bit(stored, tmp_path, monkeypatch):
     same(recipe, pbx.tune(tiny.mlp(), **BUDGET, directory=tmp_path))
 
 
+@pytest.mark.slow
+def test_a_call_killed_in_the_second_widening_continues_bit_for_bit(tmp_path, monkeypatch):
+    from playbook_optax.runner import execute
+
+    low = pbx.SearchSpace({"learning_rate": pbx.Float(1e-5, 1e-3, scale="log")})
+    call = {**BUDGET, "num_steps": 16}
+    whole = pbx.tune(tiny.quadratic(), "sgd", low, **call)
+    assert list(whole.studies)[:3] == [f"learning_rate/sweep_{i}" for i in range(3)]
+
+    class Killed(BaseException):
+        pass
+
+    original, calls = execute.Engine._train, []
+
+    def killed(*args, **arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise Killed
+        return original(*args, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute.Engine, "_train", killed)
+        with pytest.raises(Killed):
+            pbx.tune(tiny.quadratic(), "sgd", low, **call, directory=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "learning_rate").iterdir())[-1] == "sweep_2"
+    same(whole, tune.find_recipe(tiny.quadratic(), "sgd", low, **call, directory=tmp_path))
+
+
 def test_the_report_names_every_decision(stored):
     recipe, directory = stored
     assert recipe.report == directory / "report.html"

@@ -27,8 +27,6 @@ SWEEPS_PER_RUN = 32
 MIN_SWEEP_STEPS, MAX_SWEEP_STEPS = 16, 256
 # Batches of a sweep are gathered once for all trials, if they take no more than this.
 MAX_GATHERED_BYTES = 16 * 2**20
-# Trials whose state takes no more than this are begun and ended by programs that are not optimized.
-MAX_QUICK_BYTES = 2**20
 # Host batches that travel to the device together, and chunks that wait ready.
 MAX_CHUNK_STEPS = 64
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -225,22 +223,9 @@ class Engine:
                 advance.lower(states, *common, step, step, chunk),
                 result.lower(states, inputs),
             )
-            quick = self._quick_to_compile(states)
-            options = (quick, None, quick)
             with concurrent.futures.ThreadPoolExecutor(len(lowered)) as threads:
-                compiled = threads.map(lambda one, chosen: one.compile(chosen), lowered, options)
-                self._compiled = _Programs(*compiled)
+                self._compiled = _Programs(*threads.map(lambda one: one.compile(), lowered))
         return self._compiled
-
-    def _quick_to_compile(self, states: States) -> dict[str, Any] | None:
-        """Options for programs that run once a call: compiled in a third to two thirds of the time.
-
-        They run slower for it, which small weights do not notice.
-        """
-        rows = states.place.shape[0]
-        small = _num_bytes(states.trials) <= rows * MAX_QUICK_BYTES
-        on_cpu = self._mesh.devices.flat[0].platform == "cpu"
-        return {"xla_backend_optimization_level": 0} if on_cpu and small else None
 
     @functools.cached_property
     def memory(self) -> int:

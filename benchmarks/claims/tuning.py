@@ -250,22 +250,23 @@ def compared(stored: dict[str, Any], label: str) -> dict[str, float]:
       label: the contender.
 
     Returns:
-      mean: of its test values; difference: mean of tune's minus its, over tuning seeds, whose
-      final runs have the same keys; error: standard error of that difference, over all pairs.
+      mean: of its test values; difference: tune's mean minus its; error: standard error of that
+      difference over tuning seeds, whose final runs have the same keys; NaN for a single one.
     """
     ours, theirs = (
         np.array([row["test"] for row in stored["contenders"][name]]) for name in ("tune", label)
     )
-    pairs = (ours - theirs).reshape(-1)
-    error = float(np.std(pairs, ddof=1) / np.sqrt(len(pairs))) if len(pairs) > 1 else float("nan")
-    return {"mean": float(theirs.mean()), "difference": float(pairs.mean()), "error": error}
+    differences = (ours - theirs).mean(axis=1)
+    count = len(differences)
+    error = float(np.std(differences, ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+    return {"mean": float(theirs.mean()), "difference": float(differences.mean()), "error": error}
 
 
 def page() -> str:
     """What was found, and the table of all stored results, as markdown."""
     lines = [
         FOUND.read_text(),
-        "| test metric, mean over seeds (difference from `pbx.tune`) | "
+        "| test metric; what it is worse by than `pbx.tune`, ± standard error over tuning seeds | "
         + " | ".join(NAMES.values())
         + " |",
         "| --- |" + " --- |" * len(NAMES),
@@ -280,7 +281,9 @@ def page() -> str:
             row = compared(stored, label)
             cell = f"{row['mean']:.4g}"
             if label != "tune":
-                cell += f" ({-row['difference']:+.2g} ± {row['error']:.1g})"
+                gain = 0.0 if abs(row["difference"]) < 1e-6 else -row["difference"]
+                cell += f" ({gain:+.2g}"
+                cell += ")" if np.isnan(row["error"]) else f" ± {row['error']:.1g})"
             cells.append(cell)
         lines.append(f"| {name}, {stored['metric'].removeprefix('test/')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ def cache():
     return jax.config.jax_compilation_cache_dir
 
 
+@pytest.mark.slow
 def test_small_runs_and_their_files(tmp_path):  # 57, 60, 71, 75, 76
     harness = kills.Harness("small", tmp_path, cache(), seed=1)
     # The first to be killed is one whose saves are damaged as well.

@@ -170,7 +170,7 @@ def write_recipe_report(
         recipe=source,
         facts=_facts(recipe),
         decisions=decisions,
-        studies=list(recipe.studies.items()),
+        studies=[(_study_title(name), study) for name, study in recipe.studies.items()],
         directory=folder,
         budget=[(_TITLES[name][0], cost) for name, cost in recipe.cost.items()],
     )
@@ -199,6 +199,12 @@ def recipe_headline(recipe: Recipe) -> tuple[str, str]:
             f"{recipe.spread:.2g}. {cost}",
         )
     return f"Tuned: {reached}.", f"Trained with one seed: its spread is unknown. {cost}"
+
+
+def _study_title(name: str) -> str:
+    """``learning_rate/sweep_0`` as people say it."""
+    chapter, _, own = name.partition("/")
+    return f"{_TITLES[chapter][0]}: {own.replace('_', ' ').replace('/', ', ')}"
 
 
 class _Count:
@@ -303,7 +309,8 @@ def _table(chapter: Chapter) -> Table | None:
 def _figures(chapter: Chapter, picture: _Count) -> list[Figure]:
     studies = list(chapter.verdict.studies.values())
     if chapter.name == parts.LEARNING_RATE_CHAPTER:
-        return [figure for study in studies for figure in _of_sweep(study, picture)]
+        names = chapter.verdict.studies
+        return [made for name in names for made in _of_sweep(names[name], name, picture)]
     if chapter.name == parts.ROUND_1 or chapter.name == parts.ROUND_2:
         return [figure for study in studies for figure in _of_round(study, picture)]
     if chapter.name == parts.RETRAIN and studies:
@@ -312,12 +319,12 @@ def _figures(chapter: Chapter, picture: _Count) -> list[Figure]:
     return []
 
 
-def _of_sweep(study: Study, picture: _Count) -> list[Figure]:
+def _of_sweep(study: Study, name: str, picture: _Count) -> list[Figure]:
     if not study.num_trials or bool(study.data["infeasible"].values.all()):
         return []
     objective = study.objective
     alt = f"Scatter plot: best {objective} against the learning rate, infeasible trials marked."
-    title = "Sweep of the learning rate"
+    title = name.replace("_", " ").capitalize()
     return [picture(title, alt, plots.plot_axis, study, "learning_rate")]
 
 

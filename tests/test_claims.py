@@ -7,7 +7,7 @@ import numpy as np
 import tiny_workloads as tiny
 
 import playbook_optax as pbx
-from benchmarks.claims import stability, tuning
+from benchmarks.claims import batch_size, stability, tuning
 
 
 def test_the_page_is_made_of_the_stored_results():
@@ -36,9 +36,11 @@ def test_an_interval_is_students():
 
 def test_the_page_of_tune_is_made_of_the_stored_results():
     assert (tuning.RESULTS / "tuning.md").read_text() == tuning.page()
-    for name, metric in tuning.CASES.items():
-        stored = json.loads((tuning.RESULTS / f"tune_{name}.json").read_text())
-        assert stored["metric"] == metric
+    files = sorted(tuning.RESULTS.glob("tune_*.json"))
+    assert len(files) >= 4
+    for file in files:
+        stored = json.loads(file.read_text())
+        assert stored["metric"] == tuning.CASES[stored["workload"]]
         total = stored["num_trials"] * stored["num_steps"]
         assert set(stored["contenders"]) == set(tuning.NAMES) == set(tuning.MAKERS)
         for rows in stored["contenders"].values():
@@ -68,3 +70,10 @@ def test_final_runs_are_trials():
         jax.tree.leaves(weights[0][0]), jax.tree.leaves(result.params), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_on_batch_sizes_is_made_of_the_stored_results():
+    assert (batch_size.RESULTS / "batch_size.md").read_text() == batch_size.page()
+    stored = json.loads((batch_size.RESULTS / "batch_size.json").read_text())
+    assert [row["batch_size"] for row in stored["rows"]] == list(batch_size.BATCH_SIZES)
+    assert all(len(row["valid"]) == batch_size.NUM_SEEDS for row in stored["rows"])

@@ -18,10 +18,10 @@ from playbook_optax.analysis.boundaries import wider_range
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
+from playbook_optax.procedures.given import given_or_trained
 from playbook_optax.procedures.rounds import declared_parameter, transfer_kind
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
-from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Float, Integer, Parameter, SearchSpace
 from playbook_optax.trials.train import MakeSchedule, check_key
 from playbook_optax.trials.workload import WorkloadLike, resolve
@@ -150,26 +150,22 @@ def change_batch_size(
     if rule is not None:
         _checks.check_choice("rule", rule, RULES)
     _checks.check_number("room", room, above=1.0)
-    cost = 0
-    if isinstance(space_or_study, Study):
-        study = space_or_study
-    else:
+    if not isinstance(space_or_study, Study):
         num_steps = _checks.check_count("num_steps", num_steps)
-        study = run_study(
-            workload,
-            make_optimizer,
-            space_or_study,
-            num_trials=num_trials,
-            num_steps=num_steps,
-            eval_every=max(1, num_steps // 20) if eval_every is None else eval_every,
-            key=key,
-            num_seeds=num_seeds,
-            make_schedule=make_schedule,
-            trials_per_block=trials_per_block,
-            directory=subdirectory(directory, "old_batch_size"),
-            progress=progress,
-        )
-        cost = num_trials * num_seeds * num_steps
+    study, cost = given_or_trained(
+        workload,
+        make_optimizer,
+        space_or_study,
+        num_trials=num_trials,
+        num_steps=num_steps,
+        eval_every=eval_every,
+        key=key,
+        num_seeds=num_seeds,
+        make_schedule=make_schedule,
+        trials_per_block=trials_per_block,
+        directory=subdirectory(directory, "old_batch_size"),
+        progress=progress,
+    )
     studies = {"old_batch_size": study}
     if LEARNING_RATE not in study.points:
         raise ValueError(

@@ -14,9 +14,9 @@ from playbook_optax.analysis.budgets import (
     enough,
 )
 from playbook_optax.analysis.findings import by_severity
+from playbook_optax.procedures.given import given_or_trained
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
-from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials.train import MakeOptimizer, MakeSchedule, check_key
 from playbook_optax.trials.workload import WorkloadLike
@@ -127,8 +127,6 @@ def _run(
     *,
     num_trials: int,
     num_steps: int,
-    eval_every: int | None,
-    num_seeds: int,
     **arguments: Any,
 ) -> tuple[Study, int]:
     """The study of a space, and what it cost."""
@@ -139,16 +137,11 @@ def _run(
         raise _checks.ArgumentTypeError(
             f"space_or_study must be a pbx.SearchSpace or a pbx.Study, got {space!r}."
         )
-    num_trials = _checks.check_count("num_trials", num_trials, at_least=2)
-    num_steps = _checks.check_count("num_steps", num_steps)
-    study = run_study(
+    return given_or_trained(
         workload,
         make_optimizer,
         space,
-        num_trials=num_trials,
-        num_steps=num_steps,
-        eval_every=max(1, num_steps // 20) if eval_every is None else eval_every,
-        num_seeds=num_seeds,
+        num_trials=_checks.check_count("num_trials", num_trials, at_least=2),
+        num_steps=_checks.check_count("num_steps", num_steps),
         **arguments,
     )
-    return study, num_trials * num_seeds * num_steps

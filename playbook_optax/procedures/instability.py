@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -19,7 +19,7 @@ from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import StudyRunner
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.train import MakeOptimizer, MakeSchedule, check_key
-from playbook_optax.trials.workload import Workload, WorkloadLike
+from playbook_optax.trials.workload import WorkloadLike, with_fixed, with_fixed_workload
 
 SECTION = "How can optimization failures be debugged and mitigated? (identifying instability)"
 GIVEN = "given"
@@ -332,16 +332,6 @@ def probe_early_instability(
     if control.unstable:
         findings.append(_unstable_at_best(study, control))
     return Verdict(bool(probed.unstable), tuple(by_severity(findings)), studies, cost)
-
-
-def with_fixed(function: Callable[..., Any], fixed: Mapping[str, Any]) -> Callable[..., Any]:
-    """A user's function of the point, given the hyperparameters that are the same in all trials."""
-    return lambda point, *rest: function({**fixed, **point}, *rest)
-
-
-def with_fixed_workload(workload: WorkloadLike, fixed: Mapping[str, Any]) -> WorkloadLike:
-    """The workload; if it is a function of the point, one that is given the fixed part of it."""
-    return workload if isinstance(workload, Workload) else with_fixed(workload, fixed)
 
 
 def inherited_point(study: Study) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from playbook_optax.analysis.training_length import (
 )
 from playbook_optax.procedures import clipping
 from playbook_optax.procedures.clipping import LEARNING_RATE
+from playbook_optax.procedures.given import given_or_trained
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
-from playbook_optax.runner.run import StudyRunner, run_study
+from playbook_optax.runner.run import StudyRunner
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.train import STEP_LOSS, MakeOptimizer, MakeSchedule, check_key
 from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
@@ -522,13 +523,14 @@ def refine_num_steps(
     else:
         num_steps = _checks.check_count("num_steps", num_steps)
         num_trials = _checks.check_count("num_trials", num_trials)
-        study = run_study(
+        study, cost = given_or_trained(
             workload,
             make_optimizer,
             space_or_study or SearchSpace({LEARNING_RATE: Float(1e-5, 10.0, scale="log")}),
             num_trials=num_trials,
             num_steps=num_steps,
-            eval_every=max(1, num_steps // 40) if eval_every is None else eval_every,
+            eval_every=eval_every,
+            num_evals=40,
             key=key,
             num_seeds=num_seeds,
             make_schedule=make_schedule,
@@ -536,7 +538,6 @@ def refine_num_steps(
             directory=directory,
             progress=progress,
         )
-        cost = num_trials * num_seeds * num_steps
     info = best_step_info(study, objective, maximize)
     findings = feasibility_findings(feasibility_info(study, objective, maximize))
     judged = curve_findings(info.curves)

@@ -22,12 +22,12 @@ from playbook_optax.analysis.schedule_shape import (
     schedule_info,
 )
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
+from playbook_optax.procedures.given import given_or_trained
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
-from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Float, Integer, Parameter, SearchSpace
 from playbook_optax.trials.train import MakeSchedule
-from playbook_optax.trials.workload import WorkloadLike
+from playbook_optax.trials.workload import WorkloadLike, with_fixed
 
 GROWTH = 10.0
 """How much longer the trials of the next round are: the first has 10% of production length."""
@@ -124,11 +124,7 @@ class NextRound(NamedTuple):
         Returns:
           A function that adds the fixed values to the point.
         """
-
-        def completed(point: Any, *rest: Any) -> Any:
-            return function({**self.fixed, **point}, *rest)
-
-        return completed
+        return with_fixed(function, self.fixed)
 
 
 @_checks.named_arguments
@@ -307,9 +303,8 @@ def plan_next_round(
     ):
         if count is not None:
             _checks.check_count(name, count)
-    cost = 0
     if isinstance(space_or_study, Study):
-        study = space_or_study
+        study, cost = space_or_study, 0
     else:
         target = num_steps if num_steps is not None else production_steps
         if target is None:
@@ -319,13 +314,13 @@ def plan_next_round(
             )
         first_steps = max(1, round(target / growth))
         first_trials = _checks.check_count("first_trials", first_trials)
-        study = run_study(
+        study, cost = given_or_trained(
             workload,
             make_optimizer,
             space_or_study,
             num_trials=first_trials,
             num_steps=first_steps,
-            eval_every=max(1, first_steps // 20) if eval_every is None else eval_every,
+            eval_every=eval_every,
             key=key,
             num_seeds=num_seeds,
             make_schedule=make_schedule,
@@ -333,7 +328,6 @@ def plan_next_round(
             directory=subdirectory(directory, "round"),
             progress=progress,
         )
-        cost = first_trials * num_seeds * first_steps
     studies = {"round": study}
     for name in kinds or {}:
         if name not in study.points:

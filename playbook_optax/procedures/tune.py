@@ -31,7 +31,13 @@ from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Float, Parameter, SearchSpace
 from playbook_optax.trials import train
 from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
-from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
+from playbook_optax.trials.workload import (
+    Workload,
+    WorkloadLike,
+    resolve,
+    with_fixed,
+    with_fixed_workload,
+)
 
 LEARNING_RATE_CHAPTER, NUM_STEPS_CHAPTER, STABILITY = "learning_rate", "num_steps", "stability"
 ROUND_1, ROUND_2, RETRAIN = "round_1", "round_2", "retrain"
@@ -45,7 +51,6 @@ OVERRIDES = (
     "next_space",
     "point",
 )
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "rmsprop", "adam", "nadam", "adamw", "nadamw")
 DEFAULT_OPTIMIZER = "adam"
 
 _SECTIONS = {
@@ -412,7 +417,7 @@ class _Tuner:
         self._name = None
         if make_optimizer is None or isinstance(make_optimizer, str):
             self._name = DEFAULT_OPTIMIZER if make_optimizer is None else make_optimizer
-            _checks.check_choice("make_optimizer", self._name, OPTIMIZERS)
+            _checks.check_choice("make_optimizer", self._name, search_spaces.TABLE)
             make_optimizer = functools.partial(_by_name, self._name)
             # The table of budgets decides again when round 1 knows how many trials it has.
             self._given_space = space
@@ -559,8 +564,8 @@ class _Tuner:
         for number in range(_MAX_WIDENINGS + 1):
             self._say(LEARNING_RATE_CHAPTER, f"{num} trials of {self._sweep_steps} steps")
             verdict = sweep_learning_rate(
-                self._with_fixed_workload(fixed),
-                self._with_fixed(fixed),
+                with_fixed_workload(self._workload, fixed),
+                with_fixed(self._pipeline.make_optimizer, fixed),
                 SearchSpace({LEARNING_RATE: line}),
                 key=jax.random.fold_in(self._key, _SWEEP_STREAM),
                 num_trials=num,
@@ -687,8 +692,8 @@ class _Tuner:
         self._say(STABILITY, f"about {estimate:,} trial-steps")
         fixed = {n: v for n, v in self._defaults().items() if n != LEARNING_RATE}
         verdict = stabilize(
-            self._with_fixed_workload(fixed),
-            self._with_fixed(fixed),
+            with_fixed_workload(self._workload, fixed),
+            with_fixed(self._pipeline.make_optimizer, fixed),
             sweep,
             key=jax.random.fold_in(self._key, _STABILITY_STREAM),
             num_steps=self._sweep_steps,
@@ -1038,16 +1043,6 @@ class _Tuner:
         own = optimizer_arguments(self._name)
         del own[LEARNING_RATE]
         return {**own, **{n: value for n, value in middle.items() if n not in own}}
-
-    def _with_fixed(self, fixed: Mapping[str, Any]) -> MakeOptimizer:
-        make_optimizer = self._pipeline.make_optimizer
-        return lambda point: make_optimizer({**fixed, **point})
-
-    def _with_fixed_workload(self, fixed: Mapping[str, Any]) -> WorkloadLike:
-        workload = self._workload
-        if isinstance(workload, Workload):
-            return workload
-        return lambda point: resolve(workload, {**fixed, **point})
 
     def _rate_range(self) -> tuple[float, float]:
         """The learning rates that round 1 searches."""

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -15,7 +15,7 @@ from playbook_optax.records.study_set import StudySet
 from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Integer, SearchSpace
 from playbook_optax.trials import train
-from playbook_optax.trials.workload import Workload, WorkloadLike
+from playbook_optax.trials.workload import Workload, WorkloadLike, with_fixed
 
 NEEDED = ("workload", "make_optimizer", "space", "num_trials", "num_steps", "eval_every")
 KEYS = (*NEEDED, "make_schedule")
@@ -233,13 +233,8 @@ def _reduced(label: str, arguments: dict[str, Any], fixed: Mapping[str, Any]) ->
         for name in ("make_optimizer", "make_schedule", "workload"):
             given = arguments[name]
             if given is not None and not isinstance(given, Workload):
-                arguments[name] = _with_fixed(given, own)
+                arguments[name] = with_fixed(given, own)
     return _Variant(label, SearchSpace(left), own, arguments)
-
-
-def _with_fixed(function: Callable[..., Any], own: Mapping[str, Any]) -> Callable[..., Any]:
-    """A user's function of the point, which gets what is fixed with it."""
-    return lambda point, *rest: function({**own, **point}, *rest)
 
 
 def _value(name: str, value: Any, parameter: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a user brings: a model, its loss, its data and its evaluation, as pure functions."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import chex
@@ -354,6 +354,16 @@ def resolve(workload: WorkloadLike, point: Any) -> Workload:
             f"the workload function must return a pbx.Workload, got {resolved!r}."
         )
     return resolved
+
+
+def with_fixed(function: Callable[..., Any], fixed: Mapping[str, Any]) -> Callable[..., Any]:
+    """A user's function of the point, given the hyperparameters that are the same in all trials."""
+    return lambda point, *rest: function({**fixed, **point}, *rest)
+
+
+def with_fixed_workload(workload: WorkloadLike, fixed: Mapping[str, Any]) -> WorkloadLike:
+    """The workload; if it is a function of the point, one that is given the fixed part of it."""
+    return workload if isinstance(workload, Workload) else with_fixed(workload, fixed)
 
 
 def _mean_over_rest(values: chex.Array) -> chex.Array:

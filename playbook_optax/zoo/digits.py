@@ -4,24 +4,21 @@ The split is fixed: 1197 examples to train, 300 to validate, 300 to test.
 """
 
 import functools
-import itertools
 
 import numpy as np
 
 from playbook_optax import _checks
 from playbook_optax.trials.workload import Workload
-from playbook_optax.zoo import blocks
+from playbook_optax.zoo import blocks, splits
 
 NUM_TRAIN, NUM_VALID = 1197, 300
 NUM_CLASSES, NUM_PIXELS = 10, 64
 _SPLIT_SEED = 0
 
-Split = tuple[np.ndarray, np.ndarray]
-
 
 @functools.cache
-def _digits() -> tuple[Split, Split, Split]:
-    """The three parts, (x, y) each; read-only, because every workload shares them."""
+def _digits() -> tuple[splits.Split, splits.Split, splits.Split]:
+    """The three parts."""
     datasets = _checks.require("sklearn.datasets", "data", "The digits data set")
     x, y = datasets.load_digits(return_X_y=True)
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
@@ -29,11 +26,7 @@ def _digits() -> tuple[Split, Split, Split]:
     # One mean and one deviation for all pixels: some pixels are blank in every training image.
     seen = x[:NUM_TRAIN]
     x = ((x - seen.mean()) / seen.std()).astype(np.float32)
-    x.setflags(write=False)
-    y.setflags(write=False)
-    ends = (0, NUM_TRAIN, NUM_TRAIN + NUM_VALID, len(x))
-    train, valid, test = ((x[a:b], y[a:b]) for a, b in itertools.pairwise(ends))
-    return train, valid, test
+    return splits.cut(x, y, NUM_TRAIN, NUM_VALID)
 
 
 def _workload(

@@ -5,38 +5,32 @@ are standardized by mean and deviation of the training part, and so is the numbe
 """
 
 import functools
-import itertools
 
 import numpy as np
 
 from playbook_optax import _checks
 from playbook_optax.trials.workload import Workload
-from playbook_optax.zoo import blocks
+from playbook_optax.zoo import blocks, splits
 
 _SPLIT_SEED = 0
 
-Split = tuple[np.ndarray, np.ndarray]
-
 
 @functools.cache
-def _table(name: str) -> tuple[Split, Split, Split]:
-    """The three parts, (x, y) each; read-only, because every workload shares them."""
+def _table(name: str) -> tuple[splits.Split, splits.Split, splits.Split]:
+    """The three parts."""
     datasets = _checks.require("sklearn.datasets", "data", f"The table {name!r}")
     x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
     x, y = x[order], y[order]
-    ends = (0, 3 * len(x) // 5, 4 * len(x) // 5, len(x))
-    seen = x[: ends[1]]
+    num_train = 3 * len(x) // 5
+    seen = x[:num_train]
     x = ((x - seen.mean(axis=0)) / seen.std(axis=0)).astype(np.float32)
     if np.issubdtype(y.dtype, np.integer):
         y = y.astype(np.int32)
     else:
-        known = y[: ends[1]]
+        known = y[:num_train]
         y = ((y - known.mean()) / known.std()).astype(np.float32)
-    x.setflags(write=False)
-    y.setflags(write=False)
-    train, valid, test = ((x[a:b], y[a:b]) for a, b in itertools.pairwise(ends))
-    return train, valid, test
+    return splits.cut(x, y, num_train, 4 * len(x) // 5 - num_train)
 
 
 def _workload(name: str, num_outputs: int, width: int, batch_size: int) -> Workload:

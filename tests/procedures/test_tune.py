@@ -245,6 +245,9 @@ def test_a_point_of_your_own_is_only_retrained():
     assert "optax.chain(pbx.clip_by_global_norm(1.0), pbx.sgd(learning_rate=schedule))" in source
     assert "prepend_warmup(pbx.schedules.cosine_decay(0.5, 14), 2)" in source
     assert float(recipe.schedule()(1)) == pytest.approx(0.25)
+    # Warm-up comes out of the run's steps: half of the decay at 2 + 14 / 2, all of it at the end.
+    assert float(recipe.schedule()(9)) == pytest.approx(0.25)
+    assert float(recipe.schedule()(16)) == pytest.approx(0.0, abs=1e-7)
 
 
 def test_a_program_never_selects_what_is_not_finite():  # 44, 45

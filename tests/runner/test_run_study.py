@@ -197,7 +197,7 @@ def test_a_directory_is_continued(tmp_path, monkeypatch):
     fresh = study_of(tiny.SPACE, 5, trials_per_block=2, keep="best")
     assert all(bits(longer, i) == bits(fresh, i) for i in range(5))
     assert all(bits(longer, i) == bits(first, i) for i in range(3))
-    moved = tmp_path.with_name("moved")
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
     os.rename(tmp_path, moved)
     loaded = pbx.load_study(moved)
     assert all(bits(loaded, i) == bits(fresh, i) for i in range(5))

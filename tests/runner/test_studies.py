@@ -143,7 +143,7 @@ def test_a_set_is_stored_loaded_continued_and_appended_to(tmp_path, studies):
     blocks = sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*.pbx"))
     pbx.run_studies(VARIANTS, directory=tmp_path, **COMMON)
     assert blocks == sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*.pbx"))
-    moved = tmp_path.rename(tmp_path.parent / "moved")
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
     assert list(pbx.load_study_set(moved)) == ["sgd", "momentum"]
     for changed, message in (
         ({"variants": dict(reversed(VARIANTS.items()))}, "labels"),

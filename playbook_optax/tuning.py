@@ -115,9 +115,9 @@ def tune(
         return recipe
     try:
         page = write_recipe_report(recipe, directory)
-    except ImportError as error:
+    except Exception as error:
         # What was paid for with training is not lost for want of a drawing.
-        warnings.warn(f"no report is written: {error}", UserWarning, stacklevel=2)
+        warnings.warn(f"no report is written: {error!r}", UserWarning, stacklevel=2)
         return recipe
     return dataclasses.replace(recipe, report=page)
 

@@ -18,6 +18,7 @@ from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.norms import clip_by_global_norm
 from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import StudyRunner
 from playbook_optax.search_space import Float, SearchSpace
@@ -336,8 +337,22 @@ def points_table(
 
 
 def subdirectory(directory: str | os.PathLike[str] | None, name: str) -> pathlib.Path | None:
-    """The folder of one of a procedure's studies, or None if nothing is stored."""
-    return None if directory is None else pathlib.Path(directory) / name
+    """The folder of one of a procedure's studies, or None if nothing is stored.
+
+    Raises:
+      NotWritable: it is a symbolic link, or in one.
+    """
+    if directory is None:
+        return None
+    folder = pathlib.Path(directory)
+    for part in pathlib.PurePath(name).parts:
+        folder /= part
+        if folder.is_symlink():
+            raise storage.NotWritable(
+                f"{str(folder)!r} is a symbolic link: nothing is written outside the directory of "
+                "the procedure. Replace it by a real directory."
+            )
+    return folder
 
 
 def clipped_fractions(study: Study) -> np.ndarray:

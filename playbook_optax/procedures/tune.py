@@ -26,6 +26,7 @@ from playbook_optax.procedures.program import program
 from playbook_optax.procedures.rounds import plan_next_round
 from playbook_optax.procedures.stability import stabilize
 from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Float, Parameter, SearchSpace
@@ -52,6 +53,7 @@ OVERRIDES = (
     "point",
 )
 DEFAULT_OPTIMIZER = "adam"
+INDEX = "tune.json"
 
 _SECTIONS = {
     LEARNING_RATE_CHAPTER: "Algorithm for picking an initial candidate for max_train_steps using a "
@@ -148,7 +150,7 @@ class Pipeline:
         return {"make_optimizer": self.optimizer, "make_schedule": schedule}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
     """A tuned training recipe with the evidence for each decision.
 
@@ -461,15 +463,18 @@ class _Tuner:
         self._key, self._directory = key, directory
         self._overrides, self._options = overrides, options
         self._chapters: list[Chapter] = []
+        self._is_indexed = False
         # One step shows no instability.
         self._sweep_steps = max(2, num_steps // _SWEEP_PART)
-        # The rate around which round 1 searches.
+        # The rate around which round 1 searches, and what it must not leave if the space is given.
         self._rate: float | None = None
+        self._swept = (0.0, math.inf)
         self._first_steps = max(1, num_steps // _FIRST_PART)
         self._final_steps = overrides.get("num_steps", num_steps)
         if "num_steps" in overrides:
             self._first_steps = max(1, self._final_steps // _FIRST_PART)
         self._check_decisions()
+        self._check_index()
 
     def _check_decisions(self) -> None:
         """Raises where the user's own decisions do not fit the space or the budget."""
@@ -512,6 +517,38 @@ class _Tuner:
                 raise ValueError(
                     f"overrides['next_space'][{name!r}] must be of the kind that round 1 has, "
                     f"{first[name]!r}, got {second[name]!r}."
+                )
+
+    def _index(self) -> dict[str, Any]:
+        """What was asked for, but for what each study remembers by itself."""
+        overrides = {
+            name: value.to_dict() if isinstance(value, SearchSpace) else value
+            for name, value in self._overrides.items()
+        }
+        content = {
+            "num_trials": self._num_trials,
+            "num_steps": self._num_steps,
+            "overrides": dict(sorted(overrides.items())),
+            "optimizer": self._name,
+            "space": self._space.to_dict(),
+        }
+        return storage.as_stored(content)
+
+    def _check_index(self) -> None:
+        """Raises where the directory holds the tuning of another call."""
+        if self._directory is None:
+            return
+        try:
+            stored = storage.read_document(pathlib.Path(self._directory) / INDEX)
+        except (storage.NoStudy, storage.CorruptSpec):
+            return  # A damaged one is written anew; the studies check themselves.
+        for name, now in self._index().items():
+            before = stored.get(name)
+            if before != now:
+                raise storage.StorageError(
+                    f"{os.fspath(self._directory)!r} holds another tuning: {name} is {before!r} "
+                    f"there and {now!r} here. Choose an empty directory. Copy into it the folders "
+                    "of the chapters before the one that changes, and they are not trained again."
                 )
 
     # Chapters -----------------------------------------------------------------------------------
@@ -592,6 +629,8 @@ class _Tuner:
             best = float(study.best().point[LEARNING_RATE])
             # A linear range may begin at 0, around which there is nothing to search on a log scale.
             self._rate = best if best > 0 else None
+            if self._given_space is not None:
+                self._swept = low, high
             decided = (
                 f"The best constant learning rate is {best:.4g} after {self._sweep_steps} "
                 f"steps, of {len(study.points[LEARNING_RATE])} from {low:.4g} to {high:.4g}."
@@ -999,6 +1038,10 @@ class _Tuner:
             suggestion=suggestion or f"To decide otherwise, give overrides={{{override!r}: ...}}.",
         )
         self._chapters.append(Chapter(name, decision, verdict or Verdict(None, (), {}, 0)))
+        if self._directory is not None and self._spent() and not self._is_indexed:
+            # Not before the first study, which may yet be refused.
+            storage.write_document(pathlib.Path(self._directory) / INDEX, self._index())
+            self._is_indexed = True
 
     def _spent(self) -> int:
         return sum(chapter.verdict.cost for chapter in self._chapters)
@@ -1052,7 +1095,12 @@ class _Tuner:
         if self._rate is None:
             line = _rates(self._space)
             return float(line.low), float(line.high)
-        return self._rate / _RATE_FACTOR, self._rate * _RATE_FACTOR
+        low, high = self._rate / _RATE_FACTOR, self._rate * _RATE_FACTOR
+        # A range of the user's own is left only where the best lies at its end.
+        least, most = self._swept
+        low = max(low, least) if least < self._rate else low
+        high = min(high, most) if self._rate < most else high
+        return low, high
 
     def _first_space(self, num_trials: int) -> SearchSpace:
         """The space of round 1: dimensions that its trials can afford, rates around the best."""

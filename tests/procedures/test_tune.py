@@ -6,6 +6,7 @@ import inspect
 import io
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -17,11 +18,13 @@ import pytest
 import tiny_workloads as tiny
 
 import playbook_optax as pbx
+from playbook_optax import tuning
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.procedures import stability, tune
 from playbook_optax.procedures.remedies import RemedyComparison
 from playbook_optax.procedures.stability import Stabilization
 from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial
 
 KEY = jax.random.key(0)
@@ -551,10 +554,126 @@ def test_bad_arguments(arguments, message, tmp_path):  # 4, 5, 7, 8
     assert list(pathlib.Path(tmp_path).iterdir()) == []
 
 
-def test_another_budget_in_the_same_directory_is_refused(stored):  # 67
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 48}, "num_steps is 40 there and 48 here"),
+        ({"num_trials": 25}, "num_trials is 24 there and 25 here"),
+        ({"overrides": {"max_norm": 1.0}}, "overrides is {} there and {'max_norm': 1.0} here"),
+        ({"overrides": {"space": RATE}}, "overrides is {} there"),
+        ({"make_optimizer": "sgd"}, "optimizer is 'adam' there and 'sgd' here"),
+        ({"key": jax.random.key(1)}, "key"),
+    ],
+)
+def test_another_call_in_the_same_directory_is_refused(stored, change, message):  # 67
     _, directory = stored
-    with pytest.raises(ValueError, match="num_steps"):
-        pbx.tune(tiny.mlp(), **{**BUDGET, "num_steps": 48}, directory=directory)
+    with pytest.raises((ValueError, storage.StorageError), match=message):
+        pbx.tune(**{"workload": tiny.mlp(), **BUDGET, **change}, directory=directory)
+
+
+def test_a_damaged_index_is_written_again(stored, tmp_path):  # 60
+    recipe, directory = stored
+    shutil.copytree(directory, tmp_path / "copy")
+    index = tmp_path / "copy" / tune.INDEX
+    raw = bytearray(index.read_bytes())
+    raw[-5] ^= 1
+    index.write_bytes(raw)
+    same(recipe, tune.find_recipe(tiny.mlp(), **BUDGET, directory=tmp_path / "copy"))
+    assert index.read_bytes() == (directory / tune.INDEX).read_bytes()
+
+
+def test_finished_chapters_serve_a_call_that_decides_otherwise(stored, tmp_path):
+    recipe, directory = stored
+    for chapter in ("learning_rate", "round_1"):
+        shutil.copytree(directory / chapter, tmp_path / chapter)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pbx")}
+    given = {"next_space": pbx.SearchSpace({"learning_rate": pbx.Float(0.01, 0.1, scale="log")})}
+    other = tune.find_recipe(tiny.mlp(), **BUDGET, directory=tmp_path, overrides=given)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    digests = [tiny.digest(r.studies["round_1/search"]) for r in (recipe, other)]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("folder", ["learning_rate", "learning_rate/sweep_0"])
+def test_a_link_out_of_the_directory_is_refused(tmp_path, folder):
+    outside, directory = tmp_path / "outside", tmp_path / "tune"
+    outside.mkdir()
+    (directory / folder).parent.mkdir(parents=True)
+    (directory / folder).symlink_to(outside)
+    with pytest.raises(storage.NotWritable, match="symbolic link"):
+        pbx.tune(tiny.quadratic(), "sgd", **BUDGET, directory=directory)
+    assert list(outside.iterdir()) == []
+
+
+def test_a_recipe_survives_a_failed_drawing(stored, monkeypatch):
+    recipe, directory = stored
+
+    def broken(*args, **arguments):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(tuning, "write_recipe_report", broken)
+    with pytest.warns(UserWarning, match="no report is written: .*no ink"):
+        again = pbx.tune(tiny.mlp(), **BUDGET, directory=directory)
+    same(recipe, again)
+    assert again.report is None
+    assert recipe == recipe
+    assert recipe != again
+
+
+@pytest.mark.parametrize(
+    ("space", "rate", "expected"),
+    [
+        # Left on neither side, on one, and where the best lies at an end.
+        ((1e-3, 1.0), 0.3, (0.03, 1.0)),
+        ((0.1, 1e3), 0.3, (0.1, 3.0)),
+        ((1e-3, 0.3), 0.3, (0.03, 3.0)),
+        (None, 0.3, (0.03, 3.0)),
+    ],
+)
+def test_round_1_stays_in_the_range_that_was_given(space, rate, expected):
+    given = space and pbx.SearchSpace({"learning_rate": pbx.Float(*space, scale="log")})
+    tuner = tune._Tuner(
+        tiny.quadratic(), "sgd", given, None, 24, 40, KEY, None, {}, {"progress": False}
+    )
+    tuner._rate = rate
+    if space:
+        tuner._swept = space
+    assert tuner._rate_range() == pytest.approx(expected)
+    line = tuner._first_space(10)["learning_rate"]
+    assert (line.low, line.high) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_killed_after_every_block_it_continues_bit_for_bit(tmp_path, monkeypatch, unstable):
+    """Each call dies when it has stored one block and begins to store another file.
+
+    The chapter on instability is real here.
+    """
+    call = {**BUDGET, "num_trials": 120, "num_steps": 16}
+    whole = tune.find_recipe(tiny.quadratic(), "sgd", RATE, **call)
+    assert all(whole.cost[name] for name in tune.CHAPTERS if name != "num_steps")
+
+    class Killed(BaseException):
+        pass
+
+    original, blocks = storage._commit, []
+
+    def killed(path, *args, **arguments):
+        if len(blocks) > kills:
+            raise Killed
+        if path.suffix == ".pbx":
+            blocks.append(path)
+        return original(path, *args, **arguments)
+
+    monkeypatch.setattr(storage, "_commit", killed)
+    for kills in range(1000):  # noqa: B007
+        with contextlib.suppress(Killed):
+            last = tune.find_recipe(tiny.quadratic(), "sgd", RATE, **call, directory=tmp_path)
+            break
+    assert len(set(blocks)) == len(blocks) == kills + 1  # One each time, and none twice.
+    stored = {path.relative_to(tmp_path).parts[0] for path in blocks}
+    assert stored == {name for name in tune.CHAPTERS if name != "num_steps"}
+    same(whole, last)
 
 
 def test_the_users_own_error_passes_through(tmp_path):  # 22

@@ -33,6 +33,9 @@ _MAX_DIMS = 1000
 # Digits are kept down to at least 2**-48: float32 shows all of them in any value above 2**-24.
 _DIGIT_BITS = 48
 _BELOW_ONE = np.float32(1 - 2**-24)
+# Up to so many points are summed digit by digit, more from tables.
+_FEW_POINTS = 512
+_DIMS_AT_ONCE = 8
 
 
 @named_arguments
@@ -87,7 +90,12 @@ def halton(
     num_dims = _check_dims(num_dims)
     check_choice("scramble", scramble, ("owen", "shift", "none"))
     first = _check_start(start, num_points)
-    return _halton(key, first, _plan(num_dims), num_points=num_points, scramble=scramble)
+    make = functools.partial(_halton, num_points=num_points, scramble=scramble)
+    padded = -(-num_dims // _DIMS_AT_ONCE) * _DIMS_AT_ONCE
+    if num_points > _FEW_POINTS or padded > _MAX_DIMS or is_traced(key) or is_traced(first):
+        return make(key, first, _plan(num_dims))
+    # One compiled program for small spaces of any size: compiling takes longer than the points.
+    return jnp.asarray(np.asarray(make(key, first, _plan(padded)))[:, :num_dims])
 
 
 @named_arguments
@@ -246,7 +254,7 @@ def _halton(
     plan = jax.tree.map(jnp.asarray, plan)
     entries = _weigh(_permuted(key, plan, scramble), plan)
     num_dims, chunk = plan.size.shape[0], plan.chunk.shape[0]
-    if num_points <= 512:
+    if num_points <= _FEW_POINTS:
         index = first + jnp.arange(num_points, dtype=jnp.uint32)
         number = jnp.repeat(index, num_dims)
         dims = jnp.tile(jnp.arange(num_dims), num_points)

@@ -34,6 +34,8 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 _FLOAT_TINY = float(np.finfo(np.float32).tiny)
 _INT_MIN, _INT_MAX = -(2**31), 2**31 - 1
 _FLOAT_SCALES = ("linear", "log", "reverse_log")
+# So many points are sampled at least.
+_PADDED_COUNTS = (64, 512)
 _INTEGER_SCALES = ("linear", "log")
 _UNIT_MAX = np.float32(1 - 2**-24)
 
@@ -573,13 +575,21 @@ class SearchSpace(Mapping[str, Parameter]):
             raise ArgumentTypeError(
                 f"sampler must be a function such as samplers.halton, got {sampler!r}."
             )
-        unit = sampler(key, num_trials, len(self), start=start)
-        if np.shape(unit) != (num_trials, len(self)):
+        count = num_trials
+        known = isinstance(start, (int, np.integer)) and not is_traced(key)
+        if known and sampler in (samplers.halton, samplers.uniform):
+            # A point does not depend on their number, so one compiled program serves many numbers.
+            count = next((c for c in _PADDED_COUNTS if c >= num_trials), num_trials)
+            count = count if start + count <= 2**31 else num_trials
+        unit = sampler(key, count, len(self), start=start)
+        if np.shape(unit) != (count, len(self)):
             raise ValueError(
-                f"sampler {sampler!r} must return shape {(num_trials, len(self))}, got "
-                f"{np.shape(unit)}."
+                f"sampler {sampler!r} must return shape {(count, len(self))}, got {np.shape(unit)}."
             )
-        return self.from_unit(unit)
+        points = self.from_unit(unit)
+        if count == num_trials:
+            return points
+        return {name: jnp.asarray(np.asarray(v)[:num_trials]) for name, v in points.items()}
 
     @named_arguments
     def grid(self, num_per_dimension: int | Mapping[str, int]) -> dict[str, chex.Array]:

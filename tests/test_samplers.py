@@ -292,3 +292,15 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--regenerate"]:
         sys.exit("usage: python -m tests.test_samplers --regenerate")
     GOLDEN.write_text(json.dumps(golden_points(), indent=1) + "\n")
+
+
+@pytest.mark.parametrize("num_dims", [1, 3, 8, 9])
+def test_small_spaces_share_one_program(num_dims):
+    samplers.halton(KEY, 64, 8)
+    samplers.halton(KEY, 64, 16)
+    before = samplers._halton._cache_size()
+    points = samplers.halton(KEY, 64, num_dims, start=5)
+    assert samplers._halton._cache_size() == before
+    alone = jax.jit(lambda key: samplers.halton(key, 64, num_dims, start=5))(KEY)
+    np.testing.assert_array_equal(points, alone)
+    assert points.shape == (64, num_dims)

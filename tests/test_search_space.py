@@ -433,3 +433,19 @@ def test_from_dict_rejects_what_it_does_not_know(data, match):
 def test_faults_name_argument_value_and_fix(make, match):
     with pytest.raises((ValueError, TypeError), match=match):
         make()
+
+
+def test_any_few_points_are_one_program_and_the_same_bits():
+    space = SearchSpace({"a": Float(1e-4, 1.0, scale="log"), "b": Integer(1, 9)})
+    space.sample(KEY, 64)
+    before = samplers._halton._cache_size()
+    for num, start in ((1, 0), (7, 3), (64, 100), (5, 2**31 - 64)):
+        points = space.sample(KEY, num, start=start)
+        alone = jax.jit(lambda key, num=num, start=start: space.sample(key, num, start=start))(KEY)
+        for name, values in points.items():
+            assert values.shape == (num,)
+            np.testing.assert_array_equal(values, alone[name])
+    assert samplers._halton._cache_size() == before
+    # No room to pad at the last index of all.
+    last = space.sample(KEY, 2, start=2**31 - 2)
+    np.testing.assert_array_equal(space.sample(KEY, 1, start=2**31 - 2)["a"], last["a"][:1])

@@ -53,8 +53,9 @@ def tune(
     the constant learning rate, moved as long as the best lies at its end (`sweep_learning_rate`);
     how long to train (`pick_num_steps`); the chapter on instability where the sweep shows one
     (`stabilize`); round 1, quasi-random, short, over the hyperparameters that the budget allows;
-    round 2, longer, around the good trials of round 1 (`plan_next_round`); and the best candidates
-    trained again with seeds that they were not tuned on. What the budget is too small for is left
+    round 2, longer, around the good trials of round 1 (`plan_next_round`), its second half around
+    the best of its first; and the best candidates trained again with seeds that they were not tuned
+    on. What the budget is too small for is left
     out, and a Finding says so.
 
     With a `directory` everything is stored and the same call continues after a kill at any point.
@@ -312,7 +313,8 @@ def _figures(chapter: Chapter, picture: _Count) -> list[Figure]:
         names = chapter.verdict.studies
         return [made for name in names for made in _of_sweep(names[name], name, picture)]
     if chapter.name == parts.ROUND_1 or chapter.name == parts.ROUND_2:
-        return [figure for study in studies for figure in _of_round(study, picture)]
+        names = chapter.verdict.studies
+        return [figure for name in names for figure in _of_round(names[name], name, picture)]
     if chapter.name == parts.RETRAIN and studies:
         alt = "Line plot: the objective of the retrained candidates, means over seeds."
         return [picture("Retrained candidates", alt, plots.plot_curves, studies[0])]
@@ -328,26 +330,27 @@ def _of_sweep(study: Study, name: str, picture: _Count) -> list[Figure]:
     return [picture(title, alt, plots.plot_axis, study, "learning_rate")]
 
 
-def _of_round(study: Study, picture: _Count) -> list[Figure]:
+def _of_round(study: Study, name: str, picture: _Count) -> list[Figure]:
     if bool(study.data["infeasible"].values.all()):
         return []
     objective = study.objective
+    where = ", refined" if name == "refined" else ""
     figures = [
         picture(
-            "Each hyperparameter",
+            f"Each hyperparameter{where}",
             f"Scatter plots: best {objective} against each hyperparameter, infeasible marked.",
             plots.plot_axes,
             study,
             wide=True,
         ),
         picture(
-            "The best trials",
+            f"The best trials{where}",
             f"Line plot: {objective} of the best trials against the step.",
             plots.plot_curves,
             study,
         ),
         picture(
-            "When trials were best",
+            f"When trials were best{where}",
             "Histogram: the step of each good trial's best checkpoint, as a part of the run.",
             plots.plot_best_steps,
             best_step_info(study),

@@ -23,12 +23,12 @@ from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
 from playbook_optax.procedures.program import program
-from playbook_optax.procedures.rounds import plan_next_round
+from playbook_optax.procedures.rounds import NextRound, plan_next_round
 from playbook_optax.procedures.stability import stabilize
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial, Study
-from playbook_optax.runner.run import run_study
+from playbook_optax.runner.run import StudyRunner, run_study
 from playbook_optax.search_space import Categorical, Float, Parameter, SearchSpace
 from playbook_optax.trials import train
 from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
@@ -76,13 +76,16 @@ _SWEEPS_SHARE, _STABILITY_SHARE = 0.25, 0.3
 _STABILITY_TRIALS, _STABILITY_PER_TRIAL, _STABILITY_FIXED = 5, 8, 20
 _UNSTABLE = ("unstable_best", "unstable_above_best", "best_at_edge_of_infeasible")
 # Round 1 gets this share of what is left when retraining is paid for.
-_FIRST_SHARE = 0.5
+_FIRST_SHARE = 0.4
 # Around the best learning rate of the sweep, on a log scale; a schedule that decays stands a larger
 # one than the constant rate of the sweep, and short trials ask for a larger one than long ones.
 _RATE_FACTOR = 10.0
-_KEPT_CANDIDATES = 3
+# One in so many trials of round 2 is one of the best of round 1, up to three.
+_KEPT_PART, _KEPT_CANDIDATES = 5, 3
+# From so many new trials of round 2 on, the second half is searched around the best of the first.
+_REFINED_FROM, _REFINED_AROUND, _REFINED_WIDTH = 6, 3, 0.15
 # Trials of the budget, at least, to (candidates, seeds) that are retrained at the end.
-_RETRAINED = ((45, (5, 3)), (32, (3, 3)), (24, (2, 3)), (10, (1, 3)), (6, (1, 2)))
+_RETRAINED = ((45, (5, 3)), (24, (2, 3)), (10, (1, 3)), (6, (1, 2)))
 _EVALS = 20
 # What each chapter folds into the key.
 _SWEEP_STREAM, _STABILITY_STREAM, _FIRST_STREAM, _SECOND_STREAM = 0, 2, 3, 4
@@ -564,7 +567,7 @@ class _Tuner:
             first = self._round_1()
             second = self._round_2(first)
         else:
-            first = second = None
+            first, second = None, []
             self._pipeline = self._overridden_pipeline()
         return self._retrain(first, second)
 
@@ -796,10 +799,10 @@ class _Tuner:
         )
         return study
 
-    def _round_2(self, first: Study | None) -> Study | None:
-        """Longer trials, in a narrower space around the good ones of round 1."""
+    def _round_2(self, first: Study | None) -> list[Study]:
+        """Longer trials around the good ones of round 1, then around the best of themselves."""
         if first is None or not len(outcomes(first).order):
-            return None
+            return []
         findings: list[Finding] = []
         if "num_steps" not in self._overrides:
             refined = refine_num_steps(
@@ -813,7 +816,7 @@ class _Tuner:
         steps = self._final_steps
         num = int(self._left_for_rounds() // steps)
         if num < 1:
-            return None
+            return []
         plan = plan_next_round(
             self._workload,
             self._pipeline.make_optimizer,
@@ -826,55 +829,105 @@ class _Tuner:
         space = self._overrides.get("next_space")
         if space is None:
             space = plan.answer.space if plan.answer is not None else self._first_space(num)
-        top = outcomes(first).order[: min(_KEPT_CANDIDATES, num)]
+        top = outcomes(first).order[: min(max(1, num // _KEPT_PART), _KEPT_CANDIDATES)]
         kept = {name: values[top] for name, values in first.points.items()}
         fresh = num - len(top)
-        points = kept
-        if fresh:
-            fixed = {} if plan.answer is None else dict(plan.answer.fixed)
-            sampled = (
-                space.sample(jax.random.fold_in(self._key, _POINTS_STREAM), fresh)
-                if len(space)
-                else {}
-            )
-            points = {}
-            for name in dict.fromkeys((*kept, *sampled)):
-                # Round 1 left at its default what it did not search.
-                values = kept.get(name)
-                if values is None:
-                    values = np.full(len(top), self._defaults()[name], sampled[name].dtype)
-                new = sampled.get(name, np.full(fresh, fixed.get(name, values[0]), values.dtype))
-                points[name] = np.concatenate([values, np.asarray(new, values.dtype)])
-        study = self._search(ROUND_2, _SECOND_STREAM, points, None, steps)
-        study = dataclasses.replace(
-            study, spec={**study.spec, "space": _covering(space, study, first).to_dict()}
+        # Who gives the space of this round gets it.
+        own = "next_space" in self._overrides
+        num_refined = 0 if own or fresh < _REFINED_FROM else fresh // 2
+        fixed = {} if plan.answer is None else dict(plan.answer.fixed)
+        points = self._beside(kept, space, fresh - num_refined, 0, fixed)
+        self._say(ROUND_2, f"{num} trials of {steps} steps")
+        runner = StudyRunner(
+            self._workload,
+            points_like=points,
+            num_steps=steps,
+            eval_every=self._every(steps),
+            key=jax.random.fold_in(self._key, _SECOND_STREAM),
+            **self._pipeline.arguments,
+            **self._options,
         )
-        findings += diagnose.diagnose(study)
+        studies = {"search": runner.run(points, directory=self._folder(ROUND_2))}
+        studies["search"] = _covered(studies["search"], space, first)
         said = (
-            f"{num} trials of {steps} steps, the best {len(top)} of round 1 and {fresh} more "
-            "around the good ones"
+            f"{num} trials of {steps} steps: the best {len(top)} of round 1, "
+            f"{fresh - num_refined} around the good ones"
         )
+        closer = self._closer(studies["search"], num_refined)
+        if closer is not None:
+            none = {name: values[:0] for name, values in points.items()}
+            points = self._beside(
+                none, closer.space, num_refined, fresh - num_refined, closer.fixed
+            )
+            study = runner.run(points, directory=self._folder(f"{ROUND_2}_refined"))
+            studies["refined"] = _covered(study, closer.space, first)
+            said += f", and {num_refined} around the best {_REFINED_AROUND} of these"
+        for study in studies.values():
+            findings += diagnose.diagnose(study)
         evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
-        try:
-            best = study.best()
-            said += f": the best reaches {best.value:.4g} at step {best.step}."
+        ranked = _ranked(list(studies.values()))
+        if ranked:
+            best = ranked[0][0].best()
+            said += f". The best reaches {best.value:.4g} at step {best.step}."
             evidence["value"] = best.value
-        except NoFeasibleTrial:
-            said += ": every one is infeasible at this length."
+        else:
+            said += ". Every one is infeasible at this length."
+        cost = steps * sum(study.num_trials for study in studies.values())
         self._decide(
             ROUND_2,
             said,
             evidence,
             "next_space",
-            verdict=Verdict(plan.answer, tuple(findings), {"search": study}, num * steps),
+            verdict=Verdict(plan.answer, tuple(findings), studies, cost),
         )
-        return study
+        return list(studies.values())
 
-    def _retrain(self, first: Study | None, second: Study | None) -> Recipe:
-        """The best candidates with several seeds; the best of them is the recipe."""
-        source = next(
-            (s for s in (second, first) if s is not None and len(outcomes(s).order)), None
+    def _beside(
+        self,
+        kept: Mapping[str, np.ndarray],
+        space: SearchSpace,
+        fresh: int,
+        start: int,
+        fixed: Mapping[str, Any],
+    ) -> dict[str, np.ndarray]:
+        """Points of an earlier round and new ones of a space after them."""
+        key = jax.random.fold_in(self._key, _POINTS_STREAM)
+        sampled = space.sample(key, fresh, start=start) if fresh and len(space) else {}
+        num = len(next(iter(kept.values())))
+        points = {}
+        for name in dict.fromkeys((*kept, *sampled)):
+            # Round 1 left at its default what it did not search.
+            values = kept.get(name)
+            if values is None:
+                values = np.full(num, self._defaults()[name], sampled[name].dtype)
+            new = sampled.get(name)
+            if new is None:
+                new = np.full(fresh, fixed[name] if name in fixed else values[0], values.dtype)
+            points[name] = np.concatenate([values, np.asarray(new, values.dtype)])
+        return points
+
+    def _closer(self, study: Study, num: int) -> NextRound | None:
+        """So many more trials around the best of a round; None where there are none."""
+        if not num or not len(outcomes(study).order):
+            return None
+        plan = plan_next_round(
+            self._workload,
+            self._pipeline.make_optimizer,
+            study,
+            key=self._key,
+            # As long as these, but a next round is one of longer trials.
+            num_steps=int(study.spec["num_steps"]) + 1,
+            num_trials=num,
+            num_best=_REFINED_AROUND,
+            min_width=_REFINED_WIDTH,
         )
+        answer: NextRound | None = plan.answer
+        return answer
+
+    def _retrain(self, first: Study | None, second: list[Study]) -> Recipe:
+        """The best candidates with several seeds; the best of them is the recipe."""
+        ranked = _ranked(second) or _ranked([] if first is None else [first])
+        source = ranked[0][0] if ranked else None
         given = self._overrides.get("point")
         instead = ""
         if source is None and given is None and self._rate and self._left() >= self._final_steps:
@@ -899,9 +952,8 @@ class _Tuner:
             seeds = min(3, self._left() // steps)
         else:
             assert source is not None
-            order = outcomes(source).order
             room = self._left() // (steps * max(seeds, 1))
-            candidates = min(candidates, len(order), room)
+            candidates = min(candidates, len(ranked), room)
             if candidates < 1:
                 best = source.best()
                 point = {name: value.item() for name, value in best.point.items()}
@@ -918,7 +970,10 @@ class _Tuner:
                     severity="warning",
                 )
                 return self._recipe(point, np.array([best.value]), None, None, key)
-            points = {name: values[order[:candidates]] for name, values in source.points.items()}
+            points = {
+                name: np.stack([study.points[name][t] for study, t in ranked[:candidates]])
+                for name in source.points
+            }
         self._say(RETRAIN, f"{len(next(iter(points.values())))} candidates, {seeds} seeds")
         study = run_study(
             self._workload,
@@ -934,9 +989,9 @@ class _Tuner:
         )
         cost = study.num_trials * seeds * steps
         findings = diagnose.diagnose(study) if study.num_trials > 1 else []
-        if source is not None:
-            # Which says what the indices of choices mean.
-            study = dataclasses.replace(study, spec={**study.spec, "space": source.spec["space"]})
+        if source is not None and first is not None:
+            # The space says what the indices of choices mean.
+            study = _covered(study, SearchSpace.from_dict(source.spec["space"]), first)
         try:
             best = study.best()
         except NoFeasibleTrial:
@@ -1183,13 +1238,22 @@ def best_by_seed(study: Study, trial: int) -> np.ndarray:
     return sign * curves.min(axis=1)
 
 
-def _covering(space: SearchSpace, study: Study, first: Study) -> SearchSpace:
-    """The space of a study with points from elsewhere: wide enough to hold them all."""
+def _ranked(studies: list[Study]) -> list[tuple[Study, int]]:
+    """The trials of studies of equal length that have a value, best first."""
+    found = []
+    for number, study in enumerate(studies):
+        out = outcomes(study)
+        found += [(float(out.loss[trial]), number, int(trial)) for trial in out.order]
+    return [(studies[number], trial) for _, number, trial in sorted(found)]
+
+
+def _covered(study: Study, space: SearchSpace, first: Study) -> Study:
+    """A study with points from elsewhere, with a space that is wide enough to hold them all."""
     found: dict[str, Any] = {}
     known = SearchSpace.from_dict(first.spec["space"]) if first.spec.get("space") else space
     for name, values in study.points.items():
         found[name] = _wide_enough(space[name] if name in space else known[name], values)
-    return SearchSpace(found)
+    return dataclasses.replace(study, spec={**study.spec, "space": SearchSpace(found).to_dict()})
 
 
 def _wide_enough(parameter: Parameter, values: np.ndarray) -> Parameter:

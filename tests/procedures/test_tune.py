@@ -26,6 +26,7 @@ from playbook_optax.procedures.stability import Stabilization
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial
+from playbook_optax.runner.run import StudyRunner
 
 KEY = jax.random.key(0)
 BUDGET = {"num_trials": 24, "num_steps": 40, "key": KEY, "progress": False}
@@ -68,6 +69,30 @@ def test_a_recipe_and_its_budget(stored):
     assert recipe.value == recipe.values.mean()
     assert recipe.value < 0.2
     assert jax.tree.structure(recipe.params) == jax.tree.structure(tiny.mlp_init(KEY))
+
+
+def test_the_second_half_of_round_2_is_searched_around_the_best_of_the_first(stored):
+    recipe, _ = stored
+    search, refined = recipe.studies["round_2/search"], recipe.studies["round_2/refined"]
+    # Of nine trials one is the best of round 1.
+    assert (search.num_trials, refined.num_trials) == (5, 4)
+    wide = pbx.SearchSpace.from_dict(recipe.chapters[4].decision.evidence["space"])
+    top = np.argsort(np.nanmin(search.data["valid/error_rate"].values, axis=1), kind="stable")[:3]
+    for name, line in wide.items():
+        unit = np.asarray(search.space[name].to_unit(search.points[name]))[top]
+        new = np.asarray(search.space[name].to_unit(refined.points[name]))
+        # A tenth on either side, at least 0.15 in all, moved inside, ends of few digits.
+        room = max(0.1, (0.15 - np.ptp(unit)) / 2) + 0.15
+        assert unit.min() - room <= new.min()
+        assert new.max() <= unit.max() + room
+        assert line.low <= refined.space[name].low < refined.space[name].high
+    # The candidates are the best of both halves.
+    values = np.concatenate(
+        [np.nanmin(s.data["valid/error_rate"].values, axis=1) for s in (search, refined)]
+    )
+    rates = np.concatenate([s.points["learning_rate"] for s in (search, refined)])
+    best = rates[np.argsort(values, kind="stable")[:2]]
+    np.testing.assert_array_equal(recipe.studies["retrain/retrain"].points["learning_rate"], best)
 
 
 def test_each_decision_is_a_finding_that_says_how_to_reverse_it(stored):
@@ -125,7 +150,7 @@ def test_the_same_call_is_answered_from_the_directory(stored, monkeypatch):
 
 def test_a_killed_call_continues_bit_for_bit(stored, tmp_path, monkeypatch):
     recipe, _ = stored
-    original = tune.run_study
+    original = StudyRunner.run
 
     class Killed(BaseException):
         pass
@@ -134,15 +159,15 @@ def test_a_killed_call_continues_bit_for_bit(stored, tmp_path, monkeypatch):
 
     def killed(*args, **arguments):
         calls.append(arguments["directory"].name)
-        if len(calls) == 2:
+        if calls[-1] == "round_2_refined":
             raise Killed
         return original(*args, **arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tune, "run_study", killed)
+        patch.setattr(StudyRunner, "run", killed)
         with pytest.raises(Killed):
             pbx.tune(tiny.mlp(), **BUDGET, directory=tmp_path)
-    assert calls == ["round_1", "round_2"]
+    assert calls == ["sweep_0", "sweep_1", "round_1", "round_2", "round_2_refined"]
     same(recipe, pbx.tune(tiny.mlp(), **BUDGET, directory=tmp_path))
 
 
@@ -312,6 +337,7 @@ def test_a_workload_of_the_point_with_an_optimizer_by_name():
         pbx.tune(workload, "sgd", space, **budget, overrides={"point": {"learning_rate": 0.5}})
 
 
+@pytest.mark.slow
 def test_a_run_much_longer_than_the_budget_was_counted_in():
     budget = {**BUDGET, "num_trials": 12, "num_steps": 16, "key": jax.random.key(3)}
     recipe = pbx.tune(tiny.quadratic(), "sgd", RATE, **budget, overrides={"num_steps": 96})
@@ -356,7 +382,10 @@ def test_decisions_of_the_user_together(tmp_path):
     assert first.space["learning_rate"] == pbx.Float(0.05, 0.5, scale="log")
     # As long as warm-up and a decay take.
     assert first.spec["num_steps"] == 16
-    fresh = {name: values[3:] for name, values in second.points.items()}
+    # Who gives the space of round 2 gets all of its new trials there.
+    assert "round_2/refined" not in recipe.studies
+    kept = max(1, second.num_trials // 5)
+    fresh = {name: values[kept:] for name, values in second.points.items()}
     assert len(fresh["count"]) > 0
     assert set(fresh["count"].tolist()) <= {2, 3, 4, 5}
     assert set(fresh["size"].tolist()) <= {0.25, 0.5}

@@ -133,6 +133,7 @@ def test_a_text_is_spliced_between_its_markers_only():
         table.splice("no marker", "new")
 
 
+@pytest.mark.slow
 def test_contenders_train_the_trial_that_a_study_trains():
     fixed, rate, num_steps = jax.random.key(0), jnp.float32(0.1), 5
     tiny = workloads.CASES["tiny"].build()

@@ -262,6 +262,7 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
     assert "\x07" not in said
 
 
+@pytest.mark.slow
 def test_the_program_tunes_a_users_own_module(tmp_path):
     (tmp_path / "mymodule.py").write_text(textwrap.dedent(MODULE))
     code = "import sys; from playbook_optax.cli import main; sys.exit(main())"

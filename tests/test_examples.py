@@ -25,7 +25,17 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", MODULES)
+# Each compiles several programs; what they show is tested in other ways too.
+LONG_DOCTESTS = ("procedures.instability", "procedures.remedies", "procedures.stability")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.endswith(LONG_DOCTESTS) else ())
+        for name in MODULES
+    ],
+)
 def test_doctests(name):
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
@@ -56,8 +66,8 @@ def test_readme_blocks_run_in_order(tmp_path):
     assert out.returncode == 0, out.stderr
 
 
-# It trains whole rounds of remedies, which alone takes minutes.
-LONG_NOTEBOOKS = ("my_loss_explodes",)
+# They train whole rounds of remedies, or tune twice, which alone takes minutes.
+LONG_NOTEBOOKS = ("my_loss_explodes", "tune_your_own_model")
 
 
 @pytest.mark.parametrize(

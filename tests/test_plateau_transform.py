@@ -214,7 +214,7 @@ def test_a_state_is_found_wherever_it_is_and_only_there():
             pbx.plateau_info(bad.init(weights))
 
 
-@pytest.mark.parametrize("workload", ["quadratic", "mlp"])
+@pytest.mark.parametrize("workload", ["quadratic", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_the_recorded_decisions_replay_the_run_bit_for_bit(workload):
     """In its own place with any factor, and as the learning rate with a power of two."""
     work = getattr(tiny_workloads, workload)()

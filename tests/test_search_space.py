@@ -439,7 +439,7 @@ def test_any_few_points_are_one_program_and_the_same_bits():
     space = SearchSpace({"a": Float(1e-4, 1.0, scale="log"), "b": Integer(1, 9)})
     space.sample(KEY, 64)
     before = samplers._halton._cache_size()
-    for num, start in ((1, 0), (7, 3), (64, 100), (5, 2**31 - 64)):
+    for num, start in ((7, 3), (5, 2**31 - 64)):
         points = space.sample(KEY, num, start=start)
         alone = jax.jit(lambda key, num=num, start=start: space.sample(key, num, start=start))(KEY)
         for name, values in points.items():

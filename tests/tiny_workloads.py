@@ -27,6 +27,16 @@ def quadratic(curvature=(1.0, 0.1)):
     )
 
 
+def noisy_quadratic():
+    """The quadratic with random batches, so that keys and steps matter: compiles fastest."""
+
+    def batch(data, key, step):
+        noise = jax.random.normal(jax.random.fold_in(key, step), data.shape)
+        return data * (1.0 + 0.1 * noise)
+
+    return pbx.Workload(**{**vars(quadratic()), "name": "noisy", "batch": batch})
+
+
 def blobs(num_examples=96, num_valid=32, seed=0):
     """Two noisy Gaussian blobs in four dimensions: (train, valid)."""
     rng = np.random.default_rng(seed)

@@ -42,6 +42,7 @@ def test_a_study_is_judged_at_no_cost_and_the_same_in_both_directions():
     assert 0.5 < drawn.answer / verdict.answer < 2
 
 
+@pytest.mark.slow
 def test_a_space_is_run_first():
     verdict = best_of_budget(
         tiny_workloads.quadratic(),

@@ -134,6 +134,7 @@ def test_small_noise_on_a_large_gradient_loses_no_digits():
     assert noise.squared_norm == pytest.approx(50 * 1e4, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_variants_are_compared_at_the_same_weights():
     verdict, base = measure(
         noisy(1.0, name="plain"),
@@ -189,6 +190,7 @@ def test_a_batch_of_more_than_half_an_epoch_is_compared_across_epochs():
     near(noise.rows[0].variance, noise.rows[0].variance_error, SAMPLE_SPREAD / 16 * (1 - 16 / 24))
 
 
+@pytest.mark.slow
 def test_where_it_is_measured():
     workload = regression(replace=False)
     arguments = {"num_batches": 4, "num_repeats": 3}

@@ -124,8 +124,8 @@ def noisy_least_squares(num_examples=512, batch_size=64, dim=8):
     )
 
 
-@pytest.mark.parametrize("batch_size", [4, 64])
-@pytest.mark.parametrize("with_evaluation", [True, False])
+@pytest.mark.parametrize("batch_size", [4, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("with_evaluation", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_slow_and_noisy_trials_are_stable(with_evaluation, batch_size):
     """200 trials, each with batches of its own, from standstill to the noisiest stable rate."""
     workload = noisy_least_squares(batch_size=batch_size)
@@ -173,6 +173,7 @@ def test_a_study_that_brackets_the_limit_costs_nothing():
     assert verdict.answer == rates[rates > 2.0].min()
 
 
+@pytest.mark.slow
 def test_a_study_of_two_hyperparameters_counts_where_the_other_is_the_best_ones():
     points = {
         "learning_rate": np.array([0.3, 1e-4, 3.0, 5.0], np.float32),

@@ -270,6 +270,7 @@ def test_a_workload_that_breaks_its_promise_says_so():
             pick(space(1e-2, 1.0), threshold(**fields))
 
 
+@pytest.mark.slow
 def test_host_data_a_function_of_the_point_and_a_metric_of_the_loss():
     def loss(params, state, batch, key):
         error = jnp.mean((jnp.abs(params["w"]) >= FITTED).astype(jnp.float32))

@@ -31,6 +31,7 @@ def quadratic():
     return run(tiny.quadratic((1.0, 1.0)))
 
 
+@pytest.mark.slow
 def test_on_a_quadratic_nothing_helps(quadratic):
     answer = quadratic.answer
     assert list(answer.steps) == ALL_STEPS

@@ -99,6 +99,7 @@ def test_the_answer_is_what_the_users_own_schedule_reproduces(helped):
     assert study.best().value == pytest.approx(answer.best_value, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_long_warmup_says_that_the_run_may_have_to_grow(helped):
     grow = finding(helped, "max_train_steps_may_need_to_grow")
     assert "10% of the 1000 steps" in grow.message
@@ -133,7 +134,7 @@ def test_a_run_repeats_exactly():
         assert study.data.identical(two.studies[name].data)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_no_warmup_helps_a_quadratic(beta):
     verdict = tune(
         tiny_workloads.quadratic(),
@@ -184,6 +185,7 @@ def test_a_warmup_without_profit_is_no_answer():
     assert finding(verdict, "warmup_no_better").severity == "warning"
 
 
+@pytest.mark.slow
 def test_every_trial_is_judged_on_its_own_length_only():
     """The batches turn bad at step 100: a warm-up of 10 is over by then, one of 60 is not."""
     workload = pbx.Workload(
@@ -209,6 +211,7 @@ def test_an_unknown_limit_is_a_refusal():
     assert verdict.cost == trial_steps(verdict)
 
 
+@pytest.mark.slow
 def test_a_study_gives_the_limit_and_the_rate_of_the_baseline():
     rates = np.geomspace(0.5, 4.0, 25).astype(np.float32)
     points = {"learning_rate": rates, "scale": np.full(25, 0.04, np.float32)}

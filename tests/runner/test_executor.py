@@ -30,7 +30,7 @@ def study(workload=None, make_optimizer=tiny.momentum, points=tiny.SPACE, **argu
     arguments = {**ARGUMENTS, **arguments}
     if isinstance(points, pbx.SearchSpace):
         arguments.setdefault("num_trials", 9)
-    return pbx.run_study(workload or tiny.mlp(), make_optimizer, points, **arguments)
+    return pbx.run_study(workload or tiny.noisy_quadratic(), make_optimizer, points, **arguments)
 
 
 def assert_same(one, other):
@@ -39,9 +39,9 @@ def assert_same(one, other):
 
 
 def test_threads_of_this_process(tmp_path):
-    alone = study(keep="best", num_seeds=2)
+    alone = study(tiny.mlp(), keep="best", num_seeds=2)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        shared = study(keep="best", num_seeds=2, executor=executor, directory=tmp_path)
+        shared = study(tiny.mlp(), keep="best", num_seeds=2, executor=executor, directory=tmp_path)
     assert_same(shared, alone)
     for one, other in zip(
         jax.tree.leaves(shared.params(3, seed=1)),
@@ -52,8 +52,8 @@ def test_threads_of_this_process(tmp_path):
     # The driver stores what comes back: nothing is trained again.
     assert len(storage.finished_blocks(tmp_path)) == 10
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        again = study(keep="best", num_seeds=2, executor=executor, directory=tmp_path)
-        assert_same(again.extend(2), study(keep="best", num_seeds=2, num_trials=11))
+        again = study(tiny.mlp(), keep="best", num_seeds=2, executor=executor, directory=tmp_path)
+        assert_same(again.extend(2), study(tiny.mlp(), keep="best", num_seeds=2, num_trials=11))
 
 
 class Flaky(concurrent.futures.Executor):
@@ -80,6 +80,7 @@ def test_lost_tasks_are_sent_again():
         study(executor=Flaky(set(range(100))))
 
 
+@pytest.mark.slow
 def test_workers_without_the_study_get_more_tasks_before_the_first_block_is_trained():
     with_payload = []
 
@@ -214,11 +215,11 @@ def main():
         print("killed", flush=True)
     thread = threading.Thread(target=kill)
     thread.start()
-    study = pbx.run_study(tiny.mlp(), tiny.momentum, tiny.SPACE, **arguments,
+    study = pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, tiny.SPACE, **arguments,
                           executor=client.get_executor(), directory={directory!r})
     thread.join()
     client.close(); cluster.close()
-    alone = pbx.run_study(tiny.mlp(), tiny.momentum, tiny.SPACE, **arguments)
+    alone = pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, tiny.SPACE, **arguments)
     for name in alone.data.data_vars:
         np.testing.assert_array_equal(study.data[name].values, alone.data[name].values)
     print("same")
@@ -228,6 +229,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_whose_worker_is_killed(tmp_path):
     pytest.importorskip("distributed")
     tests = os.path.dirname(tiny.__file__)
@@ -252,9 +254,9 @@ sys.path.insert(0, {tests!r})
 import jax
 import playbook_optax as pbx
 import tiny_workloads as tiny
-study = pbx.run_study(tiny.mlp(), tiny.momentum, tiny.SPACE, num_trials=40, num_steps=3000,
-                      eval_every=500, key=jax.random.key(0), progress=False, trials_per_block=2,
-                      directory={directory!r}, worker=({index}, 2))
+study = pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, tiny.SPACE, num_trials=40,
+                      num_steps=3000, eval_every=500, key=jax.random.key(0), progress=False,
+                      trials_per_block=2, directory={directory!r}, worker=({index}, 2))
 print(study.data["valid/loss"].values.tobytes().hex())
 """
 
@@ -271,6 +273,7 @@ def start_worker(directory, index):
     )
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_leaves_its_blocks_to_the_other(tmp_path):  # 57, 72, 78
     workers = [start_worker(tmp_path, index) for index in (0, 1)]
     while not storage.finished_blocks(tmp_path) and workers[0].poll() is None:
@@ -285,7 +288,7 @@ def test_a_worker_that_is_killed_leaves_its_blocks_to_the_other(tmp_path):  # 57
     assert shown.strip() == alone.data["valid/loss"].values.tobytes().hex()
 
 
-@pytest.mark.parametrize("worker", [(0, 3), (2, 3)])
+@pytest.mark.parametrize("worker", [(0, 3), pytest.param((2, 3), marks=pytest.mark.slow)])
 def test_one_worker_of_three_makes_the_study_whole(tmp_path, worker):
     found = study(directory=tmp_path, worker=worker)
     assert_same(found, study())

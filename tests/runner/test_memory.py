@@ -15,12 +15,14 @@ RATES = {"learning_rate": np.geomspace(1e-3, 0.3, 16).astype(np.float32)}
 
 
 def study(**arguments):
-    return pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **{**ARGUMENTS, **arguments})
+    return pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, RATES, **{**ARGUMENTS, **arguments})
 
 
 def needed(width):
     """Bytes that one block of this width needs on a device."""
-    runner = StudyRunner(tiny.mlp(), tiny.momentum, RATES, **ARGUMENTS, trials_per_block=width)
+    runner = StudyRunner(
+        tiny.noisy_quadratic(), tiny.momentum, RATES, **ARGUMENTS, trials_per_block=width
+    )
     return runner.engine(width, 1).memory
 
 
@@ -34,7 +36,8 @@ def test_a_chosen_width_is_halved_until_it_fits(tmp_path, monkeypatch, directory
     usual = study()
     assert usual.spec["trials_per_block"] == 8
     # One block of four on a device, and not two of them.
-    monkeypatch.setattr(devices, "free_memory", lambda mesh: needed(4))
+    free = needed(4)
+    monkeypatch.setattr(devices, "free_memory", lambda mesh: free)
     where = {"directory": tmp_path} if directory else {}
     narrow = study(**where)
     assert narrow.spec["trials_per_block"] == 4
@@ -78,13 +81,23 @@ def test_running_out_before_the_first_block_halves_the_width(tmp_path, monkeypat
 
 def test_running_out_later_names_the_width_to_use(tmp_path, monkeypatch):
     first = pbx.run_study(
-        tiny.mlp(), tiny.momentum, tiny.SPACE, num_trials=8, **ARGUMENTS, directory=tmp_path
+        tiny.noisy_quadratic(),
+        tiny.momentum,
+        tiny.SPACE,
+        num_trials=8,
+        **ARGUMENTS,
+        directory=tmp_path,
     )
     assert first.spec["trials_per_block"] == 8
     running_out(monkeypatch, {8})
     with pytest.raises(MemoryError, match="use trials_per_block=4"):
         pbx.run_study(
-            tiny.mlp(), tiny.momentum, tiny.SPACE, num_trials=16, **ARGUMENTS, directory=tmp_path
+            tiny.noisy_quadratic(),
+            tiny.momentum,
+            tiny.SPACE,
+            num_trials=16,
+            **ARGUMENTS,
+            directory=tmp_path,
         )
     assert pbx.load_study(tmp_path).num_trials >= 8
     with pytest.raises(MemoryError, match="use trials_per_block=4"):
@@ -108,6 +121,6 @@ def test_free_memory_of_this_machine():
 
 def test_steps_decide_the_width_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    runner = StudyRunner(tiny.mlp(), tiny.momentum, RATES, **ARGUMENTS)
+    runner = StudyRunner(tiny.noisy_quadratic(), tiny.momentum, RATES, **ARGUMENTS)
     monkeypatch.setattr(devices, "free_memory", lambda mesh: None)
     assert runner._chosen_width(1) == 512

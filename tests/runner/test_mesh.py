@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import tiny_workloads as tiny
 
 SCRIPT = """
@@ -70,6 +71,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_of_trials_and_one_of_trials_and_data():  # 82, 83
     script = SCRIPT.format(tests=os.path.dirname(tiny.__file__))
     out = subprocess.run(

@@ -18,11 +18,13 @@ def codes(report):
 
 
 def test_a_study_that_can_run():
-    report = pbx.preflight(tiny.mlp(), tiny.momentum, RATES, num_steps=200, eval_every=50)
+    report = pbx.preflight(
+        tiny.noisy_quadratic(), tiny.momentum, RATES, num_steps=200, eval_every=50
+    )
     assert report.ok
     assert (report.num_trials, report.num_steps, report.num_devices) == (12, 200, 1)
     study = pbx.run_study(
-        tiny.mlp(),
+        tiny.noisy_quadratic(),
         tiny.momentum,
         RATES,
         num_steps=5,
@@ -45,10 +47,15 @@ def test_a_study_that_can_run():
     assert set(codes(report)) <= {"other_width_faster", "idle_cores"}
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_given_width_is_the_one_that_is_timed(width):
     space = pbx.preflight(
-        tiny.mlp(), tiny.momentum, tiny.SPACE, trials_per_block=width, eval_every=1, num_steps=3
+        tiny.noisy_quadratic(),
+        tiny.momentum,
+        tiny.SPACE,
+        trials_per_block=width,
+        eval_every=1,
+        num_steps=3,
     )
     assert space.num_trials == 64
     assert [timing.trials_per_block for timing in space.timings] == [width]
@@ -81,7 +88,7 @@ def test_host_batches_are_timed_too():
     ],
 )
 def test_what_cannot_be_traced_is_told_with_what_to_use_instead(make_optimizer, told):
-    report = pbx.preflight(tiny.mlp(), make_optimizer, RATES)
+    report = pbx.preflight(tiny.noisy_quadratic(), make_optimizer, RATES)
     assert not report.ok
     assert report.timings == ()
     assert codes(report) == ["cannot_trace"]
@@ -93,7 +100,7 @@ def test_what_cannot_be_traced_is_told_with_what_to_use_instead(make_optimizer, 
 @pytest.mark.slow
 def test_what_does_not_fit_is_told(monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda mesh: 1)
-    report = pbx.preflight(tiny.mlp(), tiny.momentum, RATES)
+    report = pbx.preflight(tiny.noisy_quadratic(), tiny.momentum, RATES)
     assert not report.ok
     assert codes(report) == ["does_not_fit"]
     assert report.bytes_available == 1
@@ -125,7 +132,7 @@ def test_idle_cores_and_a_better_width_are_told(monkeypatch):
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        pbx.preflight(tiny.mlp(), tiny.momentum, RATES, **arguments)
+        pbx.preflight(tiny.noisy_quadratic(), tiny.momentum, RATES, **arguments)
 
 
 def test_own_errors_are_told():

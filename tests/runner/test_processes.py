@@ -123,7 +123,7 @@ def long_digest():
     [
         pytest.param(2, 1, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(2, 0, signal.SIGSTOP, marks=pytest.mark.slow),
-        (2, 0, signal.SIGKILL),
+        pytest.param(2, 0, signal.SIGKILL, marks=pytest.mark.slow),
         (2, 1, signal.SIGSTOP),
         pytest.param(4, 2, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(4, 0, signal.SIGSTOP, marks=pytest.mark.slow),
@@ -168,6 +168,7 @@ def test_a_directory_that_is_not_shared_is_an_error_at_the_start(tmp_path):  # 8
     assert not list(tmp_path.glob("*/study.json"))
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_ends_the_others(tmp_path):
     with Job(tmp_path, 2, "broken") as raising:
         told = raising.failures()

@@ -18,7 +18,7 @@ RATES = {"learning_rate": np.array([0.03, 0.3, 3000.0, 0.1, 0.5], np.float32)}
 
 def study_of(workload=None, points=RATES, make_optimizer=tiny.momentum, **arguments):
     return pbx.run_study(
-        workload or tiny.mlp(),
+        workload or tiny.noisy_quadratic(),
         make_optimizer,
         points,
         **{"num_steps": 20, "eval_every": 6, "key": KEY, "progress": False, **arguments},
@@ -28,14 +28,14 @@ def study_of(workload=None, points=RATES, make_optimizer=tiny.momentum, **argume
 @pytest.mark.parametrize(
     ("width", "independent"),
     [
-        (1, True),
+        pytest.param(1, True, marks=pytest.mark.slow),
         (4, False),
         pytest.param(1, False, marks=pytest.mark.slow),
         pytest.param(4, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_replay_has_the_bits_of_the_study(width, independent):
-    study = study_of(num_seeds=2, independent=independent, trials_per_block=width)
+    study = study_of(tiny.mlp(), num_seeds=2, independent=independent, trials_per_block=width)
     for trial, seed in ((1, 1), (4, 0)):
         replayed = study.replay(trial, seed=seed)
         assert replayed.attrs["bit_exact"] is True
@@ -72,7 +72,8 @@ def test_a_replay_ends_at_the_update_that_broke():
 
 
 def test_norms_of_layers_are_those_of_gradient_descent():
-    study = study_of(make_optimizer=tiny.sgd, points={"learning_rate": np.float32([0.25])})
+    points = {"learning_rate": np.float32([0.25])}
+    study = study_of(tiny.mlp(), points, tiny.sgd)
     replayed = study.replay(0, 3, num_steps=4, per_layer=True)
     assert replayed["layer"].values.tolist() == ["bias", "hidden", "out"]
     for whole, parts in (
@@ -172,7 +173,13 @@ def test_one_runner_compiles_once_for_all_its_studies(tmp_path):
         return pbx.sgd(point["learning_rate"])
 
     runner = StudyRunner(
-        tiny.mlp(), make_optimizer, RATES, num_steps=6, eval_every=3, key=KEY, progress=False
+        tiny.noisy_quadratic(),
+        make_optimizer,
+        RATES,
+        num_steps=6,
+        eval_every=3,
+        key=KEY,
+        progress=False,
     )
     one = runner.run(RATES)
     traced = len(traces)
@@ -181,7 +188,7 @@ def test_one_runner_compiles_once_for_all_its_studies(tmp_path):
     # Only the fingerprint of the stored one traces; nothing is compiled again.
     assert len(traces) - traced <= 3
     fresh = pbx.run_study(
-        tiny.mlp(), tiny.sgd, other, num_steps=6, eval_every=3, key=KEY, progress=False
+        tiny.noisy_quadratic(), tiny.sgd, other, num_steps=6, eval_every=3, key=KEY, progress=False
     )
     for name in fresh.data.data_vars:
         assert two.data[name].values.tobytes() == fresh.data[name].values.tobytes()

@@ -113,13 +113,15 @@ def test_a_block_continues_where_it_was_saved(tmp_path, monkeypatch, width, inde
     assert checkpoints.groups(tmp_path) == []
 
 
-@pytest.mark.parametrize("damaged", [1, 2])
+@pytest.mark.parametrize("damaged", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_damaged_saves_cost_steps_and_no_bits(tmp_path, monkeypatch, damaged):
     arguments = {**ARGUMENTS, "trials_per_block": 2, "directory": tmp_path}
     with monkeypatch.context() as patch:
         killed_after(patch, 3)
         with pytest.raises(Killed):
-            pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments, checkpoint_seconds=0.0)
+            pbx.run_study(
+                tiny.noisy_quadratic(), tiny.momentum, RATES, **arguments, checkpoint_seconds=0.0
+            )
     saves = sorted(tmp_path.glob("checkpoints/*/step-*"), reverse=True)
     assert [save.name for save in saves] == ["step-00000048", "step-00000032"]
     for save in saves[:damaged]:
@@ -128,8 +130,10 @@ def test_damaged_saves_cost_steps_and_no_bits(tmp_path, monkeypatch, damaged):
         raw = bytearray(largest.read_bytes())
         raw[len(raw) // 2] ^= 16
         largest.write_bytes(raw)
-    resumed = pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments)
-    whole = pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **{**arguments, "directory": None})
+    resumed = pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, RATES, **arguments)
+    whole = pbx.run_study(
+        tiny.noisy_quadratic(), tiny.momentum, RATES, **{**arguments, "directory": None}
+    )
     assert content(resumed) == content(whole)
 
 
@@ -164,7 +168,11 @@ def skipping(start):
 
 @pytest.mark.parametrize(
     ("host_batches", "starts"),
-    [(lambda start: Counting(), {0}), (grain_batches, {0}), (skipping, {0, 32})],
+    [
+        (lambda start: Counting(), {0}),
+        pytest.param(grain_batches, {0}, marks=pytest.mark.slow),
+        (skipping, {0, 32}),
+    ],
     ids=["state", "grain", "skip"],
 )
 def test_host_data_continue_at_the_right_batch(tmp_path, monkeypatch, host_batches, starts):
@@ -248,6 +256,7 @@ def run_script(directory, devices, die):
     )
 
 
+@pytest.mark.slow
 def test_other_devices_continue_a_killed_run(tmp_path):  # 57, 83
     killed = run_script(tmp_path / "killed", 1, die=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -275,7 +284,9 @@ def test_a_signal_stops_after_saving(tmp_path, monkeypatch, capfd, number, error
     with monkeypatch.context() as patch:
         patch.setattr(resume.Keeper, "between_calls", signalled)
         with pytest.raises(error) as raised:
-            pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments, directory=tmp_path)
+            pbx.run_study(
+                tiny.noisy_quadratic(), tiny.momentum, RATES, **arguments, directory=tmp_path
+            )
     told = capfd.readouterr().err
     assert f"{number.name}: stops at the next safe moment" in told
     if error is SystemExit:
@@ -285,8 +296,12 @@ def test_a_signal_stops_after_saving(tmp_path, monkeypatch, capfd, number, error
         assert "the same call continues" in str(raised.value)
     assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["step-00000032"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    resumed = pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments, directory=tmp_path)
-    assert content(resumed) == content(pbx.run_study(tiny.mlp(), tiny.momentum, RATES, **arguments))
+    resumed = pbx.run_study(
+        tiny.noisy_quadratic(), tiny.momentum, RATES, **arguments, directory=tmp_path
+    )
+    assert content(resumed) == content(
+        pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, RATES, **arguments)
+    )
 
 
 @pytest.mark.parametrize(

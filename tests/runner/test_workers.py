@@ -48,7 +48,7 @@ def test_helpers_take_few_blocks_from_the_end_and_each_others():
 
 def study_of(directory, **arguments):
     return pbx.run_study(
-        tiny.mlp(),
+        tiny.noisy_quadratic(),
         tiny.momentum,
         tiny.SPACE,
         num_trials=4,

@@ -182,6 +182,7 @@ def test_what_is_inside_is_rewritten_too(function, request):
     assert set(found) == {((1,), (0,))}
 
 
+@pytest.mark.slow
 def test_models_under_vmap_keys_and_constants():
     class Model(nn.Module):
         @nn.compact

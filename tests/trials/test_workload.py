@@ -104,7 +104,9 @@ def flax_workload(module):
 
 
 @pytest.mark.parametrize(
-    "module", [LinenNet(), NnxNet, NnxNet(nnx.Rngs(0))], ids=["linen", "class", "instance"]
+    "module",
+    [LinenNet(), NnxNet, pytest.param(NnxNet(nnx.Rngs(0)), marks=pytest.mark.slow)],
+    ids=["linen", "class", "instance"],
 )
 def test_flax_batch_norm_and_dropout(module):
     workload = flax_workload(module)

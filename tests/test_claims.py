@@ -1,5 +1,6 @@
 """The pages on the playbook's claims say what the stored results say."""
 
+import itertools
 import json
 
 import jax
@@ -40,23 +41,23 @@ def test_the_page_of_tune_is_made_of_the_stored_results():
     assert len(files) >= 4
     for file in files:
         stored = json.loads(file.read_text())
-        assert stored["metric"] == tuning.CASES[stored["workload"]]
+        case = tuning.CASES[stored["workload"]]
+        assert stored["metric"] == case.metric
         total = stored["num_trials"] * stored["num_steps"]
-        assert set(stored["contenders"]) == set(tuning.NAMES) == set(tuning.MAKERS)
-        for rows in stored["contenders"].values():
-            assert len(rows) == len(stored["contenders"]["tune"])
-            assert all(len(row["test"]) == tuning.NUM_EVAL_SEEDS for row in rows)
-            assert all(row["spent"] <= total for row in rows)
+        for found in stored["seeds"].values():
+            assert set(found) == set(tuning.NAMES) == set(tuning.MAKERS)
+            assert all(len(row["test"]) == case.num_runs for row in found.values())
+            assert all(row["spent"] <= total for row in found.values())
 
 
 def test_differences_are_paired():
     stored = {
-        "contenders": {
-            "tune": [{"test": [1.0, 2.0]}, {"test": [3.0, 4.0]}],
-            "adam": [{"test": [1.5, 2.5]}, {"test": [3.5, 4.5]}],
+        "seeds": {
+            "0": {"tune": {"test": [1.0, 2.0]}, "adam": {"test": [1.5, 2.5]}},
+            "1": {"tune": {"test": [3.0, 4.0]}, "adam": {"test": [3.5, 4.5]}},
         }
     }
-    assert tuning.compared(stored, "adam") == {"mean": 3.0, "difference": -0.5, "error": 0.0}
+    assert tuning.compared(stored, "adam") == {"mean": 3.0, "difference": 0.5, "error": 0.0}
 
 
 def test_final_runs_are_trials():
@@ -75,5 +76,7 @@ def test_final_runs_are_trials():
 def test_the_page_on_batch_sizes_is_made_of_the_stored_results():
     assert (batch_size.RESULTS / "batch_size.md").read_text() == batch_size.page()
     stored = json.loads((batch_size.RESULTS / "batch_size.json").read_text())
-    assert [row["batch_size"] for row in stored["rows"]] == list(batch_size.BATCH_SIZES)
-    assert all(len(row["valid"]) == batch_size.NUM_SEEDS for row in stored["rows"])
+    told = [(row["seed"], row["batch_size"]) for row in stored["rows"]]
+    assert told == list(itertools.product(batch_size.SEEDS, batch_size.BATCH_SIZES))
+    for row in stored["rows"]:
+        assert len(row["valid"]) == len(row["test"]) == batch_size.NUM_RUNS

@@ -11,7 +11,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,19 +20,32 @@ import numpy as np
 import optax
 
 import playbook_optax as pbx
+from benchmarks.claims.stability import interval
 from playbook_optax import cli, zoo
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
 FOUND = pathlib.Path(__file__).with_name("found_tuning.md")
-NUM_EVAL_SEEDS = 5
 EVALS = 20
-# Test metric of each workload: the one that its objective validates.
+
+
+class Case(NamedTuple):
+    """How a workload is judged.
+
+    Attributes:
+      metric: of the test data: the one that its objective validates.
+      num_runs: final runs of each contender for each seed of the tuning.
+    """
+
+    metric: str
+    num_runs: int
+
+
 CASES = {
-    "digits_mlp": "test/error_rate",
-    "breast_cancer": "test/error_rate",
-    "wine": "test/error_rate",
-    "diabetes": "test/loss",
-    "bytes_transformer": "test/bits_per_byte",
+    "digits_mlp": Case("test/error_rate", 10),
+    "breast_cancer": Case("test/error_rate", 10),
+    "wine": Case("test/error_rate", 10),
+    "diabetes": Case("test/loss", 10),
+    "bytes_transformer": Case("test/bits_per_byte", 3),
 }
 NAMES = {
     "tune": "`pbx.tune`",
@@ -205,41 +218,46 @@ MAKERS: dict[str, Callable[..., Contender]] = {
 }
 
 
-def run(names: list[str], num_seeds: int = 3) -> None:
-    """Runs the cases and stores each as soon as it is there.
+def run(names: list[str], seeds: Sequence[int], labels: Sequence[str]) -> None:
+    """Runs the cases and stores each seed as soon as it is there, beside those of other calls.
 
     Args:
       names: workloads.
-      num_seeds: seeds of the tuning itself; what tunes nothing differs by its final runs only.
+      seeds: of the tuning itself; what tunes nothing differs by its final runs only.
+      labels: contenders; results of the others stay as they are stored.
     """
+    RESULTS.mkdir(parents=True, exist_ok=True)
     for name in names:
-        work, budget = zoo.load(name).workload, default_budget(name)
-        rows: dict[str, list[dict[str, Any]]] = {label: [] for label in MAKERS}
-        for seed in range(num_seeds):
+        work, budget, case = zoo.load(name).workload, default_budget(name), CASES[name]
+        for seed in seeds:
             keys = [
                 jax.random.fold_in(jax.random.key(10_000 + seed), number)
-                for number in range(NUM_EVAL_SEEDS)
+                for number in range(case.num_runs)
             ]
-            for label, make in MAKERS.items():
+            found = {}
+            for label in labels:
                 begun = time.perf_counter()
-                contender = make(work, budget, seed)
+                contender = MAKERS[label](work, budget, seed)
                 values, weights = final_runs(work, contender, keys)
-                tests = [work.final_evaluate(*pair)[CASES[name]] for pair in weights]
-                rows[label].append({**contender.facts, "valid": values, "test": tests})
+                tests = [work.final_evaluate(*pair)[case.metric] for pair in weights]
+                found[label] = {**contender.facts, "valid": values, "test": tests}
                 print(
                     f"{name} seed {seed} {label}: valid {statistics.mean(values):.4g}, "
                     f"test {statistics.mean(tests):.4g}, {time.perf_counter() - begun:.0f} s",
                     flush=True,
                 )
                 jax.clear_caches()
+            path = RESULTS / f"tune_{name}.json"
+            stored = json.loads(path.read_text()) if path.exists() else {"seeds": {}}
+            seen = stored["seeds"]
+            seen[str(seed)] = seen.get(str(seed), {}) | found
             stored = {
                 "workload": name,
-                "metric": CASES[name],
+                "metric": case.metric,
                 **budget._asdict(),
-                "contenders": rows,
+                "seeds": dict(sorted(seen.items(), key=lambda item: int(item[0]))),
             }
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            (RESULTS / f"tune_{name}.json").write_text(json.dumps(stored, indent=1) + "\n")
+            path.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def compared(stored: dict[str, Any], label: str) -> dict[str, float]:
@@ -250,25 +268,23 @@ def compared(stored: dict[str, Any], label: str) -> dict[str, float]:
       label: the contender.
 
     Returns:
-      mean: of its test values; difference: tune's mean minus its; error: standard error of that
-      difference over tuning seeds, whose final runs have the same keys; NaN for a single one.
+      mean: of its test values; difference: its mean minus tune's; error: half of the 95% interval
+      of that difference over tuning seeds, whose final runs have the same keys; NaN for one seed.
     """
     ours, theirs = (
-        np.array([row["test"] for row in stored["contenders"][name]]) for name in ("tune", label)
+        np.array([found[name]["test"] for found in stored["seeds"].values()])
+        for name in ("tune", label)
     )
-    differences = (ours - theirs).mean(axis=1)
-    count = len(differences)
-    error = float(np.std(differences, ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
-    return {"mean": float(theirs.mean()), "difference": float(differences.mean()), "error": error}
+    difference, error = interval((theirs - ours).mean(axis=1).tolist())
+    return {"mean": float(theirs.mean()), "difference": difference, "error": error}
 
 
 def page() -> str:
     """What was found, and the table of all stored results, as markdown."""
     lines = [
         FOUND.read_text(),
-        "| test metric; what it is worse by than `pbx.tune`, ± standard error over tuning seeds | "
-        + " | ".join(NAMES.values())
-        + " |",
+        "| test metric (tuning seeds); in brackets what it is worse by than `pbx.tune`, "
+        f"± 95% | {' | '.join(NAMES.values())} |",
         "| --- |" + " --- |" * len(NAMES),
     ]
     for name in CASES:
@@ -281,11 +297,11 @@ def page() -> str:
             row = compared(stored, label)
             cell = f"{row['mean']:.4g}"
             if label != "tune":
-                gain = 0.0 if abs(row["difference"]) < 1e-6 else -row["difference"]
-                cell += f" ({gain:+.2g}"
+                cell += f" ({0.0 if abs(row['difference']) < 1e-6 else row['difference']:+.2g}"
                 cell += ")" if np.isnan(row["error"]) else f" ± {row['error']:.1g})"
             cells.append(cell)
-        lines.append(f"| {name}, {stored['metric'].removeprefix('test/')} | {' | '.join(cells)} |")
+        metric, count = stored["metric"].removeprefix("test/"), len(stored["seeds"])
+        lines.append(f"| {name}, {metric} ({count}) | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -294,11 +310,12 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(CASES))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--only", nargs="+", choices=list(MAKERS), default=list(MAKERS))
     parser.add_argument("--page", action="store_true", help="only write the page of what is stored")
     given = parser.parse_args()
     if not given.page:
         pbx.use_cpu_cores()
-        run(given.names, given.seeds)
+        run(given.names, given.seeds, given.only)
     (RESULTS / "tuning.md").write_text(page())
     print(page())

@@ -91,10 +91,10 @@ def halton(
     check_choice("scramble", scramble, ("owen", "shift", "none"))
     first = _check_start(start, num_points)
     make = functools.partial(_halton, num_points=num_points, scramble=scramble)
-    padded = -(-num_dims // _DIMS_AT_ONCE) * _DIMS_AT_ONCE
-    if num_points > _FEW_POINTS or padded > _MAX_DIMS or is_traced(key) or is_traced(first):
+    if num_points > _FEW_POINTS or is_traced(key) or is_traced(first):
         return make(key, first, _plan(num_dims))
     # One compiled program for small spaces of any size: compiling takes longer than the points.
+    padded = -(-num_dims // _DIMS_AT_ONCE) * _DIMS_AT_ONCE
     return jnp.asarray(np.asarray(make(key, first, _plan(padded)))[:, :num_dims])
 
 

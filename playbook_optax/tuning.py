@@ -55,8 +55,7 @@ def tune(
     (`stabilize`); round 1, quasi-random, short, over the hyperparameters that the budget allows;
     round 2, longer, around the good trials of round 1 (`plan_next_round`), its second half around
     the best of its first; and the best candidates trained again with seeds that they were not tuned
-    on. What the budget is too small for is left
-    out, and a Finding says so.
+    on. What the budget is too small for is left out, and a Finding says so.
 
     With a `directory` everything is stored and the same call continues after a kill at any point.
     The same key and versions give the same recipe bit for bit.
@@ -308,17 +307,18 @@ def _table(chapter: Chapter) -> Table | None:
 
 
 def _figures(chapter: Chapter, picture: _Count) -> list[Figure]:
-    studies = list(chapter.verdict.studies.values())
-    if chapter.name == parts.LEARNING_RATE_CHAPTER:
-        names = chapter.verdict.studies
-        return [made for name in names for made in _of_sweep(names[name], name, picture)]
-    if chapter.name == parts.ROUND_1 or chapter.name == parts.ROUND_2:
-        names = chapter.verdict.studies
-        return [figure for name in names for figure in _of_round(names[name], name, picture)]
+    studies = chapter.verdict.studies
     if chapter.name == parts.RETRAIN and studies:
         alt = "Line plot: the objective of the retrained candidates, means over seeds."
-        return [picture("Retrained candidates", alt, plots.plot_curves, studies[0])]
-    return []
+        return [picture("Retrained candidates", alt, plots.plot_curves, studies["retrain"])]
+    of_study = {
+        parts.LEARNING_RATE_CHAPTER: _of_sweep,
+        parts.ROUND_1: _of_round,
+        parts.ROUND_2: _of_round,
+    }.get(chapter.name)
+    if of_study is None:
+        return []
+    return [figure for name in studies for figure in of_study(studies[name], name, picture)]
 
 
 def _of_sweep(study: Study, name: str, picture: _Count) -> list[Figure]:

@@ -286,14 +286,6 @@ def test_unknown_scramble_names_the_nearest():
         samplers.halton(KEY, 4, 2, scramble="own")
 
 
-if __name__ == "__main__":
-    import sys
-
-    if sys.argv[1:] != ["--regenerate"]:
-        sys.exit("usage: python -m tests.test_samplers --regenerate")
-    GOLDEN.write_text(json.dumps(golden_points(), indent=1) + "\n")
-
-
 @pytest.mark.parametrize("num_dims", [1, 3, 8, 9])
 def test_small_spaces_share_one_program(num_dims):
     samplers.halton(KEY, 64, 8)
@@ -304,3 +296,11 @@ def test_small_spaces_share_one_program(num_dims):
     alone = jax.jit(lambda key: samplers.halton(key, 64, num_dims, start=5))(KEY)
     np.testing.assert_array_equal(points, alone)
     assert points.shape == (64, num_dims)
+
+
+if __name__ == "__main__":
+    import sys
+
+    if sys.argv[1:] != ["--regenerate"]:
+        sys.exit("usage: python -m tests.test_samplers --regenerate")
+    GOLDEN.write_text(json.dumps(golden_points(), indent=1) + "\n")

@@ -780,7 +780,18 @@ class _Tuner:
         if num < 1:
             return None
         space = self._first_space(num)
-        study = self._search(ROUND_1, _FIRST_STREAM, space, num, steps)
+        self._say(ROUND_1, f"{num} trials of {steps} steps")
+        study = run_study(
+            self._workload,
+            points=space,
+            num_trials=num,
+            num_steps=steps,
+            eval_every=self._every(steps),
+            key=jax.random.fold_in(self._key, _FIRST_STREAM),
+            directory=self._folder(ROUND_1),
+            **self._pipeline.arguments,
+            **self._options,
+        )
         findings = diagnose.diagnose(study)
         evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
         said = f"{num} quasi-random trials of {steps} steps over {', '.join(space)}"
@@ -1042,23 +1053,6 @@ class _Tuner:
             params=params,
             model_state=model_state,
             key=key,
-        )
-
-    def _search(
-        self, name: str, stream: int, points: Any, num_trials: int | None, steps: int
-    ) -> Study:
-        count = num_trials or len(next(iter(points.values())))
-        self._say(name, f"{count} trials of {steps} steps")
-        return run_study(
-            self._workload,
-            points=points,
-            num_trials=num_trials,
-            num_steps=steps,
-            eval_every=self._every(steps),
-            key=jax.random.fold_in(self._key, stream),
-            directory=self._folder(name),
-            **self._pipeline.arguments,
-            **self._options,
         )
 
     def _extend_schedule(self, first: Study) -> None:

@@ -44,20 +44,11 @@ KINDS = {
 }
 
 
-def workload():
-    """A quadratic whose batches are random: a run that continues must draw the same ones."""
-
-    def batch(data, key, step):
-        noise = jax.random.normal(jax.random.fold_in(key, step), data.shape)
-        return data * (1.0 + 0.1 * noise)
-
-    return pbx.Workload(**{**vars(tiny.quadratic()), "batch": batch})
-
-
 def run(kind, directory=None):
     """Runs a study of this kind; the same call continues it."""
     return pbx.run_study(
-        workload(),
+        # A run that continues must draw the same batches.
+        tiny.noisy_quadratic(),
         tiny.momentum,
         tiny.SPACE,
         directory=directory,

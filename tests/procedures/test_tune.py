@@ -95,6 +95,21 @@ def test_the_second_half_of_round_2_is_searched_around_the_best_of_the_first(sto
     np.testing.assert_array_equal(recipe.studies["retrain/retrain"].points["learning_rate"], best)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_trials_of_both_halves_are_ranked_together(maximize):  # 44, 56
+    def half(values):
+        curves = np.float64(values)[:, None] * (-1.0 if maximize else 1.0)
+        points = {"learning_rate": np.arange(len(values), dtype=np.float32)}
+        return pbx.Study.from_arrays(
+            points, {"score": curves}, [10], objective="score", maximize=maximize
+        )
+
+    studies = [half([3.0, np.nan, 1.0]), half([2.0, 1.0, 0.5])]
+    found = [(studies.index(study), trial) for study, trial in tune._ranked(studies)]
+    # NaN is nowhere, and of equals the earlier comes first.
+    assert found == [(1, 2), (0, 2), (1, 1), (1, 0), (0, 0)]
+
+
 def test_each_decision_is_a_finding_that_says_how_to_reverse_it(stored):
     recipe, _ = stored
     for chapter in recipe.chapters:

@@ -1,6 +1,6 @@
 """Workloads on scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels, ten classes.
 
-The split is fixed: 1197 examples to train, 300 to validate, 300 to test.
+1197 examples are to train, 300 to validate and 300 to test, by `split_seed`.
 """
 
 import functools
@@ -13,15 +13,14 @@ from playbook_optax.zoo import blocks, splits
 
 NUM_TRAIN, NUM_VALID = 1197, 300
 NUM_CLASSES, NUM_PIXELS = 10, 64
-_SPLIT_SEED = 0
 
 
 @functools.cache
-def _digits() -> tuple[splits.Split, splits.Split, splits.Split]:
+def _digits(split_seed: int) -> tuple[splits.Split, splits.Split, splits.Split]:
     """The three parts."""
     datasets = _checks.require("sklearn.datasets", "data", "The digits data set")
     x, y = datasets.load_digits(return_X_y=True)
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
+    order = splits.order(len(x), split_seed)
     x, y = x[order], y[order].astype(np.int32)
     # One mean and one deviation for all pixels: some pixels are blank in every training image.
     seen = x[:NUM_TRAIN]
@@ -30,10 +29,15 @@ def _digits() -> tuple[splits.Split, splits.Split, splits.Split]:
 
 
 def _workload(
-    module: object, name: str, batch_size: int, shape: tuple[int, ...] = (NUM_PIXELS,)
+    module: object,
+    name: str,
+    batch_size: int,
+    split_seed: int,
+    shape: tuple[int, ...] = (NUM_PIXELS,),
 ) -> Workload:
     """A workload whose examples have this shape."""
-    train, valid, test = ((x.reshape(-1, *shape), y) for x, y in _digits())
+    split_seed = _checks.check_count("split_seed", split_seed, at_least=0)
+    train, valid, test = ((x.reshape(-1, *shape), y) for x, y in _digits(split_seed))
     return Workload.from_flax(
         module,
         train=train,
@@ -45,7 +49,9 @@ def _workload(
 
 
 @_checks.named_arguments
-def digits_mlp(*, width: int = 128, num_hidden: int = 1, batch_size: int = 128) -> Workload:
+def digits_mlp(
+    *, width: int = 128, num_hidden: int = 1, batch_size: int = 128, split_seed: int = 0
+) -> Workload:
     """A plain MLP on digits, which trains in seconds and is hard to upset.
 
     The objective is ``valid/error_rate``; pixels are standardized by mean and deviation of the
@@ -55,13 +61,14 @@ def digits_mlp(*, width: int = 128, num_hidden: int = 1, batch_size: int = 128) 
       width: units of each hidden layer.
       num_hidden: hidden layers.
       batch_size: training examples in a batch.
+      split_seed: which of the random splits into the parts to train, to validate and to test.
 
     Returns:
       The workload; its data are NumPy arrays, x of shape (example, 64), y of shape (example,).
 
     Raises:
       ImportError: scikit-learn is not installed (the extra ``data``).
-      ValueError: a count that is not a positive integer, or too large a batch.
+      ValueError: a count that is not a positive integer, a negative seed, or too large a batch.
 
     Example:
       >>> from playbook_optax import zoo
@@ -72,11 +79,15 @@ def digits_mlp(*, width: int = 128, num_hidden: int = 1, batch_size: int = 128) 
     """
     width = _checks.check_count("width", width)
     num_hidden = _checks.check_count("num_hidden", num_hidden)
-    return _workload(blocks.MLP((width,) * num_hidden, NUM_CLASSES), "digits_mlp", batch_size)
+    return _workload(
+        blocks.MLP((width,) * num_hidden, NUM_CLASSES), "digits_mlp", batch_size, split_seed
+    )
 
 
 @_checks.named_arguments
-def digits_cnn(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 32) -> Workload:
+def digits_cnn(
+    *, channels: tuple[int, ...] = (16, 32), batch_size: int = 32, split_seed: int = 0
+) -> Workload:
     """A small convolutional net on digits: the usual model for images, 50 MFLOP a training step.
 
     Objective, standardization and test examples are as in `digits_mlp`.
@@ -84,6 +95,7 @@ def digits_cnn(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 32) ->
     Args:
       channels: channels of the 3 x 3 convolutions, in order.
       batch_size: training examples in a batch.
+      split_seed: which of the random splits into the parts to train, to validate and to test.
 
     Returns:
       The workload; its data are NumPy arrays, x of shape (example, 8, 8, 1), y of shape (example,).
@@ -91,7 +103,7 @@ def digits_cnn(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 32) ->
     Raises:
       ImportError: scikit-learn is not installed (the extra ``data``).
       ValueError: channels that are no non-empty tuple of positive integers, a batch size that is
-        not a positive integer, or too large a batch.
+        not a positive integer, a negative seed, or too large a batch.
 
     Example:
       >>> from playbook_optax import zoo
@@ -103,7 +115,9 @@ def digits_cnn(*, channels: tuple[int, ...] = (16, 32), batch_size: int = 32) ->
     if not isinstance(channels, (tuple, list)) or not channels:
         raise ValueError(f"channels must be a tuple such as (16, 32), got {channels!r}.")
     channels = tuple(_checks.check_count("channels", count) for count in channels)
-    return _workload(blocks.CNN(channels, NUM_CLASSES), "digits_cnn", batch_size, (8, 8, 1))
+    return _workload(
+        blocks.CNN(channels, NUM_CLASSES), "digits_cnn", batch_size, split_seed, (8, 8, 1)
+    )
 
 
 @_checks.named_arguments
@@ -114,6 +128,7 @@ def digits_resmlp(
     num_blocks: int = 12,
     width: int = 64,
     batch_size: int = 64,
+    split_seed: int = 0,
 ) -> Workload:
     """A deep residual MLP on digits, the unstable one.
 
@@ -127,6 +142,7 @@ def digits_resmlp(
       num_blocks: residual blocks.
       width: units of the residual stream.
       batch_size: training examples in a batch.
+      split_seed: which of the random splits into the parts to train, to validate and to test.
 
     Returns:
       The workload; its data are NumPy arrays, x of shape (example, 64), y of shape (example,).
@@ -154,12 +170,19 @@ def digits_resmlp(
         rezero=rezero,
     )
     placement = "" if norm == "post" else f"_{norm}"
-    return _workload(module, f"digits_resmlp{placement}{'_rezero' * rezero}", batch_size)
+    return _workload(
+        module, f"digits_resmlp{placement}{'_rezero' * rezero}", batch_size, split_seed
+    )
 
 
 @_checks.named_arguments
 def digits_recurrent(
-    *, width: int = 64, pixels_per_step: int = 1, gain: float = 1.0, batch_size: int = 32
+    *,
+    width: int = 64,
+    pixels_per_step: int = 1,
+    gain: float = 1.0,
+    batch_size: int = 32,
+    split_seed: int = 0,
 ) -> Workload:
     """A recurrent net that reads a digit pixel by pixel, and whose gradient explodes now and then.
 
@@ -172,6 +195,7 @@ def digits_recurrent(
       pixels_per_step: pixels read at a time; divides 64. More of them make a shorter sequence.
       gain: the recurrent matrix starts as this many times an orthogonal one.
       batch_size: training examples in a batch.
+      split_seed: which of the random splits into the parts to train, to validate and to test.
 
     Returns:
       The workload; its data are NumPy arrays, x of shape (example, 64 / pixels_per_step,
@@ -201,5 +225,6 @@ def digits_recurrent(
         blocks.RecurrentClassifier(width, NUM_CLASSES, gain),
         "digits_recurrent",
         batch_size,
+        split_seed,
         (NUM_PIXELS // pixels_per_step, pixels_per_step),
     )

@@ -8,6 +8,19 @@ Split = tuple[np.ndarray, np.ndarray]
 """x and y, arrays whose first axis is the example."""
 
 
+def order(num_examples: int, split_seed: int) -> np.ndarray:
+    """A random order of the examples, int (example,): the only thing that a split depends on.
+
+    Args:
+      num_examples: how many.
+      split_seed: which order; not negative.
+
+    Returns:
+      A permutation.
+    """
+    return np.random.default_rng(split_seed).permutation(num_examples)
+
+
 def cut(x: np.ndarray, y: np.ndarray, num_train: int, num_valid: int) -> tuple[Split, Split, Split]:
     """The three parts, in order; read-only, because every workload shares them.
 

@@ -1,7 +1,7 @@
 """Workloads on three small tables of scikit-learn: two of classes, one of a number to predict.
 
-Each is split once: three fifths of the rows to train, a fifth to validate, a fifth to test. Columns
-are standardized by mean and deviation of the training part, and so is the number to predict.
+Three fifths of the rows are to train, a fifth to validate and a fifth to test, by `split_seed`.
+Columns are standardized by mean and deviation of the training part, as is the number to predict.
 """
 
 import functools
@@ -12,15 +12,13 @@ from playbook_optax import _checks
 from playbook_optax.trials.workload import Workload
 from playbook_optax.zoo import blocks, splits
 
-_SPLIT_SEED = 0
-
 
 @functools.cache
-def _table(name: str) -> tuple[splits.Split, splits.Split, splits.Split]:
+def _table(name: str, split_seed: int) -> tuple[splits.Split, splits.Split, splits.Split]:
     """The three parts."""
     datasets = _checks.require("sklearn.datasets", "data", f"The table {name!r}")
     x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(x))
+    order = splits.order(len(x), split_seed)
     x, y = x[order], y[order]
     num_train = 3 * len(x) // 5
     seen = x[:num_train]
@@ -33,8 +31,10 @@ def _table(name: str) -> tuple[splits.Split, splits.Split, splits.Split]:
     return splits.cut(x, y, num_train, 4 * len(x) // 5 - num_train)
 
 
-def _workload(name: str, num_outputs: int, width: int, batch_size: int) -> Workload:
-    train, valid, test = _table(name)
+def _workload(
+    name: str, num_outputs: int, width: int, batch_size: int, split_seed: int
+) -> Workload:
+    train, valid, test = _table(name, _checks.check_count("split_seed", split_seed, at_least=0))
     return Workload.from_flax(
         blocks.MLP((_checks.check_count("width", width),), num_outputs),
         train=train,
@@ -47,7 +47,7 @@ def _workload(name: str, num_outputs: int, width: int, batch_size: int) -> Workl
 
 
 @_checks.named_arguments
-def breast_cancer(*, width: int = 32, batch_size: int = 32) -> Workload:
+def breast_cancer(*, width: int = 32, batch_size: int = 32, split_seed: int = 0) -> Workload:
     """An MLP on 569 tumours of two classes, 30 columns each.
 
     The objective is ``valid/error_rate``; test rows reach nothing but `Workload.final_evaluate`.
@@ -55,13 +55,14 @@ def breast_cancer(*, width: int = 32, batch_size: int = 32) -> Workload:
     Args:
       width: units of the hidden layer.
       batch_size: training examples in a batch.
+      split_seed: which of the random splits into the parts to train, to validate and to test.
 
     Returns:
       The workload; its data are NumPy arrays, x of shape (example, 30), y of shape (example,).
 
     Raises:
       ImportError: scikit-learn is not installed (the extra ``data``).
-      ValueError: a count that is not a positive integer, or too large a batch.
+      ValueError: a count that is not a positive integer, a negative seed, or too large a batch.
 
     Example:
       >>> from playbook_optax import zoo
@@ -70,23 +71,24 @@ def breast_cancer(*, width: int = 32, batch_size: int = 32) -> Workload:
 
     Source: playbook, "Choosing the model architecture" (start from a simple, known model).
     """
-    return _workload("breast_cancer", 2, width, batch_size)
+    return _workload("breast_cancer", 2, width, batch_size, split_seed)
 
 
 @_checks.named_arguments
-def wine(*, width: int = 32, batch_size: int = 32) -> Workload:
+def wine(*, width: int = 32, batch_size: int = 32, split_seed: int = 0) -> Workload:
     """An MLP on 178 wines of three classes, 13 columns each; otherwise as `breast_cancer`.
 
     Args:
       width: units of the hidden layer.
       batch_size: training examples in a batch.
+      split_seed: which of the random splits into the parts to train, to validate and to test.
 
     Returns:
       The workload; its data are NumPy arrays, x of shape (example, 13), y of shape (example,).
 
     Raises:
       ImportError: scikit-learn is not installed (the extra ``data``).
-      ValueError: a count that is not a positive integer, or too large a batch.
+      ValueError: a count that is not a positive integer, a negative seed, or too large a batch.
 
     Example:
       >>> from playbook_optax import zoo
@@ -95,11 +97,11 @@ def wine(*, width: int = 32, batch_size: int = 32) -> Workload:
 
     Source: playbook, "Choosing the model architecture" (start from a simple, known model).
     """
-    return _workload("wine", 3, width, batch_size)
+    return _workload("wine", 3, width, batch_size, split_seed)
 
 
 @_checks.named_arguments
-def diabetes(*, width: int = 32, batch_size: int = 32) -> Workload:
+def diabetes(*, width: int = 32, batch_size: int = 32, split_seed: int = 0) -> Workload:
     """An MLP that predicts a disease's progress for 442 patients, 10 columns each.
 
     The objective is ``valid/loss``, the mean squared error in units of the training targets'
@@ -108,13 +110,14 @@ def diabetes(*, width: int = 32, batch_size: int = 32) -> Workload:
     Args:
       width: units of the hidden layer.
       batch_size: training examples in a batch.
+      split_seed: which of the random splits into the parts to train, to validate and to test.
 
     Returns:
       The workload; its data are NumPy arrays, x of shape (example, 10), y of shape (example,).
 
     Raises:
       ImportError: scikit-learn is not installed (the extra ``data``).
-      ValueError: a count that is not a positive integer, or too large a batch.
+      ValueError: a count that is not a positive integer, a negative seed, or too large a batch.
 
     Example:
       >>> from playbook_optax import zoo
@@ -123,4 +126,4 @@ def diabetes(*, width: int = 32, batch_size: int = 32) -> Workload:
 
     Source: playbook, "Choosing the model architecture" (start from a simple, known model).
     """
-    return _workload("diabetes", 1, width, batch_size)
+    return _workload("diabetes", 1, width, batch_size, split_seed)

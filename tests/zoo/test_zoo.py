@@ -85,6 +85,23 @@ def test_tables_are_split_once_and_standardized_by_the_training_part(name, num_c
     assert all(np.isfinite(value) for value in workload.final_evaluate(params, state).values())
 
 
+@pytest.mark.parametrize("name", ["wine", "digits_mlp"])
+def test_another_split_deals_the_same_rows_otherwise(name):
+    build = getattr(zoo, name)
+    first, again, other = build(), build(split_seed=0), build(split_seed=1)
+    ours, theirs = (
+        np.concatenate([w.data["train"]["y"], w.data["valid"]["y"], w.test_data["y"]])
+        for w in (first, other)
+    )
+    assert sorted(ours) == sorted(theirs)
+    assert (ours != theirs).any()
+    np.testing.assert_array_equal(first.data["train"]["x"], again.data["train"]["x"])
+    mean, deviation = other.data["train"]["x"].mean(), other.data["train"]["x"].std()
+    np.testing.assert_allclose([mean, deviation], [0, 1], atol=1e-5)
+    with pytest.raises(ValueError, match="split_seed"):
+        build(split_seed=-1)
+
+
 @pytest.mark.parametrize("norm", blocks.NORMS)
 @pytest.mark.parametrize("rezero", [False, True])
 def test_residual_block_is_its_formula(norm, rezero):

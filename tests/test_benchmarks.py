@@ -171,6 +171,7 @@ def test_synthetic_data_have_the_shapes_of_the_digits(name, monkeypatch):
     assert shapes(want) == shapes(got)
 
 
+@pytest.mark.slow
 def test_diverging_trials_stop_where_they_are_said_to():
     made = features.Diverging("tiny", 4, 20, 0.5)
     assert made.facts == {"fraction": 0.5, "num_infeasible": 2, "infeasible_step": 1}
@@ -202,7 +203,13 @@ def test_the_command_names_what_it_does_not_know(capsys):
     assert "['mpl'] unknown; known: mlp, cnn, lm, tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(workloads.CASES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("cnn", "lm") else ())
+        for name in sorted(workloads.CASES)
+    ],
+)
 def test_torch_models_have_as_many_weights_and_the_same_outputs(name):
     torch = pytest.importorskip("torch")
     torch_models = pytest.importorskip("benchmarks.speed.torch_models")

@@ -105,6 +105,7 @@ def test_tune_writes_study_report_and_plots_then_continues_and_reports_again(fol
     assert "Findings" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sweep_is_a_grid_between_low_and_high_and_its_report_knows_the_range(folder, capsys):
     command = ["sweep", "own_workloads:build", "--optimizer", "sgd", *TINY]
     assert cli.run([*command, "--low", "0.001", "--high", "0.1", "--directory", "out"]) == 0
@@ -244,8 +245,11 @@ def test_a_missing_extra_is_named(folder, capsys, monkeypatch, module, extra):
     [
         "[" * 60000,
         json.dumps({"command": "search", "optimizer": "__import__", "space": SPACE}),
-        json.dumps({"command": "search", "optimizer": ["sgd"], "space": SPACE}),
-        "not json",
+        pytest.param(
+            json.dumps({"command": "search", "optimizer": ["sgd"], "space": SPACE}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("not json", marks=pytest.mark.slow),
     ],
 )
 def test_a_strange_command_file_costs_the_recipe_only(folder, capsys, content):

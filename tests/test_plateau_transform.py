@@ -253,6 +253,7 @@ def test_the_recorded_decisions_replay_the_run_bit_for_bit(workload):
             jax.tree.map(close, first.params, plain.params)
 
 
+@pytest.mark.slow
 def test_a_run_study_passes_the_training_loss():
     def optimizer(point):
         return optax.chain(

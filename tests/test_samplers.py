@@ -207,6 +207,7 @@ def test_raw_keys_and_x64_give_the_same_bits(sampler):
     same(wide, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [samplers.halton, samplers.uniform])
 def test_another_generator_keeps_keys_apart_under_vmap(sampler):
     base = jax.random.key(0, impl="rbg")

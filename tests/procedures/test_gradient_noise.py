@@ -174,6 +174,7 @@ def test_a_gradient_that_is_lost_in_noise_has_no_noise_scale():
     assert finding.evidence["least_noise_scale"] > 100
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_a_refusal():
     verdict = gradient_noise(noisy(1.0), key=KEY, variants={"bad": noisy(np.inf)}, num_repeats=2)
     assert verdict.answer is None
@@ -181,6 +182,7 @@ def test_a_gradient_that_is_not_finite_is_a_refusal():
     assert verdict.findings[0].evidence["variants"] == ["bad"]
 
 
+@pytest.mark.slow
 def test_a_batch_of_more_than_half_an_epoch_is_compared_across_epochs():
     verdict, noise = measure(
         regression(batch_size=16, replace=False), num_batches=4, num_repeats=1000
@@ -226,6 +228,7 @@ def test_a_workload_that_is_a_function_of_the_point():
     assert made.findings[0].evidence["batch_size"] == 2
 
 
+@pytest.mark.slow
 def test_model_state_and_dropout():
     class Net(nn.Module):
         rate: float

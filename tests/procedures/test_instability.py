@@ -61,6 +61,7 @@ def test_momentum_breaks_at_its_closed_form(curvature, beta):
     check_limit(verdict, 2 * (1 + beta) / curvature)
 
 
+@pytest.mark.slow
 def test_nesterov_breaks_at_its_closed_form():
     verdict = find_unstable_learning_rate(
         tiny_workloads.quadratic((1.0, 0.1)), nesterov, key=KEY, num_steps=200, point={"beta": 0.9}
@@ -68,6 +69,7 @@ def test_nesterov_breaks_at_its_closed_form():
     check_limit(verdict, 2 * (1 + 0.9) / (1 + 2 * 0.9))
 
 
+@pytest.mark.slow
 def test_a_finer_ratio_is_reached():
     verdict = find_unstable_learning_rate(
         tiny_workloads.quadratic(), tiny_workloads.sgd, key=KEY, num_steps=1000, ratio=1.01
@@ -84,6 +86,7 @@ def test_the_range_is_widened_in_both_directions():
         check_limit(verdict, 2.0)
 
 
+@pytest.mark.slow
 def test_a_run_repeats_exactly():
     one, two = (
         find_unstable_learning_rate(
@@ -124,8 +127,9 @@ def noisy_least_squares(num_examples=512, batch_size=64, dim=8):
     )
 
 
-@pytest.mark.parametrize("batch_size", [4, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("with_evaluation", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize("with_evaluation", [True, False])
 def test_slow_and_noisy_trials_are_stable(with_evaluation, batch_size):
     """200 trials, each with batches of its own, from standstill to the noisiest stable rate."""
     workload = noisy_least_squares(batch_size=batch_size)
@@ -225,6 +229,7 @@ def test_giving_up_is_a_refusal_with_the_bracket():
     assert evidence["largest_stable_learning_rate"] < 2.0 < evidence["unstable_learning_rate"]
 
 
+@pytest.mark.slow
 def test_an_unstable_island_is_the_cautious_answer():
     def island(point):
         rate = point["learning_rate"]
@@ -256,6 +261,7 @@ def test_bad_arguments(arguments, message):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("learning_rate", "unstable"), [(0.5, False), (1.2, True)])
 def test_probe_sees_what_twice_the_best_rate_does(learning_rate, unstable):
     verdict = probe_early_instability(
@@ -306,6 +312,7 @@ def test_probe_sees_an_early_rise_that_recovers():
     assert not verdict.studies["probe"].data["infeasible"].values[0]
 
 
+@pytest.mark.slow
 def test_probe_finds_the_best_rate_by_a_sweep_or_reads_it_from_a_study():
     space = pbx.SearchSpace({"learning_rate": pbx.Float(1e-5, 1e1, scale="log")})
     swept = probe_early_instability(
@@ -333,6 +340,7 @@ def test_probe_tells_of_a_best_rate_that_is_unstable_itself():
     assert codes(verdict) == ["early_instability", "unstable_at_best_learning_rate"]
 
 
+@pytest.mark.slow
 def test_probe_refuses_without_a_best_rate():
     space = pbx.SearchSpace({"learning_rate": pbx.Float(10.0, 1e3, scale="log")})
     verdict = probe_early_instability(

@@ -45,6 +45,7 @@ def decisions(curve, steps, patience, rtol, cooldown=0, maximize=False):
     return tuple(found)
 
 
+@pytest.mark.slow
 def test_the_plain_schedule_gives_the_same_run_to_the_bit():
     def make_optimizer(point):
         return pbx.adam(point["learning_rate"], b1=point["b1"])

@@ -53,6 +53,7 @@ def codes(verdict):
     return [finding.code for finding in verdict.findings]
 
 
+@pytest.mark.slow
 def test_rows_are_in_the_playbooks_order(rescued):
     assert [row.remedy for row in rescued.answer.rows] == [
         "none",
@@ -82,6 +83,7 @@ def test_clipping_rescues_from_rare_huge_gradients(rescued):
     assert "remedy_recommended" in codes(rescued)
 
 
+@pytest.mark.slow
 def test_on_a_quadratic_no_remedy_moves_anything(quadratic):
     answer = quadratic.answer
     assert answer.recommended is None

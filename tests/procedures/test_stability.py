@@ -44,6 +44,7 @@ def test_on_a_quadratic_nothing_helps(quadratic):
     assert {"no_warmup_helps", "no_remedy_helps"} <= codes
 
 
+@pytest.mark.slow
 def test_the_cost_is_that_of_every_study_that_was_run(quadratic):
     run_here = {n: s for n, s in quadratic.studies.items() if not n.endswith("/given")}
     assert len(run_here) < len(quadratic.studies)  # The sweep is handed on.

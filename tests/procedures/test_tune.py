@@ -120,6 +120,7 @@ def test_each_decision_is_a_finding_that_says_how_to_reverse_it(stored):
     assert len({f.message for f in recipe.findings}) == len(recipe.findings)
 
 
+@pytest.mark.slow
 def test_the_optimizer_is_the_one_that_was_trained(stored):
     recipe, _ = stored
     study = recipe.studies["retrain/retrain"]
@@ -163,6 +164,7 @@ def test_the_same_call_is_answered_from_the_directory(stored, monkeypatch):
     assert again.report == directory / "report.html"
 
 
+@pytest.mark.slow
 def test_a_killed_call_continues_bit_for_bit(stored, tmp_path, monkeypatch):
     recipe, _ = stored
     original = StudyRunner.run
@@ -224,6 +226,7 @@ def test_the_report_names_every_decision(stored):
     assert f"{sum(recipe.cost.values()):,}" in page
 
 
+@pytest.mark.slow
 def test_a_sweep_moves_while_the_best_is_at_its_end():
     low = pbx.SearchSpace({"learning_rate": pbx.Float(1e-5, 1e-3, scale="log")})
     recipe = pbx.tune(tiny.quadratic(), "sgd", low, **{**BUDGET, "num_trials": 48, "num_steps": 16})
@@ -234,6 +237,7 @@ def test_a_sweep_moves_while_the_best_is_at_its_end():
     assert recipe.point["learning_rate"] > 3e-2
 
 
+@pytest.mark.slow
 def test_divergence_everywhere_is_no_crash():  # 43
     work = tiny.quadratic()
     broken = dataclasses.replace(work, loss=lambda p, s, b, k: (jnp.nan * jnp.sum(p["w"]), (s, {})))
@@ -293,6 +297,7 @@ def test_a_point_of_your_own_is_only_retrained():
     assert float(recipe.schedule()(16)) == pytest.approx(0.0, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_program_never_selects_what_is_not_finite():  # 44, 45
     base = tiny.quadratic()
 
@@ -330,6 +335,7 @@ def test_a_program_never_selects_what_is_not_finite():  # 44, 45
     assert told == pytest.approx(recipe.values[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_workload_of_the_point_with_an_optimizer_by_name():
     base = tiny.quadratic()
 
@@ -500,6 +506,7 @@ def test_a_budget_too_small_for_the_chapter_on_instability_says_so(unstable):
     assert "trials" in said.suggestion
 
 
+@pytest.mark.slow
 def test_what_the_chapter_on_instability_says_is_trained(monkeypatch, unstable):
     asked = {}
 
@@ -626,6 +633,7 @@ def test_a_damaged_index_is_written_again(stored, tmp_path):  # 60
     assert index.read_bytes() == (directory / tune.INDEX).read_bytes()
 
 
+@pytest.mark.slow
 def test_finished_chapters_serve_a_call_that_decides_otherwise(stored, tmp_path):
     recipe, directory = stored
     for chapter in ("learning_rate", "round_1"):

@@ -56,6 +56,7 @@ def helped():
     return tune(softening(), num_steps=1000)
 
 
+@pytest.mark.slow
 def test_the_shortest_stable_warmup_is_found_and_prepended(helped):
     answer = helped.answer
     assert answer.warmup_steps == 100
@@ -83,6 +84,7 @@ def test_it_is_compared_with_the_baseline_by_best_checkpoint(helped):
     assert finding(helped, "warmup_helps").evidence["objective"] == "train/loss"
 
 
+@pytest.mark.slow
 def test_the_answer_is_what_the_users_own_schedule_reproduces(helped):
     answer = helped.answer
     schedule = pbx.schedules.prepend_warmup(
@@ -134,7 +136,8 @@ def test_a_run_repeats_exactly():
         assert study.data.identical(two.studies[name].data)
 
 
-@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 0.9])
 def test_no_warmup_helps_a_quadratic(beta):
     verdict = tune(
         tiny_workloads.quadratic(),
@@ -202,6 +205,7 @@ def test_every_trial_is_judged_on_its_own_length_only():
     assert [row["unstable"] for row in rows] == [row["warmup_steps"] == 60 for row in rows]
 
 
+@pytest.mark.slow
 def test_an_unknown_limit_is_a_refusal():
     verdict = tune(
         tiny_workloads.quadratic(), lambda point: pbx.sgd(0.1), num_steps=50, num_trials=2

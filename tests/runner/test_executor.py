@@ -38,6 +38,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(one.data[name].values, other.data[name].values)
 
 
+@pytest.mark.slow
 def test_threads_of_this_process(tmp_path):
     alone = study(tiny.mlp(), keep="best", num_seeds=2)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
@@ -72,6 +73,7 @@ class Flaky(concurrent.futures.Executor):
         return future
 
 
+@pytest.mark.slow
 def test_lost_tasks_are_sent_again():
     executor = Flaky({1, 2, 4})
     assert_same(study(executor=executor), study())

@@ -62,6 +62,7 @@ def test_a_given_width_is_the_one_that_is_timed(width):
     assert space.timings[0].seconds_per_evaluation == 0
 
 
+@pytest.mark.slow
 def test_host_batches_are_timed_too():
     quadratic = tiny.quadratic()
     host = pbx.Workload(
@@ -106,6 +107,7 @@ def test_what_does_not_fit_is_told(monkeypatch):
     assert report.bytes_available == 1
 
 
+@pytest.mark.slow
 def test_idle_cores_and_a_better_width_are_told(monkeypatch):
     from playbook_optax.runner import plan
     from playbook_optax.runner.run import StudyRunner

@@ -113,7 +113,8 @@ def test_a_block_continues_where_it_was_saved(tmp_path, monkeypatch, width, inde
     assert checkpoints.groups(tmp_path) == []
 
 
-@pytest.mark.parametrize("damaged", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [1, 2])
 def test_damaged_saves_cost_steps_and_no_bits(tmp_path, monkeypatch, damaged):
     arguments = {**ARGUMENTS, "trials_per_block": 2, "directory": tmp_path}
     with monkeypatch.context() as patch:
@@ -270,7 +271,10 @@ def test_other_devices_continue_a_killed_run(tmp_path):  # 57, 83
 
 @pytest.mark.parametrize(
     ("number", "error"),
-    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)],
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        pytest.param(signal.SIGTERM, SystemExit, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_after_saving(tmp_path, monkeypatch, capfd, number, error):  # 75, 76
     original = resume.Keeper.between_calls

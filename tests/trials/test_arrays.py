@@ -12,6 +12,7 @@ import playbook_optax as pbx
 from playbook_optax.trials import arrays
 
 
+@pytest.mark.slow
 @hypothesis.given(
     num_examples=st.integers(1, 300), batch=st.integers(1, 64), seed=st.integers(0, 99)
 )
@@ -30,6 +31,7 @@ def test_an_epoch_visits_each_row_once(num_examples, batch, seed):
         assert flat.max() < num_examples
 
 
+@pytest.mark.slow
 def test_epochs_and_keys_differ_and_rows_are_uniform():
     def first(seed, step):
         return arrays.shuffled_rows(jax.random.key(seed), step, 60, 10)

@@ -105,7 +105,11 @@ def flax_workload(module):
 
 @pytest.mark.parametrize(
     "module",
-    [LinenNet(), NnxNet, pytest.param(NnxNet(nnx.Rngs(0)), marks=pytest.mark.slow)],
+    [
+        LinenNet(),
+        pytest.param(NnxNet, marks=pytest.mark.slow),
+        pytest.param(NnxNet(nnx.Rngs(0)), marks=pytest.mark.slow),
+    ],
     ids=["linen", "class", "instance"],
 )
 def test_flax_batch_norm_and_dropout(module):

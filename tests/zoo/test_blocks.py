@@ -78,6 +78,7 @@ def test_residual_names_what_is_wrong():
         blocks.Residual(nn.Dense(3), "pre", 1).init(key, x)
 
 
+@pytest.mark.slow
 def test_cnn_is_its_formula():
     x = np.random.default_rng(1).normal(size=(2, 4, 6, 1)).astype(np.float32)
     module = blocks.CNN((3, 5), 7)
@@ -120,6 +121,7 @@ def test_attention_is_its_formula():
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", blocks.NORMS)
 def test_transformer_sees_what_comes_before_and_nothing_after(norm):
     module = blocks.Transformer(2, 8, 2, context=6, num_tokens=11, norm=norm)

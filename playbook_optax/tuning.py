@@ -12,6 +12,7 @@ import chex
 import numpy as np
 
 from playbook_optax import _checks, chapters, plots, report
+from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.analysis.training_length import best_step_info
 from playbook_optax.procedures import tune as parts
 from playbook_optax.procedures.tune import Chapter, Recipe, find_recipe
@@ -298,10 +299,12 @@ def _table(chapter: Chapter) -> Table | None:
     header = ("candidate", *names, "mean", "lowest", "highest")
     rows = []
     for trial in range(study.num_trials):
-        values = parts.best_by_seed(study, trial)
+        values = best_by_seed(study, trial)
         told = shown_point(study, trial)
         point = [told[name] for name in names]
-        shown = [shown_number(v) for v in (values.mean(), values.min(), values.max())]
+        shown = ["infeasible"] * 3
+        if not np.isnan(values).any():
+            shown = [shown_number(v) for v in (values.mean(), values.min(), values.max())]
         rows.append((str(trial + 1), *point, *shown))
     return Table(header, rows)
 

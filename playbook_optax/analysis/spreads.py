@@ -103,24 +103,21 @@ def spread_info(
     if trial is None:
         trial = 0 if out.num_trials == 1 else study.best(objective, maximize).trial
     point = study.point(trial)
-    array = study.data[out.objective].transpose("trial", "seed", "eval").values[trial]
-    bad = study.data["infeasible"].transpose("trial", "seed").values[trial].astype(bool)
     sign = -1.0 if out.maximize else 1.0
-    loss = sign * array.astype(np.float64)
-    loss = np.where(np.isfinite(loss) & ~bad[:, None], loss, np.inf)
-    best = loss.min(axis=1)
-    seen = np.isfinite(best)
+    loss = _loss_by_seed(study, trial, out.objective, out.maximize)
+    values = best_by_seed(study, trial, out.objective, out.maximize)
+    seen = ~np.isnan(values)
     if not seen.any():
         return None
     common = loss[seen].mean(axis=0)
     index = int(common.argmin())
-    known = sign * best[seen]
+    known = values[seen]
     std = float(known.std(ddof=1)) if len(known) > 1 else math.nan
     mean = float(known.mean())
     reach = prediction_reach(len(known)) * std
     return Spread(
         value=float(sign * common[index]) if np.isfinite(common[index]) else math.nan,
-        values=tuple(float(v) for v in np.where(seen, sign * best, np.nan)),
+        values=tuple(values.tolist()),
         mean=mean,
         std=std,
         low=mean - reach,
@@ -132,6 +129,42 @@ def spread_info(
         num_steps=int(out.step[-1]),
         num_evals=len(out.step),
     )
+
+
+def best_by_seed(
+    study: Study, trial: int, objective: str | None = None, maximize: bool | None = None
+) -> np.ndarray:
+    """The best checkpoint of each seed of a trial.
+
+    Args:
+      study: a study, of one seed or several.
+      trial: which trial.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      float64 (seed,), NaN for an infeasible one.
+
+    Raises:
+      ValueError: there is no such metric.
+
+    Example:
+      >>> study = Study.from_arrays(
+      ...     {"x": [1.0]}, {"loss": [[[3.0, 1.0], [3.0, 2.0]]]}, [0, 10], objective="loss")
+      >>> best_by_seed(study, 0).tolist()
+      [1.0, 2.0]
+    """
+    out = outcomes(study, objective, maximize)
+    best = _loss_by_seed(study, trial, out.objective, out.maximize).min(axis=1)
+    return np.where(np.isfinite(best), -best if out.maximize else best, np.nan)
+
+
+def _loss_by_seed(study: Study, trial: int, objective: str, maximize: bool) -> np.ndarray:
+    """(seed, eval) smaller is better; infinite where there is no number or the seed broke."""
+    data = study.data if "seed" in study.data.dims else study.data.expand_dims("seed")
+    values = data[objective].transpose("trial", "seed", "eval").values[trial].astype(np.float64)
+    broke = data["infeasible"].transpose("trial", "seed").values[trial].astype(bool)
+    return np.where(np.isfinite(values) & ~broke[:, None], -values if maximize else values, np.inf)
 
 
 def prediction_reach(num: int) -> float:

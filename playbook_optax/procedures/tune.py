@@ -19,6 +19,7 @@ from playbook_optax import _checks, norms, optimizers, schedules, search_spaces
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
@@ -1221,15 +1222,6 @@ def _alike(one: Parameter, other: Parameter) -> bool:
         return one == other
     named = isinstance(other, Categorical) and not other.numeric
     return not named and one.from_unit(0.5).dtype == other.from_unit(0.5).dtype
-
-
-def best_by_seed(study: Study, trial: int) -> np.ndarray:
-    """The retrospective best of each seed of a trial, float64 (seed,)."""
-    curves = np.asarray(study.data[study.objective].values, np.float64)[trial]
-    curves = curves.reshape(study.num_seeds, -1)
-    sign = -1.0 if study.maximize else 1.0
-    curves = np.where(np.isfinite(curves), sign * curves, np.inf)
-    return sign * curves.min(axis=1)
 
 
 def _ranked(studies: list[Study]) -> list[tuple[Study, int]]:

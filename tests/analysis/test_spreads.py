@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from playbook_optax.analysis.spreads import Spread, compare_spreads, prediction_reach, spread_info
+from playbook_optax.analysis.spreads import (
+    Spread,
+    best_by_seed,
+    compare_spreads,
+    prediction_reach,
+    spread_info,
+)
 from playbook_optax.records.study import Study
 
 
@@ -53,6 +59,25 @@ def test_the_interval_holds_a_further_run_as_often_as_it_says():
     inside = np.abs(runs[:, 5] - mean) <= prediction_reach(5) * std
     assert inside.mean() == pytest.approx(0.95, abs=0.012)
     assert prediction_reach(1) == math.inf
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_best_of_each_seed_is_none_where_it_broke(maximize):  # 44
+    sign = -1.0 if maximize else 1.0
+    curves = sign * np.array([[[3.0, 1.0, math.nan], [3.0, 2.0, math.inf], [9.0, 8.0, 7.0]]])
+    study = Study.from_arrays(
+        {"x": [1.0]},
+        {"loss": curves},
+        [0, 10, 20],
+        objective="loss",
+        maximize=maximize,
+        infeasible=[[True, False, False]],
+    )
+    np.testing.assert_array_equal(best_by_seed(study, 0), [math.nan, sign * 2.0, sign * 7.0])
+    alone = Study.from_arrays(
+        {"x": [1.0]}, {"loss": curves[:, 2]}, [0, 10, 20], objective="loss", maximize=maximize
+    )
+    assert best_by_seed(alone, 0).tolist() == [sign * 7.0]
 
 
 def test_infeasible_seeds_are_kept_and_worst():

@@ -18,7 +18,7 @@ import pytest
 import tiny_workloads as tiny
 
 import playbook_optax as pbx
-from playbook_optax import tuning
+from playbook_optax import report, tuning
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.procedures import stability, tune
 from playbook_optax.procedures.remedies import RemedyComparison
@@ -108,6 +108,21 @@ def test_trials_of_both_halves_are_ranked_together(maximize):  # 44, 56
     found = [(studies.index(study), trial) for study, trial in tune._ranked(studies)]
     # NaN is nowhere, and of equals the earlier comes first.
     assert found == [(1, 2), (0, 2), (1, 1), (1, 0), (0, 0)]
+
+
+def test_the_page_gives_no_mean_of_a_candidate_that_broke(stored):  # 44
+    recipe, _ = stored
+    last = recipe.chapters[-1]
+    study = last.verdict.studies["retrain"]
+    best = study.best().trial
+    broken = study.data["infeasible"].copy()
+    broken[1 - best, 2] = True
+    study = dataclasses.replace(study, data=study.data.assign(infeasible=broken))
+    verdict = dataclasses.replace(last.verdict, studies={"retrain": study})
+    rows = tuning._table(dataclasses.replace(last, verdict=verdict)).rows
+    told = (recipe.values.mean(), recipe.values.min(), recipe.values.max())
+    assert rows[best][-3:] == tuple(report.shown_number(value) for value in told)
+    assert rows[1 - best][-3:] == ("infeasible",) * 3
 
 
 def test_each_decision_is_a_finding_that_says_how_to_reverse_it(stored):

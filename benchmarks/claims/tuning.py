@@ -310,7 +310,7 @@ def page() -> str:
             cell = f"{row['mean']:.4g}"
             if label != "tune":
                 cell += f" ({0.0 if abs(row['difference']) < 1e-6 else row['difference']:+.2g}"
-                cell += ")" if np.isnan(row["error"]) else f" ± {row['error']:.1g})"
+                cell += ")" if np.isnan(row["error"]) else f" ± {row['error']:.2g})"
             cells.append(cell)
         metric, count = stored["metric"].removeprefix("test/"), len(stored["seeds"])
         lines.append(f"| {name}, {metric} ({count}) | {' | '.join(cells)} |")

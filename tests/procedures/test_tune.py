@@ -553,6 +553,7 @@ def own_schedule(point, num_steps):
     return pbx.schedules.linear_decay(point["learning_rate"], num_steps)
 
 
+@pytest.mark.slow
 def test_an_optimizer_and_a_schedule_of_your_own():
     space = pbx.SearchSpace(
         {

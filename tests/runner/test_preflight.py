@@ -17,6 +17,7 @@ def codes(report):
     return [finding.code for finding in report.findings]
 
 
+@pytest.mark.slow
 def test_a_study_that_can_run():
     report = pbx.preflight(
         tiny.noisy_quadratic(), tiny.momentum, RATES, num_steps=200, eval_every=50

@@ -508,13 +508,10 @@ def test_flops_of_products_are_counted():
 
 
 @on_cpu
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("speeds", "fastest"),
-    [
-        pytest.param({1: 1.0, 8: 3.0, 16: 2.0}, 1, marks=pytest.mark.slow),
-        ({1: 3.0, 8: 1.0, 16: 2.0}, 8),
-        pytest.param({1: 2, 8: 2, 16: 1}, 16, marks=pytest.mark.slow),
-    ],
+    [({1: 1.0, 8: 3.0, 16: 2.0}, 1), ({1: 3.0, 8: 1.0, 16: 2.0}, 8), ({1: 2, 8: 2, 16: 1}, 16)],
 )
 def test_a_timed_width_is_the_fastest_and_stays_with_its_study(
     tmp_path, monkeypatch, speeds, fastest

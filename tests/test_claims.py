@@ -43,6 +43,7 @@ def test_the_page_of_tune_is_made_of_the_stored_results():
         stored = json.loads(file.read_text())
         case = tuning.CASES[stored["workload"]]
         assert stored["metric"] == case.metric
+        assert list(stored["seeds"]) == [str(seed) for seed in range(case.num_seeds)]
         total = stored["num_trials"] * stored["num_steps"]
         for found in stored["seeds"].values():
             assert set(found) == set(tuning.NAMES) == set(tuning.MAKERS)

@@ -34,12 +34,14 @@ class Case(NamedTuple):
     Attributes:
       metric: of the test data: the one that its objective validates.
       num_runs: final runs of each contender for each seed of the tuning.
+      num_seeds: seeds of the tuning, unless others are asked for.
       splits: whether each seed of the tuning has its own split into training, validation and test
         data. With a single one of few rows, all seeds would share what is luck in it.
     """
 
     metric: str
     num_runs: int
+    num_seeds: int
     splits: bool
 
     def load(self, name: str, seed: int) -> pbx.Workload:
@@ -51,11 +53,11 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "digits_mlp": Case("test/error_rate", 10, True),
-    "breast_cancer": Case("test/error_rate", 10, True),
-    "wine": Case("test/error_rate", 10, True),
-    "diabetes": Case("test/loss", 10, True),
-    "bytes_transformer": Case("test/bits_per_byte", 3, False),
+    "digits_mlp": Case("test/error_rate", 10, 8, True),
+    "breast_cancer": Case("test/error_rate", 10, 8, True),
+    "wine": Case("test/error_rate", 10, 8, True),
+    "diabetes": Case("test/loss", 10, 8, True),
+    "bytes_transformer": Case("test/bits_per_byte", 3, 3, False),
 }
 NAMES = {
     "tune": "`pbx.tune`",
@@ -228,19 +230,19 @@ MAKERS: dict[str, Callable[..., Contender]] = {
 }
 
 
-def run(names: list[str], seeds: Sequence[int], labels: Sequence[str]) -> None:
+def run(names: list[str], seeds: Sequence[int] | None, labels: Sequence[str]) -> None:
     """Runs the cases and stores each seed as soon as it is there, beside those of other calls.
 
     Args:
       names: workloads.
       seeds: of the tuning itself, and of the split where there are several; what tunes nothing
-        differs by its final runs and the split only.
+        differs by its final runs and the split only. As many as the case says if None.
       labels: contenders; results of the others stay as they are stored.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in names:
         budget, case = default_budget(name), CASES[name]
-        for seed in seeds:
+        for seed in range(case.num_seeds) if seeds is None else seeds:
             work = case.load(name, seed)
             keys = [
                 jax.random.fold_in(jax.random.key(10_000 + seed), number)
@@ -322,7 +324,7 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(CASES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
+    parser.add_argument("--seeds", type=int, nargs="+", help="0, 1, ... if not given")
     parser.add_argument("--only", nargs="+", choices=list(MAKERS), default=list(MAKERS))
     parser.add_argument("--page", action="store_true", help="only write the page of what is stored")
     given = parser.parse_args()

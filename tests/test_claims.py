@@ -74,6 +74,18 @@ def test_final_runs_are_trials():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_candidate_that_broke_is_not_the_best():  # 44
+    study = pbx.Study.from_arrays(
+        {"x": [0.0, 1.0, 2.0]},
+        {"loss": [[[0.1], [0.1]], [[0.4], [0.2]], [[0.5], [0.3]]]},
+        [10],
+        objective="loss",
+        infeasible=[[False, True], [False, False], [False, False]],
+    )
+    best, errors = batch_size.best_candidate(study)
+    assert (best, errors.tolist()) == (1, [0.4, 0.2])
+
+
 def test_the_page_on_batch_sizes_is_made_of_the_stored_results():
     assert (batch_size.RESULTS / "batch_size.md").read_text() == batch_size.page()
     stored = json.loads((batch_size.RESULTS / "batch_size.json").read_text())

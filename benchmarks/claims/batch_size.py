@@ -18,7 +18,8 @@ import playbook_optax as pbx
 from benchmarks.claims.stability import interval
 from playbook_optax import zoo
 from playbook_optax.analysis.outcomes import outcomes
-from playbook_optax.procedures.tune import best_by_seed
+from playbook_optax.analysis.spreads import best_by_seed
+from playbook_optax.records.study import Study
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "claims"
 FOUND = pathlib.Path(__file__).with_name("found_batch_size.md")
@@ -52,6 +53,14 @@ COMMON: dict[str, Any] = {
 }
 
 
+def best_candidate(study: Study) -> tuple[int, np.ndarray]:
+    """The trial that is best on average over all of its runs, and the error of each, (run,)."""
+    values = [best_by_seed(study, trial) for trial in range(study.num_trials)]
+    # NaN where a run broke, which is never the least.
+    best = int(np.nanargmin([errors.mean() for errors in values]))
+    return best, values[best]
+
+
 def tuned(batch_size: int, seed: int) -> dict[str, Any]:
     """Tunes at one batch size, trains the best candidates again, and evaluates the best of them.
 
@@ -75,8 +84,7 @@ def tuned(batch_size: int, seed: int) -> dict[str, Any]:
         keep="best",
         **COMMON,
     )
-    values = [best_by_seed(again, trial) for trial in range(again.num_trials)]
-    best = int(np.argmin([errors.mean() for errors in values]))
+    best, errors = best_candidate(again)
     tests = [
         work.final_evaluate(again.params(best, run), again.model_state(best, run))
         for run in range(NUM_RUNS)
@@ -86,7 +94,7 @@ def tuned(batch_size: int, seed: int) -> dict[str, Any]:
         "seed": seed,
         "point": {name: float(values[best]) for name, values in again.points.items()},
         "best_of_search": search.best().value,
-        "valid": values[best].tolist(),
+        "valid": errors.tolist(),
         "test": [metrics["test/error_rate"] for metrics in tests],
     }
 

@@ -103,9 +103,8 @@ def spread_info(
     if trial is None:
         trial = 0 if out.num_trials == 1 else study.best(objective, maximize).trial
     point = study.point(trial)
-    sign = -1.0 if out.maximize else 1.0
     loss = _loss_by_seed(study, trial, out.objective, out.maximize)
-    values = best_by_seed(study, trial, out.objective, out.maximize)
+    values = _as_values(loss.min(axis=1), out.maximize)
     seen = ~np.isnan(values)
     if not seen.any():
         return None
@@ -116,7 +115,7 @@ def spread_info(
     mean = float(known.mean())
     reach = prediction_reach(len(known)) * std
     return Spread(
-        value=float(sign * common[index]) if np.isfinite(common[index]) else math.nan,
+        value=float(_as_values(common[index], out.maximize)),
         values=tuple(values.tolist()),
         mean=mean,
         std=std,
@@ -155,8 +154,8 @@ def best_by_seed(
       [1.0, 2.0]
     """
     out = outcomes(study, objective, maximize)
-    best = _loss_by_seed(study, trial, out.objective, out.maximize).min(axis=1)
-    return np.where(np.isfinite(best), -best if out.maximize else best, np.nan)
+    loss = _loss_by_seed(study, trial, out.objective, out.maximize)
+    return _as_values(loss.min(axis=1), out.maximize)
 
 
 def _loss_by_seed(study: Study, trial: int, objective: str, maximize: bool) -> np.ndarray:
@@ -165,6 +164,11 @@ def _loss_by_seed(study: Study, trial: int, objective: str, maximize: bool) -> n
     values = data[objective].transpose("trial", "seed", "eval").values[trial].astype(np.float64)
     broke = data["infeasible"].transpose("trial", "seed").values[trial].astype(bool)
     return np.where(np.isfinite(values) & ~broke[:, None], -values if maximize else values, np.inf)
+
+
+def _as_values(loss: np.ndarray, maximize: bool) -> np.ndarray:
+    """Losses as values of the objective, NaN for an infinite one; any shape."""
+    return np.where(np.isfinite(loss), -loss if maximize else loss, np.nan)
 
 
 def prediction_reach(num: int) -> float:

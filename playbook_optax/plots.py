@@ -450,9 +450,9 @@ def plot_gradient_norms(
     high[open_high] = low[open_high] * ratio
     ax.set_xscale("log")
     ax.bar(
-        low,
-        100 * info.counts / info.counts.sum(),
-        width=high - low,
+        low[filled],
+        100 * info.counts[filled] / info.counts.sum(),
+        width=(high - low)[filled],
         align="edge",
         color=BLUE,
         alpha=0.75,

@@ -126,12 +126,12 @@ def draw_figure(
     """
     matplotlib = _checks.require("matplotlib", "plots", "Plotting")
     pyplot = _checks.require("matplotlib.pyplot", "plots", "Plotting")
+    agg = _checks.require("matplotlib.backends.backend_agg", "plots", "Plotting")
     picture = io.BytesIO()
     # A name is text: never a formula, which could be a bad one, nor TeX, which can run programs.
-    with (
-        matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}),
-        warnings.catch_warnings(),
-    ):
+    names = {"text.parse_math": False, "text.usetex": False}
+    no_layout = {"figure.autolayout": False, "figure.constrained_layout.use": False}
+    with matplotlib.rc_context({**names, **no_layout}), warnings.catch_warnings():
         # The page has the text that a font lacks letters for, or a picture the room.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         warnings.filterwarnings("ignore", "constrained_layout not applied")
@@ -143,8 +143,16 @@ def draw_figure(
             wide = bool(width > (_WIDE if wide else _VERY_WIDE))
             if not wide:
                 figure.set_size_inches(_NARROW * figure.get_size_inches())
+            # Laid out here, and then drawn without a layout: Matplotlib draws twice otherwise.
+            agg.FigureCanvasAgg(figure)
+            figure.set_dpi(_DPI)
+            layout = figure.get_layout_engine()
+            if layout is not None:
+                layout.execute(figure)
+                figure.set_layout_engine(None)
             # Tight: a legend that needs more room than the axes gets it.
-            figure.savefig(picture, dpi=_DPI, format="png", bbox_inches="tight", pad_inches=0.1)
+            box = figure.get_tightbbox().padded(0.1)
+            figure.savefig(picture, dpi=_DPI, format="png", bbox_inches=box)
         finally:
             pyplot.close(figure)
     return Figure(file, title, alt, picture.getvalue(), wide)

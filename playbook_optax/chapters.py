@@ -1,9 +1,7 @@
 """Chapters of the playbook as pages: what each step of a procedure asked, saw and decided."""
 
-import functools
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from playbook_optax.procedures import stability as chapter
 from playbook_optax.procedures.remedies import RemedyComparison, RemedyRow
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
-from playbook_optax.report import Decision, Figure, Table, shown_number
+from playbook_optax.report import Decision, Pictures, Table, shown_number
 
 TITLE = "How can optimization failures be debugged and mitigated?"
 _WARMUP_SECTION = "Learning rate warmup"
@@ -64,23 +62,6 @@ def remedy_table(comparison: RemedyComparison) -> Table:
     return Table(header, [cells(row) for row in comparison.rows])
 
 
-class _Pictures:
-    """Draws figures under numbered names, so that nothing stored decides on a file name."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def __call__(
-        self, title: str, alt: str, draw: Callable[..., Any], *arguments: Any, **options: Any
-    ) -> Figure:
-        wide = bool(options.pop("wide", False))
-        name = f"figure_{self._count}.png"
-        self._count += 1
-        return report.draw_figure(
-            name, title, alt, functools.partial(draw, *arguments, **options), wide
-        )
-
-
 def _rate_of(study: Study, trial: int) -> str:
     for name in ("learning_rate", "base_learning_rate"):
         if name in study.points:
@@ -88,7 +69,7 @@ def _rate_of(study: Study, trial: int) -> str:
     return "–"
 
 
-def _sweep(step: Verdict, picture: _Pictures) -> Decision:
+def _sweep(step: Verdict, picture: Pictures) -> Decision:
     (study,) = step.studies.values()
     figures = []
     decided = "Every trial is infeasible: the range of learning rates must be lowered."
@@ -125,7 +106,7 @@ def _limit(step: Verdict) -> Decision:
     )
 
 
-def _probe(step: Verdict, picture: _Pictures) -> Decision:
+def _probe(step: Verdict, picture: Pictures) -> Decision:
     decided = {
         None: "It could not be told.",
         True: "The loss rises early in training at twice lr*.",
@@ -167,7 +148,7 @@ def _warmup(step: Verdict) -> Decision:
     )
 
 
-def _clipping(step: Verdict, picture: _Pictures) -> Decision:
+def _clipping(step: Verdict, picture: Pictures) -> Decision:
     decided, figures = "No threshold is chosen.", []
     if step.answer is not None:
         decided = f"Clip at a global norm of {shown_number(step.answer)}."
@@ -211,7 +192,7 @@ def _clipping(step: Verdict, picture: _Pictures) -> Decision:
     )
 
 
-def _remedies(step: Verdict, picture: _Pictures) -> Decision:
+def _remedies(step: Verdict, picture: Pictures) -> Decision:
     comparison: RemedyComparison = step.answer
     decided = "No remedy does better than a lower learning rate."
     if comparison.recommended is not None:
@@ -263,11 +244,12 @@ def before_and_after(step: Verdict) -> dict[str, tuple[Study, int]]:
     return pairs
 
 
-def stability_decisions(verdict: Verdict) -> list[Decision]:
+def stability_decisions(verdict: Verdict, pictures: Pictures | None = None) -> list[Decision]:
     """The chapter on instability, step by step.
 
     Args:
       verdict: what `pbx.procedures.stabilize` returned.
+      pictures: those of the page; what it has drawn is not drawn again.
 
     Returns:
       One decision for each step that was taken.
@@ -277,7 +259,7 @@ def stability_decisions(verdict: Verdict) -> list[Decision]:
 
     Source: playbook, "How can optimization failures be debugged and mitigated?"
     """
-    picture = _Pictures()
+    picture = pictures or Pictures()
     steps = verdict.answer.steps if verdict.answer is not None else {}
     made = {
         chapter.SWEEP: lambda step: _sweep(step, picture),

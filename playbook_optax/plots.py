@@ -479,7 +479,7 @@ def plot_gradient_norms(
         first, last = min(first, limit), max(last, limit)
         ax.set_xlim(first / 1.2, last * 1.2)
         _log_axis(ax.xaxis, first, last)
-    _legend_above(ax, 2 if np.isfinite(limit) else 3)
+    _legend_above(ax, 2)
     return ax
 
 

@@ -158,6 +158,51 @@ def draw_figure(
     return Figure(file, title, alt, picture.getvalue(), wide)
 
 
+class Pictures:
+    """The figures of one page: each is drawn once, however many of its sections ask for it."""
+
+    def __init__(self) -> None:
+        """Begins a page."""
+        self._drawn: dict[tuple[Any, ...], tuple[Figure, Any]] = {}
+
+    def __call__(
+        self,
+        title: str,
+        alt: str,
+        draw: Callable[..., Any],
+        *arguments: Any,
+        file: str | None = None,
+        wide: bool = False,
+        **options: Any,
+    ) -> Figure:
+        """Draws a figure, unless the same function has drawn it with the same arguments.
+
+        Args:
+          title: heading above it.
+          alt: what it shows.
+          draw: makes the matplotlib Figure or Axes from `arguments` and `options`.
+          *arguments: text and numbers are told apart by their values, everything else, such as a
+            study, by which object it is.
+          file: name of its file; a number by default, so that nothing stored decides on it.
+          wide: as in `draw_figure`.
+          **options: like `arguments`.
+
+        Returns:
+          The figure, the first one's title, file and width included.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+        """
+        given = (*arguments, *options, *options.values())
+        asked = (draw, *(x if isinstance(x, (str, int, float)) else id(x) for x in given))
+        if asked not in self._drawn:
+            name = file or f"figure_{len(self._drawn)}.png"
+            made = functools.partial(draw, *arguments, **options)
+            # What an id belongs to is held, lest another object gets the same.
+            self._drawn[asked] = draw_figure(name, title, alt, made, wide), given
+        return self._drawn[asked][0]
+
+
 def _tame(text: str, most: int = _MAX_LETTERS) -> str:
     """At most three lines of `most` letters, all of them letters that a font can be asked for."""
     lines = ["".join(c if c.isprintable() else "\ufffd" for c in x) for x in text.split("\n")]
@@ -243,11 +288,74 @@ def verdict(study: Study, findings: Iterable[Finding]) -> tuple[str, str]:
     return best, "No check found a problem with it."
 
 
-def draw_plots(study: Study) -> list[Figure]:
+def axis_figures(study: Study, pictures: Pictures, where: str = "") -> list[Figure]:
+    """Draws the axis plots of a study.
+
+    Args:
+      study: the study, of at least one trial.
+      pictures: those of the page.
+      where: what is put behind the title of each, to tell it from those of another study.
+
+    Returns:
+      One figure per hyperparameter that varies.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    out = outcomes(study)
+    names = [n for n in hyperparameters(study) if len(np.unique(axis(study, n).values)) > 1]
+    return [
+        pictures(
+            f"{out.objective} against {name}{where}",
+            f"Scatter plot: best {out.objective} of each of {out.num_trials} trials against "
+            f"{name}; {int(out.infeasible.sum())} infeasible trials are crosses along the top."
+            + (f" The best is at {shown_point(study, out.best)[name]}." if out.best >= 0 else ""),
+            plots.plot_axis,
+            study,
+            name,
+            file=f"axis_{i}.png",
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def curve_figures(study: Study, pictures: Pictures, where: str = "") -> list[Figure]:
+    """Draws the training curves of the best trials of a study; arguments as `axis_figures`.
+
+    Args:
+      study: the study, of at least one trial.
+      pictures: those of the page.
+      where: what is put behind the title.
+
+    Returns:
+      One figure, or none where no trial is usable.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    out = outcomes(study)
+    if out.best < 0:
+        return []
+    num = min(_NUM_CURVES, len(out.order))
+    figure = pictures(
+        f"Training curves of the best {num} trials{where}",
+        f"Line plot: {out.objective} and the training loss of trials "
+        f"{', '.join(str(t) for t in out.order[:num])} against the step.",
+        plots.plot_curves,
+        study,
+        _NUM_CURVES,
+        file="curves.png",
+        wide=True,
+    )
+    return [figure]
+
+
+def draw_plots(study: Study, pictures: Pictures | None = None) -> list[Figure]:
     """Draws the plots of a study.
 
     Args:
       study: the study.
+      pictures: those of the page; what it has drawn is not drawn again.
 
     Returns:
       The figures: one axis plot per hyperparameter that varies, the training curves of the best
@@ -258,38 +366,18 @@ def draw_plots(study: Study) -> list[Figure]:
     """
     if not study.num_trials:
         return []
-    out, figures = outcomes(study), []
-
-    def add(file: str, title: str, alt: str, draw: Callable[[], Any], wide: bool = False) -> None:
-        figures.append(draw_figure(file, title, alt, draw, wide))
-
-    names = [n for n in hyperparameters(study) if len(np.unique(axis(study, n).values)) > 1]
-    for i, name in enumerate(names):
-        add(
-            f"axis_{i}.png",
-            f"{out.objective} against {name}",
-            f"Scatter plot: best {out.objective} of each of {out.num_trials} trials against "
-            f"{name}; {int(out.infeasible.sum())} infeasible trials are crosses along the top."
-            + (f" The best is at {shown_point(study, out.best)[name]}." if out.best >= 0 else ""),
-            functools.partial(plots.plot_axis, study, name),
-        )
-    if out.best >= 0:
-        num = min(_NUM_CURVES, len(out.order))
-        add(
-            "curves.png",
-            f"Training curves of the best {num} trials",
-            f"Line plot: {out.objective} and the training loss of trials "
-            f"{', '.join(str(t) for t in out.order[:num])} against the step.",
-            functools.partial(plots.plot_curves, study, _NUM_CURVES),
-            wide=True,
-        )
-    if "norms/counts" in study.data and out.best >= 0:
-        add(
-            "gradient_norms.png",
-            "Gradient norms before clipping",
-            "Histogram: global gradient norm of every update of the feasible trials, with its "
-            "50th, 90th and 99th percentiles.",
-            functools.partial(plots.plot_gradient_norms, study),
+    pictures = pictures or Pictures()
+    figures = [*axis_figures(study, pictures), *curve_figures(study, pictures)]
+    if "norms/counts" in study.data and outcomes(study).best >= 0:
+        figures.append(
+            pictures(
+                "Gradient norms before clipping",
+                "Histogram: global gradient norm of every update of the feasible trials, with its "
+                "50th, 90th and 99th percentiles.",
+                plots.plot_gradient_norms,
+                study,
+                file="gradient_norms.png",
+            )
         )
     return figures
 
@@ -476,10 +564,12 @@ def write_chapter(
         links = [("recipe", "Recipe", ()), *links]
     if facts:
         links = [*links, ("run", "How it was run", ())]
+    decided = [_shown_decision(decision) for decision in decisions]
+    pictures = _place_figures([(f"decision-{i}", part) for i, part in enumerate(decided, 1)])
     return _write_page(
         directory,
         "chapter.html",
-        [figure for decision in decisions for figure in decision.figures],
+        pictures,
         name=name,
         kind=title,
         headline=headline,
@@ -487,7 +577,7 @@ def write_chapter(
         contents=links,
         conclusive=True,
         recipe=recipe,
-        decisions=[_shown_decision(decision) for decision in decisions],
+        decisions=decided,
         facts=list(facts),
     )
 
@@ -504,12 +594,14 @@ def write_recipe(
     studies: Sequence[tuple[str, Study]],
     directory: str | os.PathLike[str],
     budget: Sequence[tuple[str, int]] | None = None,
+    pictures: Pictures | None = None,
 ) -> Path:
     """Writes what tuning came to as ``report.html``, self-contained like `write_report`.
 
     Verdict and recipe come first, then every decision (what was asked, seen and decided, which
     section of the playbook says so, what to try next), then what each chapter cost, then the
-    studies with findings, plots and their best 50 trials.
+    studies with findings, plots and their best 50 trials. A plot that a decision shows is not shown
+    again with its study, which links to the decision instead.
 
     Args:
       name: of the workload.
@@ -522,6 +614,7 @@ def write_recipe(
       studies: pairs of title and study, in the order in which they ran.
       directory: where to write; made when missing. Earlier reports there are replaced.
       budget: pairs of chapter and trial-steps spent; not shown if None.
+      pictures: what drew the figures of the decisions.
 
     Returns:
       The path of the page.
@@ -544,28 +637,33 @@ def write_recipe(
     _checks.require("jinja2", "report", "The report")
     costs = _shown_budget(budget) if budget else None
     decided = [_shown_decision(decision) for decision in decisions]
-    shown = []
+    pictures = pictures or Pictures()
+    shown: list[dict[str, Any]] = []
     for title, study in studies:
         found = by_severity(diagnose(study))
         shown.append(
             {
                 "title": title,
                 "headline": " ".join(verdict(study, found)),
-                "figures": draw_plots(study),
+                "figures": draw_plots(study, pictures),
                 "findings": _with_evidence(found),
                 "trials": _trials(study, _MAX_TRIALS["recipe"]),
                 "facts": _run_facts(study),
             }
         )
+    sections = [
+        (f"{label}-{i}", part)
+        for label, parts in (("decision", decided), ("study", shown))
+        for i, part in enumerate(parts, 1)
+    ]
+    _place_figures(sections)
     # One page has one folder of pictures: those of several sources must not share a name.
-    pictures = []
     for label, parts in (("decision", decided), ("study", shown)):
         for i, part in enumerate(parts):
             part["figures"] = [
                 dataclasses.replace(figure, file=f"{label}_{i}_{j}.png")
                 for j, figure in enumerate(part["figures"])
             ]
-            pictures += part["figures"]
     links: list[tuple[str, str, Sequence[tuple[str, str]]]] = [("recipe", "Recipe", ())]
     if decided:
         links.append(("decisions", "Decisions", _decision_links(decisions)))
@@ -577,7 +675,7 @@ def write_recipe(
     return _write_page(
         directory,
         "recipe.html",
-        pictures,
+        [figure for _, part in sections for figure in part["figures"]],
         name=name,
         kind="Tuned recipe",
         headline=headline,
@@ -598,6 +696,25 @@ def _decision_links(decisions: Sequence[Decision]) -> list[tuple[str, str]]:
 
 def _shown_decision(decision: Decision) -> dict[str, Any]:
     return {**vars(decision), "findings": _with_evidence(by_severity(decision.findings))}
+
+
+def _place_figures(sections: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
+    """Leaves each figure to the first section that has it, and to the others a link to that one.
+
+    Args:
+      sections: anchor of each section and what it shows, whose ``figures`` are replaced by those
+        that are left, and which gets ``above``, anchors and titles of those that are not.
+
+    Returns:
+      All figures, each once.
+    """
+    places: dict[int, tuple[str, Figure]] = {}
+    for anchor, part in sections:
+        new = [figure for figure in part["figures"] if id(figure) not in places]
+        part["above"] = [(places[id(f)][0], f.title) for f in part["figures"] if id(f) in places]
+        part["figures"] = new
+        places.update({id(figure): (anchor, figure) for figure in new})
+    return [figure for _, figure in places.values()]
 
 
 def _shown_budget(budget: Sequence[tuple[str, int]]) -> dict[str, Any]:

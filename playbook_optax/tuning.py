@@ -1,7 +1,6 @@
 """`tune`: an untuned workload goes in, a tuned recipe comes out, with a page of its evidence."""
 
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from playbook_optax.analysis.training_length import best_step_info
 from playbook_optax.procedures import tune as parts
 from playbook_optax.procedures.tune import Chapter, Recipe, find_recipe
 from playbook_optax.records.study import Study
-from playbook_optax.report import Decision, Figure, Table, shown_number, shown_point
+from playbook_optax.report import Decision, Figure, Pictures, Table, shown_number, shown_point
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
 from playbook_optax.trials.workload import WorkloadLike, resolve
@@ -161,8 +160,8 @@ def write_recipe_report(
     if recipe.point is not None:
         source = recipe.to_python(workload)
         report.write_file(folder / PROGRAM, source.encode())
-    count = _Count()
-    decisions = [made for chapter in recipe.chapters for made in _decisions(chapter, count)]
+    pictures = Pictures()
+    decisions = [made for chapter in recipe.chapters for made in _decisions(chapter, pictures)]
     headline, trust = recipe_headline(recipe)
     return report.write_recipe(
         name=_name(recipe),
@@ -174,6 +173,7 @@ def write_recipe_report(
         studies=[(_study_title(name), study) for name, study in recipe.studies.items()],
         directory=folder,
         budget=[(_TITLES[name][0], cost) for name, cost in recipe.cost.items()],
+        pictures=pictures,
     )
 
 
@@ -206,20 +206,6 @@ def _study_title(name: str) -> str:
     """``learning_rate/sweep_0`` as people say it."""
     chapter, _, own = name.partition("/")
     return f"{_TITLES[chapter][0]}: {own.replace('_', ' ').replace('/', ', ')}"
-
-
-class _Count:
-    """Numbers figures, so that nothing stored decides on a file name."""
-
-    def __init__(self) -> None:
-        self._next = 0
-
-    def __call__(self, title: str, alt: str, draw: Any, *arguments: Any, **options: Any) -> Figure:
-        wide = bool(options.pop("wide", False))
-        name = f"decision_{self._next}.png"
-        self._next += 1
-        made = functools.partial(draw, *arguments, **options)
-        return report.draw_figure(name, title, alt, made, wide)
 
 
 def _name(recipe: Recipe) -> str:
@@ -259,7 +245,7 @@ def _shown_point(recipe: Recipe) -> dict[str, str]:
     return {name: shown_number(value) for name, value in recipe.point.items()}
 
 
-def _decisions(chapter: Chapter, picture: _Count) -> list[Decision]:
+def _decisions(chapter: Chapter, pictures: Pictures) -> list[Decision]:
     """A chapter as decisions of the page: its own, and those of the chapter on instability."""
     title, asked = _TITLES[chapter.name]
     own = Decision(
@@ -268,7 +254,7 @@ def _decisions(chapter: Chapter, picture: _Count) -> list[Decision]:
         chapter.decision.message,
         chapter.decision.section,
         [chapter.decision, *chapter.verdict.findings],
-        _figures(chapter, picture),
+        _figures(chapter, pictures),
         _table(chapter),
         next=chapter.decision.suggestion,
         cost=f"{chapter.verdict.cost:,} trial-steps",
@@ -276,15 +262,8 @@ def _decisions(chapter: Chapter, picture: _Count) -> list[Decision]:
     if chapter.name != parts.STABILITY or chapter.verdict.answer is None:
         return [own]
     inner = [
-        dataclasses.replace(
-            decision,
-            title=f"Stability: {decision.title}",
-            figures=[
-                dataclasses.replace(figure, file=f"stability_{figure.file}")
-                for figure in decision.figures
-            ],
-        )
-        for decision in chapters.stability_decisions(chapter.verdict)
+        dataclasses.replace(decision, title=f"Stability: {decision.title}")
+        for decision in chapters.stability_decisions(chapter.verdict, pictures)
     ]
     # Their findings stand with the steps that made them.
     return [dataclasses.replace(own, findings=[chapter.decision]), *inner]
@@ -309,11 +288,10 @@ def _table(chapter: Chapter) -> Table | None:
     return Table(header, rows)
 
 
-def _figures(chapter: Chapter, picture: _Count) -> list[Figure]:
+def _figures(chapter: Chapter, pictures: Pictures) -> list[Figure]:
     studies = chapter.verdict.studies
     if chapter.name == parts.RETRAIN and studies:
-        alt = "Line plot: the objective of the retrained candidates, means over seeds."
-        return [picture("Retrained candidates", alt, plots.plot_curves, studies["retrain"])]
+        return report.curve_figures(studies["retrain"], pictures)
     of_study = {
         parts.LEARNING_RATE_CHAPTER: _of_sweep,
         parts.ROUND_1: _of_round,
@@ -321,42 +299,27 @@ def _figures(chapter: Chapter, picture: _Count) -> list[Figure]:
     }.get(chapter.name)
     if of_study is None:
         return []
-    return [figure for name in studies for figure in of_study(studies[name], name, picture)]
+    return [figure for name in studies for figure in of_study(studies[name], name, pictures)]
 
 
-def _of_sweep(study: Study, name: str, picture: _Count) -> list[Figure]:
+def _of_sweep(study: Study, name: str, pictures: Pictures) -> list[Figure]:
     if not study.num_trials or bool(study.data["infeasible"].values.all()):
         return []
-    objective = study.objective
-    alt = f"Scatter plot: best {objective} against the learning rate, infeasible trials marked."
-    title = name.replace("_", " ").capitalize()
-    return [picture(title, alt, plots.plot_axis, study, "learning_rate")]
+    return report.axis_figures(study, pictures, f", {name.replace('_', ' ')}")
 
 
-def _of_round(study: Study, name: str, picture: _Count) -> list[Figure]:
+def _of_round(study: Study, name: str, pictures: Pictures) -> list[Figure]:
     if bool(study.data["infeasible"].values.all()):
         return []
-    objective = study.objective
     where = ", refined" if name == "refined" else ""
-    figures = [
-        picture(
-            f"Each hyperparameter{where}",
-            f"Scatter plots: best {objective} against each hyperparameter, infeasible marked.",
-            plots.plot_axes,
-            study,
-            wide=True,
-        ),
-        picture(
-            f"The best trials{where}",
-            f"Line plot: {objective} of the best trials against the step.",
-            plots.plot_curves,
-            study,
-        ),
-        picture(
-            f"When trials were best{where}",
-            "Histogram: the step of each good trial's best checkpoint, as a part of the run.",
-            plots.plot_best_steps,
-            best_step_info(study),
-        ),
+    best_steps = pictures(
+        f"When trials were best{where}",
+        "Histogram: the step of each good trial's best checkpoint, as a part of the run.",
+        plots.plot_best_steps,
+        best_step_info(study),
+    )
+    return [
+        *report.axis_figures(study, pictures, where),
+        *report.curve_figures(study, pictures, where),
+        best_steps,
     ]
-    return figures

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from playbook_optax import report
+from playbook_optax import report, tuning
 from playbook_optax.analysis.findings import Finding
+from playbook_optax.procedures import tune as parts
+from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study, load_study
 from playbook_optax.search_space import Categorical, Float, SearchSpace
 
@@ -303,6 +305,99 @@ def test_pictures_of_several_decisions_and_studies_do_not_replace_one_another(wh
         "study_1_1.png",
     ]
     assert len(page.all("img")) == 6
+
+
+def test_the_same_question_is_drawn_once_and_another_one_anew():
+    drew = []
+
+    def draw(study, *arguments, **options):
+        drew.append((study, *arguments, options))
+        return drawn()
+
+    pictures, study = report.Pictures(), make_study()
+    first = pictures("One", "What it shows.", draw, study, "x", file="one.png", trials=5)
+    assert pictures("Two", "Else.", draw, study, "x", trials=5) is first
+    assert (first.file, first.title, first.alt) == ("one.png", "One", "What it shows.")
+    others = [
+        pictures("Three", "Else.", draw, study, "y", trials=5),
+        pictures("Four", "Else.", draw, study, "x", trials=6),
+        pictures("Five", "Else.", draw, make_study(), "x", trials=5),
+    ]
+    assert [figure.file for figure in others] == ["figure_1.png", "figure_2.png", "figure_3.png"]
+    assert [asked[1:] for asked in drew] == [
+        ("x", {"trials": 5}),
+        ("y", {"trials": 5}),
+        ("x", {"trials": 6}),
+        ("x", {"trials": 5}),
+    ]
+
+
+def test_a_plot_that_a_decision_shows_is_linked_from_its_study(tmp_path, monkeypatch):
+    studies = [make_study(), make_study()]
+    pictures = report.Pictures()
+    shown = [*report.axis_figures(studies[0], pictures), *make_decision().figures]
+    again = [*report.axis_figures(studies[0], pictures)]
+    saved = []
+    draw = report.draw_figure
+    monkeypatch.setattr(report, "draw_figure", lambda *a: saved.append(a[0]) or draw(*a))
+    path, page = recipe_page(
+        tmp_path,
+        decisions=[make_decision("Rate", figures=shown), make_decision("Steps", figures=again)],
+        studies=list(zip(("Round 1", "Round 2"), studies, strict=True)),
+        pictures=pictures,
+    )
+    assert [name for name in saved if name != "figure_0.png"] == [
+        "curves.png",
+        "axis_0.png",
+        "curves.png",
+    ]
+    pngs = ["decision_0_0", "decision_0_1", "study_0_0", "study_1_0", "study_1_1"]
+    assert sorted(p.stem for p in path.parent.glob("*.png")) == pngs
+    assert len(page.all("img")) == 5
+    text = " ".join(" ".join(page.texts).split())
+    title = "valid/loss against learning_rate"
+    assert text.count(title) == 4  # above both plots, and in both links to the first
+    assert text.count(f"Plot shown above: {title} .") == 2
+    assert [a["href"] for a in page.all("a")].count("#decision-1") == 4
+
+
+def test_a_page_of_the_pipeline_shows_no_picture_twice(tmp_path):
+    decision = Finding("decided", "info", "Decided.", {}, "A section")
+    names = {parts.LEARNING_RATE_CHAPTER: "sweep_0", parts.ROUND_1: "search"}
+    chapters = [
+        parts.Chapter(chapter, decision, Verdict(None, (), {name: make_study()}, 60))
+        for chapter, name in {**names, parts.RETRAIN: "retrain"}.items()
+    ]
+    recipe = parts.Recipe(
+        workload=None,
+        pipeline=parts.Pipeline(None, None),
+        optimizer_name="sgd",
+        point=None,
+        num_steps=20,
+        eval_every=10,
+        objective="valid/loss",
+        maximize=False,
+        values=np.array([]),
+        chapters=tuple(chapters),
+        total_budget=180,
+        params=None,
+        model_state=None,
+        key=None,
+    )
+    page = Page(tuning.write_recipe_report(recipe, tmp_path).read_text("utf-8"))
+    kinds = [image["alt"].partition(":")[0] for image in page.all("img")]
+    # The sweep's axis, the round's axis, curves and best steps, the retrained curves; then what
+    # no decision showed: the sweep's curves, and the axis of what was retrained.
+    assert kinds == [
+        "Scatter plot",
+        "Scatter plot",
+        "Line plot",
+        "Histogram",
+        "Line plot",
+        "Line plot",
+        "Scatter plot",
+    ]
+    assert len(list(tmp_path.glob("*.png"))) == 7
 
 
 def test_a_recipe_page_says_so_when_there_is_none_and_leaves_out_what_is_empty(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 
 from playbook_optax import _feasibility
 from playbook_optax._checks import ArgumentTypeError, check_count, named_arguments, nearest
-from playbook_optax.records import storage, weights
+from playbook_optax.records import storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
 
@@ -103,6 +103,7 @@ class Study:
     _weights_like: Mapping[str, Any] | None = None
     _extend: "Callable[[int], Study] | None" = None
     _replay: "Callable[..., xarray.Dataset] | None" = None
+    _directory: str | None = None
 
     @property
     def num_trials(self) -> int:
@@ -516,22 +517,24 @@ class Study:
         return study_from_blocks(spec, [block])
 
     def __repr__(self) -> str:
-        planned = self.spec.get("planned_trials")
-        trials = f"{self.num_trials} of {planned}" if planned else f"{self.num_trials}"
-        seeds = f" x {self.num_seeds} seeds" if self.num_seeds > 1 else ""
-        steps = self.data["step"].values
-        span = f", {len(steps)} evaluations to step {steps[-1]}" if len(steps) else ""
-        try:
-            best = self.best()
-            outcome = f"best {best.value:.6g} in trial {best.trial} at step {best.step}"
-        except NoFeasibleTrial:
-            outcome = "no feasible trial"
-        direction = "max" if self.maximize else "min"
-        bad = int(self._with_seeds("infeasible").any(axis=1).sum()) if self.num_trials else 0
-        return (
-            f"Study({self.spec.get('name', 'study')!r}: {trials} trials{seeds}{span}; "
-            f"{direction} {self.objective!r}: {outcome}; {bad} infeasible)"
-        )
+        return summary.as_text(*self._summary())
+
+    def _repr_html_(self) -> str:
+        return summary.as_html(*self._summary())
+
+    def _summary(self) -> tuple[str, summary.Rows]:
+        """What ran, on what, and what it came to: a title and rows of text."""
+        direction = "higher" if self.maximize else "lower"
+        rows = [
+            ("objective", f"{summary.printable(self.objective)}, {direction} is better"),
+            ("search", summary.ranges_text(self.points, self.space)),
+            ("best", best_text(self)),
+            ("infeasible", infeasible_text(self)),
+            ("ran on", summary.environment_text(self.spec)),
+            ("stored in", summary.printable(self._directory or "", 200)),
+        ]
+        name = summary.printable(self.spec.get("name", "study"))
+        return f"Study {name}: {size_text(self)}", [(n, text) for n, text in rows if text]
 
     def _check_trial(self, trial: int) -> int:
         if isinstance(trial, bool) or not isinstance(trial, (int, np.integer)):
@@ -579,6 +582,60 @@ class Study:
         if self._weights_like is not None:
             return weights.restore_like(self._weights_like[kind], arrays)
         return weights.rebuild_tree(trees[kind], arrays)
+
+
+def size_text(study: Study) -> str:
+    """How much ran, on one line.
+
+    Args:
+      study: the study.
+
+    Returns:
+      Trials, of those that are planned if it is not finished, times steps and seeds.
+    """
+    planned = study.spec.get("planned_trials")
+    trials = f"{study.num_trials} of {planned}" if planned else f"{study.num_trials}"
+    steps = study.data["step"].values
+    length = f" x {steps[-1]} steps" if len(steps) else ""
+    seeds = f" x {study.num_seeds} seeds" if study.num_seeds > 1 else ""
+    return f"{trials} trials{length}{seeds}"
+
+
+def best_text(study: Study) -> str:
+    """The best trial, on one line.
+
+    Args:
+      study: the study.
+
+    Returns:
+      Value, spread over seeds, step, trial and point; or that there is none.
+    """
+    try:
+        best = study.best()
+    except NoFeasibleTrial:
+        return "no feasible trial" if study.num_trials else "no complete trial yet"
+    spread = "" if best.spread is None else f" ± {best.spread:.2g}"
+    point = summary.point_text(best.point, study.space)
+    return f"{summary.number(best.value)}{spread} at step {best.step}, trial {best.trial}: {point}"
+
+
+def infeasible_text(study: Study) -> str:
+    """How much is infeasible, on one line.
+
+    Args:
+      study: the study.
+
+    Returns:
+      Trials, or runs where there are seeds, by reason; empty for a study without trials.
+    """
+    if not study.num_trials:
+        return ""
+    infeasible = study.data["infeasible"].values
+    reasons = study.data["infeasible_reason"].values[infeasible]
+    kinds, counts = np.unique(reasons, return_counts=True)
+    unit = "runs" if study.num_seeds > 1 else "trials"
+    told = ", ".join(f"{n} {kind or 'unknown'}" for kind, n in zip(kinds, counts, strict=True))
+    return f"{infeasible.sum()} of {infeasible.size} {unit}: {told}" if told else "none"
 
 
 def escape_cell(value: Any) -> Any:
@@ -637,7 +694,7 @@ def load_study(
     spec = storage.read_spec(directory)
     blocks = [storage.read_block(directory, index) for index in storage.finished_blocks(directory)]
     try:
-        return study_from_blocks(spec, blocks, weights_like=weights_like)
+        return study_from_blocks(spec, blocks, weights_like=weights_like, directory=directory)
     except (ValueError, KeyError, TypeError) as error:
         raise storage.StorageError(
             f"{os.fspath(Path(directory))!r} is not a consistent study: {error}"
@@ -651,6 +708,7 @@ def study_from_blocks(
     weights_like: Mapping[str, Any] | None = None,
     extend: Callable[[int], Study] | None = None,
     replay: "Callable[..., xarray.Dataset] | None" = None,
+    directory: str | os.PathLike[str] | None = None,
 ) -> Study:
     """Assembles a study from its finished blocks.
 
@@ -668,6 +726,7 @@ def study_from_blocks(
       weights_like: see `load_study`.
       extend: trains the study up to a number of trials; what `Study.extend` calls.
       replay: trains one trial again; what `Study.replay` calls.
+      directory: where the blocks are stored, for people to read.
 
     Returns:
       The Study.
@@ -689,7 +748,8 @@ def study_from_blocks(
     else:
         plan.pop("planned_trials", None)
     data = _dataset(plan, _gather(blocks, rows))
-    return Study(data, MappingProxyType(plan), blocks, rows, weights_like, extend, replay)
+    stored = None if directory is None else os.fsdecode(directory)
+    return Study(data, MappingProxyType(plan), blocks, rows, weights_like, extend, replay, stored)
 
 
 def _check_spec(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from playbook_optax import _checks
-from playbook_optax.records import storage
-from playbook_optax.records.study import BestTrial, NoFeasibleTrial, Study, load_study
+from playbook_optax.records import storage, summary
+from playbook_optax.records.study import (
+    BestTrial,
+    NoFeasibleTrial,
+    Study,
+    best_text,
+    infeasible_text,
+    load_study,
+    size_text,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -74,8 +82,21 @@ class StudySet(Mapping[str, Study]):
         return len(self._studies)
 
     def __repr__(self) -> str:
-        told = "; ".join(f"{label}: {study!r}" for label, study in self.items())
-        return f"StudySet({self.scientific!r}, {told})"
+        return summary.as_text(*self._summary())
+
+    def _repr_html_(self) -> str:
+        return summary.as_html(*self._summary())
+
+    def _summary(self) -> tuple[str, summary.Rows]:
+        """What each study came to, a row each."""
+        count = "1 study" if len(self) == 1 else f"{len(self)} studies"
+        rows = []
+        for label, study in self.items():
+            told = f"{size_text(study)}; best {summary.printable(study.objective)}: "
+            bad = f"; infeasible: {infeasible_text(study) or 'none'}"
+            rows.append((summary.printable(label, 30), told + best_text(study) + bad))
+        rows += [(summary.printable(label, 30), "not there yet") for label in self.missing]
+        return f"StudySet by {summary.printable(self.scientific)}: {count}", rows
 
     @property
     def nuisance(self) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import html
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -34,9 +36,12 @@ from playbook_optax.records import (
     load_study,
     storage,
     study_from_blocks,
+    summary,
     weights,
 )
 from playbook_optax.records.study import escape_cell
+from playbook_optax.records.study_set import StudySet
+from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 
 FIXTURE = Path(__file__).parent / "fixtures" / "study_v1"
 NAN, INF = float("nan"), float("inf")
@@ -137,13 +142,144 @@ def test_a_trial_that_is_not_there(trial):
             function(trial)
 
 
-def test_repr_tells_the_essentials():
-    assert repr(a_study()) == (
-        "Study('toy': 5 trials, 3 evaluations to step 20; min 'valid/loss': best 1 in trial 0 at "
-        "step 10; 0 infeasible)"
+def test_a_printed_study_says_what_ran_and_what_it_came_to(monkeypatch):
+    monkeypatch.chdir(FIXTURE.parent)
+    assert str(load_study("study_v1")) == (
+        "Study toy: 4 trials x 20 steps x 2 seeds\n"
+        "  objective   valid/loss, lower is better\n"
+        "  search      learning_rate 0.001 to 1 (log); decay cosine | linear\n"
+        "  best        1.0625 ± 0.088 at step 10, trial 0: learning_rate=0.5, decay=cosine\n"
+        "  infeasible  none\n"
+        "  stored in   study_v1"
     )
-    assert "4 trials x 2 seeds" in repr(a_study(4, 2))
-    assert "no feasible trial; 1 infeasible" in repr(imported([[NAN, NAN]]))
+
+
+def test_a_printed_study_without_a_space_tells_from_where_to_where_its_points_went():
+    study = Study.from_arrays(
+        {"lr": np.array([0.1, 0.3, 0.2]), "opt": np.array([7, 7, 7])},
+        {"valid/accuracy": np.array([[0.5, 0.6], [NAN, NAN], [0.5, 0.75]])},
+        np.array([0, 40]),
+        objective="valid/accuracy",
+        maximize=True,
+        name="mine",
+    )
+    spec = {**study.spec, "device_kind": "TPU v4", "versions": {"jax": "0.10.2", "optax": "0.2.8"}}
+    assert repr(dataclasses.replace(study, spec=spec)) == (
+        "Study mine: 3 trials x 40 steps\n"
+        "  objective   valid/accuracy, higher is better\n"
+        "  search      lr 0.1 to 0.3; opt 7\n"
+        "  best        0.75 at step 40, trial 2: lr=0.2, opt=7\n"
+        "  infeasible  1 of 3 trials: 1 nonfinite_loss\n"
+        "  ran on      TPU v4, jax 0.10.2, optax 0.2.8"
+    )
+    assert "infeasible  2 of 10 runs: 2 " in repr(seeds_that_broke())
+    assert "  best        no feasible trial\n" in repr(imported([[NAN, NAN]]))
+
+
+def test_ranges_are_told_as_the_space_has_them():
+    space = SearchSpace(
+        {
+            "warmup": Integer(10, 90, scale="log", include_zero=True),
+            "b1": Float(0.5, 0.99, scale="reverse_log"),
+            "rate": Float(0.0, 0.5),
+            "kind": Categorical(["a", True]),
+        }
+    )
+    values = {"warmup": [0], "b1": [0.9], "rate": [0.25], "kind": [1], "text": ["sgd"]}
+    points = {name: np.array(value) for name, value in values.items()}
+    assert summary.ranges_text(points, space) == (
+        "warmup 0, and 10 to 90 (log); b1 0.5 to 0.99 (reverse_log); rate 0 to 0.5; kind a | True; "
+        "text sgd"
+    )
+    first = {name: value[0] for name, value in points.items()}
+    assert summary.point_text(first, space) == "warmup=0, b1=0.9, rate=0.25, kind=True, text=sgd"
+
+
+def seeds_that_broke():
+    """Five trials with two seeds; both seeds of one trial end in NaN."""
+    curves = np.ones((5, 2, 2))
+    curves[3, :, 1] = NAN
+    return Study.from_arrays(
+        {"x": np.arange(5)}, {"loss": curves}, np.array([0, 9]), objective="loss"
+    )
+
+
+def test_a_printed_study_of_many_long_names_stays_short():
+    points = {f"hyperparameter_{i}": np.array([0.1, 0.25]) for i in range(40)}
+    points["x" * 500] = np.array([1, 2])
+    study = Study.from_arrays(points, {"loss": np.ones((2, 1))}, [9], objective="loss")
+    lines = repr(study).splitlines()
+    assert len(lines) < 16
+    assert max(map(len, lines)) <= 96
+    assert "29 more" in repr(study)
+    assert "x" * 60 not in repr(study)
+
+
+HOSTILE = "<img src=x onerror=alert(1)>\x1b[2J\u202e\ud800\n'\"&"
+
+
+def hostile_study():
+    study = Study.from_arrays(
+        {HOSTILE: np.array([1.0, 2.0])},
+        {HOSTILE + "loss": np.array([[2.0, 1.0], [2.0, NAN]])},
+        np.array([0, 10]),
+        objective=HOSTILE + "loss",
+        name=HOSTILE,
+    )
+    spec = {**study.spec, "device_kind": HOSTILE, "versions": {HOSTILE: HOSTILE, "b": [HOSTILE]}}
+    return dataclasses.replace(study, spec=spec, _directory=HOSTILE)
+
+
+def test_a_printed_study_commands_no_terminal():
+    for told in (repr(hostile_study()), repr(StudySet({HOSTILE: hostile_study()}, HOSTILE))):
+        assert all(line.isprintable() for line in told.split("\n"))
+        assert "\ufffd[2J" in told
+    assert len(repr(hostile_study()).split("\n")) < 12
+
+
+def test_a_study_in_a_notebook_is_text_and_never_markup(monkeypatch):
+    monkeypatch.chdir(FIXTURE.parent)
+    stored = load_study("study_v1")
+    shown = stored._repr_html_()
+    assert text_of(shown) == [
+        "Study toy: 4 trials x 20 steps x 2 seeds",
+        *("objective", "valid/loss, lower is better"),
+        *("search", "learning_rate 0.001 to 1 (log); decay cosine | linear"),
+        *("best", "1.0625 ± 0.088 at step 10, trial 0: learning_rate=0.5, decay=cosine"),
+        *("infeasible", "none"),
+        *("stored in", "study_v1"),
+    ]
+    own = set(re.findall("<[^>]*>", shown))
+    hostile = hostile_study()._repr_html_() + StudySet({HOSTILE: stored}, HOSTILE)._repr_html_()
+    assert set(re.findall("<[^>]*>", hostile)) == own
+    assert "&lt;img src=x onerror=alert(1)&gt;" in hostile
+    assert "\x1b" not in hostile
+
+
+def text_of(fragment):
+    return [html.unescape(part) for part in re.split("(?:<[^>]*>)+", fragment) if part]
+
+
+def test_a_printed_set_has_a_row_for_each_study():
+    study = imported([[2.0, 1.0], [2.0, NAN]])
+    studies = StudySet({"adam": study, "sgd": imported([[NAN, NAN]])}, "optimizer", None, ("lamb",))
+    assert text_of(studies._repr_html_()) == [
+        "StudySet by optimizer: 2 studies",
+        "adam",
+        "2 trials x 10 steps; best loss: 1 at step 10, trial 0: learning_rate=1; infeasible: 1 of "
+        "2 trials: 1 nonfinite_loss",
+        "sgd",
+        "1 trials x 10 steps; best loss: no feasible trial; infeasible: 1 of 1 trials: 1 "
+        "nonfinite_loss",
+        "lamb",
+        "not there yet",
+    ]
+    assert str(StudySet({"a": study})) == (
+        "StudySet by study: 1 study\n"
+        "  a  2 trials x 10 steps; best loss: 1 at step 10, trial 0: learning_rate=1; infeasible: "
+        "1 of 2\n"
+        "     trials: 1 nonfinite_loss"
+    )
 
 
 # Assembly -----------------------------------------------------------------------------------------

@@ -521,7 +521,9 @@ def _compile(traced: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
             progress.stage("compiling"),
             concurrent.futures.ThreadPoolExecutor(len(missing)) as threads,
         ):
-            programs = list(threads.map(lambda name: lowered[name].compile(), missing))
+            programs = list(
+                threads.map(lambda name: lowered[name].compile(_options(name)), missing)
+            )
         _compiled.update(zip((digests[name] for name in missing), programs, strict=True))
     found = {}
     for name, digest in digests.items():
@@ -530,6 +532,12 @@ def _compile(traced: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
     while len(_compiled) > MAX_COMPILED:
         _compiled.popitem(last=False)
     return found
+
+
+def _options(name: str) -> dict[str, Any] | None:
+    """What runs once for a seed or a block is optimized less, which compiles faster."""
+    once = name in ("weights", "begin") and jax.default_backend() == "cpu"
+    return {"xla_backend_optimization_level": 1} if once else None
 
 
 # Pieces ----------------------------------------------------------------------------------------

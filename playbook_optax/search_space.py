@@ -581,7 +581,7 @@ class SearchSpace(Mapping[str, Parameter]):
 
         Raises:
           ValueError: `num_trials` is not a positive integer, an index would reach 2**31, or the
-            sampler is not callable or returns another shape.
+            sampler is not callable, returns another shape or a known position outside [0, 1].
         """
         fix = "Ask for at least one trial."
         num_trials = check_count("num_trials", num_trials, fix=fix)

@@ -206,7 +206,10 @@ def test_one_trace_for_all_starts(sampler):
 
 
 @ALL
-@pytest.mark.parametrize(("num_points", "num_dims"), [(64, 12), (1000, 12), (64, 100)])
+@pytest.mark.parametrize(
+    ("num_points", "num_dims"),
+    [(64, 12), (1000, 12), pytest.param(64, 100, marks=pytest.mark.slow)],
+)
 def test_numpy_and_the_compiled_path_give_the_same_bits(sampler, num_points, num_dims):
     run = jax.jit(lambda key, start: sampler(key, num_points, num_dims, start=start))
     for key, start in [(KEY, 0), (KEY, 54321), (jax.random.key(2**32 - 1), 2**31 - num_points)]:

@@ -9,6 +9,7 @@ import jax
 
 import playbook_optax as pbx
 from benchmarks import layouts, norms, samplers, studies
+from benchmarks.first_answer.__main__ import main as first_answer
 from benchmarks.speed.__main__ import main as speed
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -18,6 +19,7 @@ def main():
     quick = "--quick" in sys.argv
     # First, while this process has neither a device nor threads of its own; stored apart.
     speed(["--quick"] if quick else [])
+    first_answer(["--quick"] if quick else [])
     pbx.use_cpu_cores()
     report = {
         "machine": platform.machine(),

@@ -72,15 +72,17 @@ print(peak() - before)
 def runner_of(keep="none"):
     entry = zoo.load(WORKLOAD)
     return StudyRunner(
-        entry.workload,
-        lambda point: pbx.momentum(**point),
+        pbx.Trainer(
+            entry.workload,
+            lambda point: pbx.momentum(**point),
+            trials_per_block=1,
+            progress=False,
+        ),
         entry.space,
         num_steps=NUM_STEPS,
         eval_every=NUM_STEPS // NUM_EVALUATIONS,
         key=jax.random.key(0),
         keep=keep,
-        trials_per_block=1,
-        progress=False,
     )
 
 

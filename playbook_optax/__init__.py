@@ -48,10 +48,12 @@ from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.preflight import Preflight, preflight
 from playbook_optax.runner.run import run_study
 from playbook_optax.runner.studies import run_studies
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 from playbook_optax.search_spaces import adam_search_space, optimizer_search_space
 from playbook_optax.trials.arrays import evaluate_in_batches
-from playbook_optax.trials.train import Trial, TrialResult, make_train, make_trial, trial_key
+from playbook_optax.trials.keys import trial_key
+from playbook_optax.trials.train import Trial, TrialResult, make_train, make_trial
 from playbook_optax.trials.workload import Workload
 from playbook_optax.tuning import tune, write_recipe_report
 
@@ -70,6 +72,7 @@ __all__ = [
     "SearchSpace",
     "Study",
     "StudySet",
+    "Trainer",
     "Trial",
     "TrialResult",
     "Workload",

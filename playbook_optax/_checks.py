@@ -48,16 +48,19 @@ def nearest(name: object, known: Iterable[object]) -> str:
     return f"{hint}Known names: {', '.join(names) or 'none'}"
 
 
-def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
+def named_arguments(function: Callable[P, R], more: Iterable[str] = ()) -> Callable[P, R]:
     """Makes an unknown keyword argument raise a `TypeError` that names the nearest known one.
 
     Args:
-      function: a function or an `__init__` without `**kwargs`.
+      function: a function or an `__init__`.
+      more: names that its ``**kwargs`` takes.
 
     Returns:
       The function, its signature unchanged.
     """
-    parameters = [p for p in inspect.signature(function).parameters if p != "self"]
+    signature = inspect.signature(function).parameters.values()
+    named = [p.name for p in signature if p.kind != p.VAR_KEYWORD]
+    parameters = [*(name for name in named if name != "self"), *more]
     known = frozenset(parameters)
 
     @functools.wraps(function)

@@ -1,6 +1,7 @@
 """Helpers on pytrees: checks that name a leaf's path, selection, finiteness, a safe norm."""
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -118,8 +119,7 @@ def moment_dtype(dtype: Any) -> Any:
 
 # A sum is cut into this many rows that are added element by element (vectorized, and pairwise, so
 # more accurate), and a product with ones adds up the rest; XLA's own reduction of a scaled square
-# on a CPU is one scalar addition after another. Small leaves are not worth the extra operations,
-# and on an accelerator a reduction is fast and fuses with what makes its input.
+# on a CPU is one scalar addition after another. Small leaves are not worth the extra operations.
 _FOLDS = 8
 _FOLD_FROM_SIZE = 128
 # In a model of many leaves those up to this size are joined first: it would otherwise spend more
@@ -143,39 +143,51 @@ def _joined(leaves: list[chex.Array]) -> list[chex.Array]:
     return alone + [jnp.concatenate(group) for group in small.values()]
 
 
-def _fold_sum(leaf: chex.Array, function: Callable[[chex.Array], chex.Array]) -> chex.Array:
-    """The sum of an elementwise function of a leaf: scalar, shape (), of the function's dtype."""
-    on_cpu = jax.default_backend() == "cpu"
-    if not on_cpu or leaf.size < _FOLD_FROM_SIZE or any(jax.typeof(leaf).sharding.spec):
-        return jnp.sum(function(leaf))
+def _folded(leaf: chex.Array, function: Callable[[chex.Array], chex.Array]) -> list[chex.Array]:
+    """Flat arrays whose elements add up to the sum of an elementwise function of a leaf."""
+    if leaf.size < _FOLD_FROM_SIZE:
+        return [function(leaf).reshape(-1)]
     # Each row is cut out before the function is applied: its values would be stored otherwise.
     flat = leaf.reshape(-1)
     width = flat.size // _FOLDS
     rows = [function(flat[i * width : (i + 1) * width]) for i in range(_FOLDS)]
     while len(rows) > 1:
         rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
-    # HIGHEST: an accelerator would otherwise multiply in a narrower dtype.
-    ones = jnp.ones((width,), rows[0].dtype)
-    total = jnp.dot(rows[0], ones, precision=jax.lax.Precision.HIGHEST)
     rest = flat[_FOLDS * width :]
-    if rest.size:
-        total += jnp.sum(function(rest))
-    return total
+    return [rows[0], function(rest)] if rest.size else rows
 
 
-def _sum_of_squares(leaf: chex.Array, scale: chex.Array) -> chex.Array:
-    """The sum of (leaf * scale)**2 in the dtype of `scale`: scalar, shape ()."""
-    return _fold_sum(leaf, lambda part: jnp.square(part.astype(scale.dtype) * scale))
+def _sums(
+    leaves: list[chex.Array], *functions: Callable[[chex.Array], chex.Array]
+) -> list[chex.Array]:
+    """Sums of elementwise functions over all elements of all leaves: scalars, shape ()."""
+    sharded = any(any(jax.typeof(leaf).sharding.spec) for leaf in leaves)
+    if jax.default_backend() != "cpu" or sharded:
+        # On an accelerator a reduction is fast, and fuses with what makes its input.
+        return [
+            functools.reduce(jnp.add, [jnp.sum(function(leaf)) for leaf in leaves])
+            for function in functions
+        ]
+    rows = [
+        jnp.concatenate([part for leaf in leaves for part in _folded(leaf, function)])
+        for function in functions
+    ]
+    # One product for all: each costs more to compile than it takes in a step. Without the barrier
+    # XLA would take it apart again.
+    whole = jax.lax.optimization_barrier(jnp.stack(rows))
+    return list(jnp.dot(whole, jnp.ones((whole.shape[1],), whole.dtype)))
 
 
 def all_finite(tree: chex.ArrayTree) -> chex.Array:
     """Whether every element of every floating-point leaf is finite: boolean scalar, shape ()."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree) if jnp.size(leaf)]
-    finite = jnp.asarray(True)
-    for leaf in _joined([leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]):
-        # 0 * x is 0 if x is finite and NaN if not, and a sum is quicker than a conjunction.
-        finite &= jnp.isfinite(_fold_sum(leaf, lambda part: part * 0))
-    return finite
+    leaves = _joined([leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)])
+    if not leaves:
+        return jnp.asarray(True)
+    # 0 * x is 0 if x is finite and NaN if not, and a sum is quicker than a conjunction.
+    wide = moment_dtype(jnp.result_type(*leaves))
+    (total,) = _sums(leaves, lambda part: (part * 0).astype(wide))
+    return jnp.isfinite(total)
 
 
 def scaled_global_norm(tree: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
@@ -205,7 +217,12 @@ def scaled_global_norm(tree: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
         tuple(jnp.asarray(2.0**exponent, dtype) for exponent in exponents)
     )
     at_small, at_large = (
-        jnp.sqrt(sum(_sum_of_squares(leaf, scale) for leaf in leaves)) for scale in (small, large)
+        jnp.sqrt(total)
+        for total in _sums(
+            leaves,
+            lambda part: jnp.square(part.astype(dtype) * small),
+            lambda part: jnp.square(part.astype(dtype) * large),
+        )
     )
     overflows = jnp.isinf(at_small)
     return jnp.where(overflows, at_large, at_small), jnp.where(overflows, large, small)

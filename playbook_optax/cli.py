@@ -33,6 +33,7 @@ from playbook_optax.records.storage import StorageError, read_spec
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
 from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.run import StudyRunner, run_study
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.workload import Workload, WorkloadLike
 from playbook_optax.tuning import PROGRAM, recipe_headline, write_recipe_report
@@ -206,14 +207,17 @@ class Search(_Training):
         folder = self.folder("search")
         num_steps = loaded.num_steps if self.num_steps is None else self.num_steps
         num_steps = _checks.check_count("num_steps", num_steps)
-        runner = StudyRunner(
+        trainer = Trainer(
             loaded.workload,
             functools.partial(_make_optimizer, optimizer),
+            trials_per_block=self.trials_per_block,
+        )
+        runner = StudyRunner(
+            trainer,
             space,
             num_steps=num_steps,
             eval_every=max(1, num_steps // 20) if self.eval_every is None else self.eval_every,
             key=jax.random.key(seed),
-            trials_per_block=self.trials_per_block,
         )
         num_trials = loaded.num_trials if self.num_trials is None else self.num_trials
         # Before the first step: `run` continues a study that was interrupted here.

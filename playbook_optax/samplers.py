@@ -9,6 +9,10 @@ base, of (permuted digit) x (weight of that digit). All sums are kept in 64-bit 
 uint32 words, because integer addition gives the same bits in every order, program and device;
 the only rounding is the last one, to the nearest float32. Consecutive indices share their upper
 digits, so long runs add one row per ``base**k`` points to a table of the lower k digits.
+
+So two paths give the same bits. Few points of a known key are computed in NumPy, because compiling
+a program for them would take longer than all else in a small study; many points, and those of a
+traced key or start, are compiled.
 """
 
 import functools
@@ -35,7 +39,11 @@ _DIGIT_BITS = 48
 _BELOW_ONE = np.float32(1 - 2**-24)
 # Up to so many points are summed digit by digit, more from tables.
 _FEW_POINTS = 512
-_DIMS_AT_ONCE = 8
+# Up to so many coordinates, and Halton dimensions, are computed in NumPy.
+_HOST_VALUES = 2**18
+_HOST_DIMS = 256
+# The generators whose fold_in hashes the last two words of a key with Threefry 2x32.
+_THREEFRY = ("threefry2x32", "rbg")
 
 
 @named_arguments
@@ -90,12 +98,16 @@ def halton(
     num_dims = _check_dims(num_dims)
     check_choice("scramble", scramble, ("owen", "shift", "none"))
     first = _check_start(start, num_points)
-    make = functools.partial(_halton, num_points=num_points, scramble=scramble)
-    if num_points > _FEW_POINTS or is_traced(key) or is_traced(first):
-        return make(key, first, _plan(num_dims))
-    # One compiled program for small spaces of any size: compiling takes longer than the points.
-    padded = -(-num_dims // _DIMS_AT_ONCE) * _DIMS_AT_ONCE
-    return jnp.asarray(np.asarray(make(key, first, _plan(padded)))[:, :num_dims])
+    plan = _plan(num_dims)
+    few = num_points * num_dims <= _HOST_VALUES and num_dims <= _HOST_DIMS
+    if few and not is_traced(first):
+        if scramble == "none":
+            return jax.device_put(_sum_on_host(plan.entry_value, first, plan, num_points))
+        words = _known_words(key)
+        if words is not None:
+            digits = _permuted_on_host(words, plan, scramble)
+            return jax.device_put(_sum_on_host(digits, first, plan, num_points))
+    return _halton(key, first, plan, num_points=num_points, scramble=scramble)
 
 
 @named_arguments
@@ -129,6 +141,11 @@ def uniform(
     num_points = check_count("num_points", num_points)
     num_dims = _check_dims(num_dims)
     first = _check_start(start, num_points)
+    words = _known_words(key) if num_points * num_dims <= _HOST_VALUES else None
+    if words is not None and not is_traced(first):
+        dim_words = _fold_in(words, np.arange(num_dims, dtype=np.uint32))
+        bits = _fold_in(dim_words, _indices(first, num_points)[:, None])[1]
+        return jax.device_put((bits >> 8).astype(np.float32) * np.float32(2**-24))
     return _uniform(key, first, num_points=num_points, num_dims=num_dims)
 
 
@@ -142,8 +159,8 @@ def _check_dims(num_dims: Any) -> int:
     return num_dims
 
 
-def _check_start(start: Any, num_points: int) -> chex.Array:
-    """The first index as a uint32 scalar, checked as far as it is known."""
+def _check_start(start: Any, num_points: int) -> Any:
+    """The first index as a uint32 scalar of NumPy, or traced; checked as far as it is known."""
     fix = "Give the index of the first point as an integer."
     integer = isinstance(start, (int, np.integer)) and not isinstance(start, bool)
     if not integer:
@@ -162,7 +179,7 @@ def _check_start(start: Any, num_points: int) -> chex.Array:
             f"start must be >= 0 and start + num_points <= 2**31, got start = {first} with "
             f"num_points = {num_points}. Use another key for more points."
         )
-    return jnp.asarray(first, jnp.uint32)
+    return np.uint32(first)
 
 
 class _Digits(NamedTuple):
@@ -310,6 +327,67 @@ def _permuted(key: chex.PRNGKey, plan: _Plan, scramble: str) -> chex.Array:
     # A stable sort of random words within each segment: a uniform permutation of its values.
     operands = [jnp.asarray(plan.entry_segment), order, jnp.asarray(plan.entry_value)]
     return jax.lax.sort(operands, num_keys=2)[2]
+
+
+def _known_words(key: chex.PRNGKey) -> tuple[np.ndarray, np.ndarray] | None:
+    """The words that `_fold_in` hashes, shape (1,); None if they are traced or of no use to it."""
+    if is_traced(key):
+        return None
+    # Not a part of the caller's program, where a known key has a traced `key_data`.
+    with jax.ensure_compile_time_eval():
+        if jax.random.key_impl(key) not in _THREEFRY:
+            return None
+        data = jax.device_get(jax.random.key_data(key))
+    # The compiled path says what is wrong with several keys.
+    return (data[-2:-1], data[-1:]) if data.ndim == 1 else None
+
+
+def _fold_in(
+    words: tuple[np.ndarray, np.ndarray], data: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`jax.random.fold_in` of keys and uint32 numbers whose shapes broadcast, in NumPy."""
+    schedule = (*words, words[0] ^ words[1] ^ np.uint32(0x1BD11BDA))
+    a, b = words[0], words[1] + data
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            a = a + b
+            b = a ^ (b << turn | b >> (32 - turn))
+        a = a + schedule[(group + 1) % 3]
+        b = b + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return a, b
+
+
+def _permuted_on_host(
+    words: tuple[np.ndarray, np.ndarray], plan: _Plan, scramble: str
+) -> np.ndarray:
+    """As `_permuted`, in NumPy."""
+    dims = _fold_in(words, np.arange(plan.size.shape[0], dtype=np.uint32))
+    a, b = (word[plan.segment_dim] for word in dims)
+    a, b = _fold_in((a, b), plan.segment_digit.astype(np.uint32))
+    if scramble == "shift":
+        shift = (b % plan.segment_base)[plan.entry_segment]
+        return (plan.entry_value + shift) % plan.segment_base[plan.entry_segment]
+    entry_words = a[plan.entry_segment], b[plan.entry_segment]
+    order = _fold_in(entry_words, plan.entry_value)[1]
+    segment = plan.entry_segment.astype(np.uint64)
+    return plan.entry_value[np.argsort(segment << 32 | order, kind="stable")]
+
+
+def _indices(first: np.uint32, num_points: int) -> np.ndarray:
+    return first + np.arange(num_points, dtype=np.uint32)
+
+
+def _sum_on_host(digits: np.ndarray, first: np.uint32, plan: _Plan, num_points: int) -> np.ndarray:
+    """The points whose digits are replaced by `digits`, in NumPy, which has 64-bit integers."""
+    weight = plan.weight_high.astype(np.uint64) << 32 | plan.weight_low
+    entries = np.append(digits * weight[plan.entry_segment], np.uint64(0))
+    base, first_entry = plan.all_digits
+    rest = np.repeat(_indices(first, num_points)[:, None], len(base), axis=1)
+    total = np.zeros(rest.shape, np.uint64)
+    for entry in first_entry:
+        rest, digit = np.divmod(rest, base)
+        total += entries[entry + digit]
+    return np.minimum(total.astype(np.float32) * np.float32(2**-64), _BELOW_ONE)
 
 
 def _bits(keys: chex.PRNGKey) -> chex.Array:

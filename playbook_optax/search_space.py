@@ -5,13 +5,15 @@ dictionary of arrays, one per name with shape (trial,): data, to be vmapped over
 
 The way from a unit position to a value uses integer arithmetic, exact products and tables where
 `exp` or a multiply-add would do, because the last bit of those depends on the length of the array
-and on what the compiler fuses; a point must not.
+and on what the compiler fuses; a point must not. So NumPy gives the same bits: it computes what is
+known already, and JAX what is traced or on a device.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import chex
@@ -34,10 +36,12 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 _FLOAT_TINY = float(np.finfo(np.float32).tiny)
 _INT_MIN, _INT_MAX = -(2**31), 2**31 - 1
 _FLOAT_SCALES = ("linear", "log", "reverse_log")
-# So many points are sampled at least.
-_PADDED_COUNTS = (64, 512)
 _INTEGER_SCALES = ("linear", "log")
-_UNIT_MAX = np.float32(1 - 2**-24)
+# Positions below this count as 0: with smaller ones the results would depend on whether a device
+# flushes subnormal numbers to 0. Samplers give none.
+_UNIT_TINY = np.float32(2**-48)
+# Up to so many known coordinates become values in NumPy.
+_HOST_VALUES = 2**20
 
 
 def _static_number(name: str, value: Any, fix: str) -> None:
@@ -114,18 +118,23 @@ class Float:
 
     def from_unit(self, unit: chex.Array) -> chex.Array:
         """Values at positions in [0, 1]: float32, the shape of `unit`, rising with `unit`."""
-        unit = jnp.asarray(unit, jnp.float32)
+        return _values(self, unit)
+
+    def _values(self, unit: Any, xp: ModuleType) -> Any:
         if self.scale == "linear":
             # In units of a power of two, where no product of parts is too small for float32.
             size = self._size()
-            value = np.float32(self.low / size) + _product(unit, (self.high - self.low) / size)
-            value = value * np.float32(size)
+            low = self.low / size if abs(self.low / size) >= _FLOAT_TINY else 0.0
+            unit = xp.where(unit < _UNIT_TINY, np.float32(0), unit)
+            value = np.float32(low) + _product(unit, (self.high - self.low) / size)
+            flushed = abs(value) < np.float32(_FLOAT_TINY / size)
+            value = xp.where(flushed, np.float32(0), value) * np.float32(size)
         elif self.scale == "log":
-            value = _exp2_between(unit, math.log2(self.low), math.log2(self.high))
+            value = _exp2_between(unit, math.log2(self.low), math.log2(self.high), xp)
         else:
             ends = math.log2(1 - self.low), math.log2(1 - self.high)
-            value = 1 - _exp2_between(unit, *ends)
-        return jnp.clip(value, *_float32_inside(self.low, self.high))
+            value = 1 - _exp2_between(unit, *ends, xp)
+        return xp.clip(value, *_float32_inside(self.low, self.high))
 
     def to_unit(self, value: chex.Array) -> chex.Array:
         """Positions in [0, 1] of values: float32, the shape of `value`; inverse of `from_unit`."""
@@ -232,16 +241,18 @@ class Integer:
 
     def from_unit(self, unit: chex.Array) -> chex.Array:
         """Values at positions in [0, 1]: int32, the shape of `unit`, rising with `unit`."""
+        return _values(self, unit)
+
+    def _values(self, unit: Any, xp: ModuleType) -> Any:
         if self.scale == "linear":
             # Modulo 2**32, so that a wide range with a negative low comes out right as well.
-            return (_share(unit, self.high - self.low + 1) + np.uint32(self.low % 2**32)).astype(
-                jnp.int32
-            )
-        real = _exp2_between(jnp.asarray(unit, jnp.float32), *self._log_ends())
-        nearest_value = jnp.clip(jnp.floor(real + 0.5), *_float32_inside(self.low, self.high))
-        whole = nearest_value.astype(jnp.int32)
+            share = _share(unit, self.high - self.low + 1, xp)
+            return (share + np.uint32(self.low % 2**32)).astype(np.int32)
+        real = _exp2_between(unit, *self._log_ends(), xp)
+        nearest_value = xp.clip(xp.floor(real + 0.5), *_float32_inside(self.low, self.high))
+        whole = nearest_value.astype(np.int32)
         if self.include_zero:
-            whole = jnp.where(real < np.float32(self.low - 0.5), 0, whole)
+            whole = xp.where(real < np.float32(self.low - 0.5), np.int32(0), whole)
         return whole
 
     def to_unit(self, value: chex.Array) -> chex.Array:
@@ -395,8 +406,11 @@ class Categorical:
 
     def from_unit(self, unit: chex.Array) -> chex.Array:
         """Numbers or indices at positions in [0, 1]: equal shares, the shape of `unit`."""
-        index = _share(unit, len(self.values)).astype(jnp.int32)
-        return jnp.asarray(self._codes())[index]
+        return _values(self, unit)
+
+    def _values(self, unit: Any, xp: ModuleType) -> Any:
+        index = _share(unit, len(self.values), xp).astype(np.int32)
+        return xp.asarray(self._codes())[index]
 
     def to_unit(self, value: chex.Array) -> chex.Array:
         """The centre of the share of the choice nearest to each value: float32."""
@@ -567,7 +581,7 @@ class SearchSpace(Mapping[str, Parameter]):
 
         Raises:
           ValueError: `num_trials` is not a positive integer, an index would reach 2**31, or the
-            sampler is not callable or returns another shape.
+            sampler is not callable, returns another shape or a known position outside [0, 1].
         """
         fix = "Ask for at least one trial."
         num_trials = check_count("num_trials", num_trials, fix=fix)
@@ -575,21 +589,15 @@ class SearchSpace(Mapping[str, Parameter]):
             raise ArgumentTypeError(
                 f"sampler must be a function such as samplers.halton, got {sampler!r}."
             )
-        count = num_trials
-        known = isinstance(start, (int, np.integer)) and not is_traced(key)
-        if known and sampler in (samplers.halton, samplers.uniform):
-            # A point does not depend on their number, so one compiled program serves many numbers.
-            count = next((c for c in _PADDED_COUNTS if c >= num_trials), num_trials)
-            count = count if start + count <= 2**31 else num_trials
-        unit = sampler(key, count, len(self), start=start)
-        if np.shape(unit) != (count, len(self)):
+        unit = sampler(key, num_trials, len(self), start=start)
+        shape = (num_trials, len(self))
+        if np.shape(unit) != shape:
             raise ValueError(
-                f"sampler {sampler!r} must return shape {(count, len(self))}, got {np.shape(unit)}."
+                f"sampler {sampler!r} must return shape {shape}, got {np.shape(unit)}."
             )
-        points = self.from_unit(unit)
-        if count == num_trials:
-            return points
-        return {name: jnp.asarray(np.asarray(v)[:num_trials]) for name, v in points.items()}
+        if isinstance(unit, jax.Array) and not is_traced(unit) and unit.size <= _HOST_VALUES:
+            unit = jax.device_get(unit)
+        return self.from_unit(unit)
 
     @named_arguments
     def grid(self, num_per_dimension: int | Mapping[str, int]) -> dict[str, chex.Array]:
@@ -658,12 +666,13 @@ class SearchSpace(Mapping[str, Parameter]):
                 f"unit must have shape (..., {len(self)}), one column per parameter, got "
                 f"{np.shape(unit)}."
             )
-        if isinstance(unit, (np.ndarray, list, tuple)):
-            host = np.asarray(unit)
-            bad = host[~((host >= 0) & (host <= 1))]
-            if bad.size:
-                raise ValueError(f"unit must lie in [0, 1], got {bad[0]!r}. Scale it first.")
-        return _from_unit(self, jnp.asarray(unit, jnp.float32))
+        if isinstance(unit, jax.Array):
+            return _from_unit(self, unit)
+        host = np.asarray(unit)
+        bad = host[~((host >= 0) & (host <= 1))]
+        if bad.size:
+            raise ValueError(f"unit must lie in [0, 1], got {bad[0]!r}. Scale it first.")
+        return {name: p.from_unit(host[..., j]) for j, (name, p) in enumerate(self.items())}
 
     def to_unit(self, points: Mapping[str, chex.Array]) -> chex.Array:
         """Positions of points in the unit cube, the inverse of `from_unit`.
@@ -811,7 +820,8 @@ def _float32_inside(low: float, high: float) -> tuple[np.float32, np.float32]:
         first = tiny if first > 0 else np.float32(0)
     if 0 < abs(last) < tiny:
         last = -tiny if last < 0 else np.float32(0)
-    return first, last
+    # Adding 0 turns -0 into 0: which of the two a device clips to is its own affair.
+    return first + np.float32(0), last + np.float32(0)
 
 
 # One program per space and shape, so that a call from Python does not run operation by operation.
@@ -820,14 +830,21 @@ def _from_unit(space: SearchSpace, unit: chex.Array) -> dict[str, chex.Array]:
     return {name: p.from_unit(unit[..., j]) for j, (name, p) in enumerate(space.items())}
 
 
-def _product(unit: chex.Array, factor: float) -> chex.Array:
+def _values(parameter: Parameter, unit: Any) -> chex.Array:
+    """Values at positions: by JAX at arrays of JAX, else in NumPy, which compiles nothing."""
+    if isinstance(unit, jax.Array):
+        return parameter._values(unit.astype(jnp.float32), jnp)
+    # A rounding above the largest float32 is clipped, and a NumPy scalar may wrap as arrays do.
+    with np.errstate(over="ignore"):
+        return jax.device_put(parameter._values(np.asarray(unit, np.float32), np))
+
+
+def _product(unit: Any, factor: float) -> Any:
     """Multiplies, with the same bits whether or not the compiler fuses multiply and add.
 
     Both are cut into halves of 12 bits: products of halves are exact, so fusing changes nothing.
     """
-    top = jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(unit, jnp.uint32) & np.uint32(0xFFFFF000), jnp.float32
-    )
+    top = (unit.view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
     rest = unit - top
     factor_top = (np.float32(factor).view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
     factor_rest = np.float32(factor - float(factor_top))
@@ -836,14 +853,15 @@ def _product(unit: chex.Array, factor: float) -> chex.Array:
     return top * factor_top + small
 
 
-def _words(unit: chex.Array) -> chex.Array:
+def _words(unit: Any, xp: ModuleType) -> Any:
     """Positions as uint32 multiples of 2**-32, rounded down; 1 is the largest of them."""
-    unit = jnp.asarray(unit, jnp.float32)
-    words = (jnp.clip(unit, 0, _UNIT_MAX) * np.float32(2**32)).astype(jnp.uint32)
-    return jnp.where(unit < 1, words, np.uint32(0xFFFFFFFF))
+    below = unit < 1
+    inside = xp.where(below, xp.maximum(unit, np.float32(0)), np.float32(0))
+    words = (inside * np.float32(2**32)).astype(np.uint32)
+    return xp.where(below, words, np.uint32(0xFFFFFFFF))
 
 
-def _mul(a: chex.Array, b: chex.Array) -> tuple[chex.Array, chex.Array]:
+def _mul(a: Any, b: Any) -> tuple[Any, Any]:
     """The high and the low word of the product of two uint32."""
     a_low, a_high, b_low, b_high = a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16
     middle = a_high * b_low + ((a_low * b_low) >> 16)
@@ -851,12 +869,12 @@ def _mul(a: chex.Array, b: chex.Array) -> tuple[chex.Array, chex.Array]:
     return a_high * b_high + (middle >> 16) + (other >> 16), a * b
 
 
-def _share(unit: chex.Array, count: int) -> chex.Array:
+def _share(unit: Any, count: int, xp: ModuleType) -> Any:
     """Which of `count` equal shares of [0, 1] a position is in: uint32, exact."""
-    return _mul(_words(unit), jnp.uint32(count))[0]
+    return _mul(_words(unit, xp), np.uint32(count))[0]
 
 
-def _exp2_between(unit: chex.Array, low: float, high: float) -> chex.Array:
+def _exp2_between(unit: Any, low: float, high: float, xp: ModuleType) -> Any:
     """2 ** (low + unit * (high - low)) in float32, to about 1 ulp; |low|, |high| below 128.
 
     The exponent is a 64-bit fixed-point number, 8 bits of whole part and 56 of fraction, of which
@@ -865,23 +883,23 @@ def _exp2_between(unit: chex.Array, low: float, high: float) -> chex.Array:
     """
     falling = high < low
     span, offset = round(abs(high - low) * 2**24), round((low + 128) * 2**56) + 2**31
-    step_high, step_low = _mul(_words(unit), jnp.uint32(span))
+    step_high, step_low = _mul(_words(unit, xp), np.uint32(span))
     start_high, start_low = np.uint32(offset >> 32), np.uint32(offset & 0xFFFFFFFF)
     if falling:
-        word = start_high - step_high - (start_low < step_low).astype(jnp.uint32)
+        word = start_high - step_high - (start_low < step_low).astype(np.uint32)
     else:
         total_low = start_low + step_low
-        word = start_high + step_high + (total_low < step_low).astype(jnp.uint32)
+        word = start_high + step_high + (total_low < step_low).astype(np.uint32)
     tables = [np.round(2.0 ** (31 + np.arange(256) / 256**n)).astype(np.uint32) for n in (1, 2, 3)]
     parts = [
-        jnp.asarray(table)[(word >> shift) & 0xFF]
+        xp.asarray(table)[(word >> shift) & 0xFF]
         for table, shift in zip(tables, (16, 8, 0), strict=True)
     ]
     # Each product drops one of the 31 bits of fraction: 2**30 stands for 1, then 2**29.
-    power = _mul(_mul(parts[0], parts[1])[0], parts[2])[0].astype(jnp.float32)
-    whole = (word >> 24).astype(jnp.int32) - 128
-    exponent = jnp.clip(whole + 127, 0, 254)
-    scale = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    power = _mul(_mul(parts[0], parts[1])[0], parts[2])[0].astype(np.float32)
+    whole = (word >> 24).astype(np.int32) - 128
+    exponent = xp.clip(whole + 127, 0, 254)
+    scale = (exponent << 23).view(np.float32)
     return power * np.float32(2**-29) * scale
 
 

@@ -1,6 +1,7 @@
 """`tune`: an untuned workload goes in, a tuned recipe comes out, with a page of its evidence."""
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ from playbook_optax.procedures import tune as parts
 from playbook_optax.procedures.tune import Chapter, Recipe, find_recipe
 from playbook_optax.records.study import Study
 from playbook_optax.report import Decision, Figure, Pictures, Table, shown_number, shown_point
+from playbook_optax.runner.trainer import HOW, Trainer
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
+from playbook_optax.trials.stepper import MakeOptimizer, MakeSchedule
 from playbook_optax.trials.workload import WorkloadLike, resolve
 
 PROGRAM = "recipe.py"
@@ -32,9 +34,9 @@ _TITLES = {
 }
 
 
-@_checks.named_arguments
+@functools.partial(_checks.named_arguments, more=HOW)
 def tune(
-    workload: WorkloadLike,
+    workload: WorkloadLike | Trainer,
     make_optimizer: MakeOptimizer | str | None = None,
     space: SearchSpace | None = None,
     make_schedule: MakeSchedule | None = None,
@@ -44,8 +46,7 @@ def tune(
     key: chex.PRNGKey,
     directory: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
-    trials_per_block: int | str | None = None,
-    progress: bool = True,
+    **how: Any,
 ) -> Recipe:
     """Tunes a workload by the playbook, from the first learning rate to a program to keep.
 
@@ -61,8 +62,9 @@ def tune(
     The same key and versions give the same recipe bit for bit.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one. Test data, if it has any,
-        are not touched; `Recipe.final_evaluate` reads them.
+      workload: a `Workload`, or a function of the point that gives one; or a `Trainer`, which says
+        optimizer and schedule as well. Test data, if it has any, are not touched;
+        `Recipe.final_evaluate` reads them.
       make_optimizer: name of one of our optimizers (``"adam"`` if None), or
         ``make_optimizer(point)`` for any Optax transformation, with a `space`.
       space: the search space; that of `optimizer_search_space` for an optimizer by name if None.
@@ -76,8 +78,7 @@ def tune(
       overrides: decisions that you take yourself, by name: ``learning_rate_range`` (a pair),
         ``num_steps``, ``warmup_steps``, ``max_norm``, ``space`` (of round 1), ``next_space`` (of
         round 2), ``point`` (nothing is searched, only trained).
-      trials_per_block: as in `run_study`.
-      progress: on a terminal, show which chapter is running, and progress bars.
+      **how: any other attribute of `Trainer`, such as ``trials_per_block`` or ``progress``.
 
     Returns:
       The `Recipe`. Its point is None where every trial was infeasible; a Finding says what to do.
@@ -108,8 +109,7 @@ def tune(
         key=key,
         directory=directory,
         overrides=overrides,
-        trials_per_block=trials_per_block,
-        progress=progress,
+        **how,
     )
     if directory is None:
         return recipe

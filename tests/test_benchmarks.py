@@ -1,4 +1,4 @@
-"""The arithmetic of the speed suite, and that its contenders train the same trials."""
+"""The arithmetic of the benchmarks of speed, and that their contenders train the same trials."""
 
 import dataclasses
 import itertools
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import playbook_optax as pbx
+from benchmarks.first_answer import __main__ as first_answer
+from benchmarks.first_answer import rows, sides
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import contenders, features, roofline, suite, table, worker, workloads
 
@@ -264,3 +266,136 @@ def translated(name, params):
             found[f"layers.{i}.norm_{kind}.weight"] = norm["scale"]
             found[f"layers.{i}.norm_{kind}.bias"] = norm["bias"]
     return found
+
+
+def played(value, above, below):
+    seconds = {
+        "second": {"cpu": above, "wall": 2 * above},
+        "first": {"cpu": below, "wall": below},
+    }
+    return rows.Round(value, seconds, {"fact": value})
+
+
+def test_a_row_is_the_median_of_its_rounds_and_its_target_has_a_direction():
+    found = rows.result(rows.ROWS["again"], [played(0.2, 2, 10), played(0.04, 1, 25)])
+    assert found == {
+        "of": "cpu",
+        "target": "<= 0.05",
+        "ratio": 0.12,
+        "min": 0.04,
+        "max": 0.2,
+        "holds": False,
+        "num_rounds": 2,
+        "seconds": {"second": {"cpu": 1.5, "wall": 3.0}, "first": {"cpu": 17.5, "wall": 17.5}},
+        "fact": 0.04,
+    }
+    long = rows.result(rows.ROWS["long_mlp"], [played(4.5, 9, 2)])
+    assert long["target"] == ">= 4.5"
+    assert long["holds"]
+    assert not rows.ROWS["long_mlp"].holds(4.4)
+    assert rows.markdown({"long_mlp": long, "again": found}).splitlines() == [
+        "| row | ratio | target | holds |",
+        "| --- | --- | --- | --- |",
+        "| again (cpu) | 0.12 (0.04–0.2) | <= 0.05 | no |",
+        "| long_mlp (wall) | 4.5 | >= 4.5 | yes |",
+    ]
+
+
+def test_sides_take_turns_and_their_ratio_is_the_first_over_the_second():
+    called = []
+
+    def side(name):
+        return lambda: called.append(name) or name
+
+    for number in range(3):
+        assert rows.in_turns(number, side("a"), side("b")) == ["a", "b"]
+    assert called == ["a", "b", "b", "a", "a", "b"]
+    seconds = played(0, 3.0, 4.0).seconds
+    assert (rows.ratio("cpu", seconds), rows.ratio("wall", seconds)) == (0.75, 1.5)
+
+
+def test_a_side_that_fails_is_told_with_its_error():
+    with pytest.raises(RuntimeError, match=r"(?s)failed in its process.*is unknown"):
+        rows.child("calls", change="nothing", num_trials=1, num_steps=1)
+
+
+def test_first_answer_names_what_it_does_not_know_and_what_it_leaves_out(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        first_answer.main(["--rows", "agian"])
+    assert "['agian'] unknown; known: again, other_num_steps" in capsys.readouterr().err
+    monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: None)
+    assert set(rows.ROWS) - set(rows.available(False)) == {"tune", "tune_transformer"}
+    monkeypatch.setattr(rows.importlib.util, "find_spec", lambda name: name)
+    assert set(rows.ROWS) - set(rows.available(True)) == {"tune_transformer"}
+    called = []
+    monkeypatch.setattr(rows, "run", lambda *args: called.append(args))
+    first_answer.main(["--quick", "--rows", "tune_transformer,again"])
+    assert called == [(("again",), 1, True, None)]
+    assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments"),
+    [
+        ("again", set()),
+        ("other_num_steps", {"num_steps"}),
+        ("other_num_trials", {"num_trials"}),
+        ("other_num_seeds", {"num_seeds"}),
+        ("other_range", {"points"}),
+        ("equal_optimizer", {"make_optimizer", "make_schedule"}),
+    ],
+)
+def test_a_second_call_differs_in_what_the_row_says(change, arguments):
+    study = sides._study(24, 200)
+    other = sides._changed(change, study)
+    assert {name for name in other if other[name] is not study.get(name)} == arguments
+    assert list(other["points"]) == ["learning_rate", "b1", "eps", "b2"]
+    assert (study["eval_every"], other["eval_every"]) == (10, 10)
+    if change == "other_range":
+        assert other["points"]["learning_rate"] != study["points"]["learning_rate"]
+    if change == "equal_optimizer":
+        assert all(other[name].__code__ is study[name].__code__ for name in arguments)
+
+
+@pytest.mark.slow
+def test_the_scan_people_write_trains_the_trial_that_a_study_trains():
+    fixed, num_steps = jax.random.key(0), 40
+    real = sides._study(1, num_steps)
+    # A study folds its key before it hands it on; here nothing hangs on that.
+    work = dataclasses.replace(
+        real["workload"],
+        init=lambda key: real["workload"].init(fixed),
+        batch=lambda data, key, step: real["workload"].batch(data, fixed, step),
+    )
+    # Where eps stands, ours and Optax's Adam differ.
+    point = {"learning_rate": 0.01, "b1": 0.8, "eps": 1e-12, "b2": 0.99}
+    point = {name: jnp.float32(value) for name, value in point.items()}
+    train = pbx.make_train(
+        work, real["make_optimizer"], num_steps, 2, make_schedule=real["make_schedule"]
+    )
+    want = jax.jit(train)(point, fixed, work.data).metrics
+    got, losses = jax.jit(sides.trial(work, num_steps))(point, fixed, work.data)
+    assert {len(values) for values in got.values()} == {sides.EVALS + 1}
+    for name in got:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(losses, want["step/loss"][1:], rtol=1e-3, atol=1e-4)
+    # And the trial has learned.
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.slow
+def test_first_answer_stores_rows_beside_those_of_other_runs(tmp_path, capsys):
+    path = tmp_path / "found.json"
+    chosen = [name for name in ("again", "tune", "long_mlp") if name in rows.available(True)]
+    for name in chosen:
+        first_answer.main(["--quick", "--rows", name, "--out", str(path)])
+    stored = json.loads(path.read_text())
+    assert list(stored["results"]) == chosen
+    assert stored["devices"] == suite.num_cores()
+    for found in stored["results"].values():
+        assert found["quick"]
+        above, below = (cost[found["of"]] for cost in found["seconds"].values())
+        assert found["ratio"] == pytest.approx(above / below, rel=1e-3)
+    # Nothing was taken from a cache of compiled programs: the tests have one.
+    assert stored["results"]["again"]["seconds"]["first"]["cpu"] > 0.5
+    assert "| again (cpu) |" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Halton and uniform points: closed forms, exactness, identity of points, discrepancy, golden."""
 
+import functools
 import json
 import pathlib
 from fractions import Fraction
@@ -48,9 +49,25 @@ def same(a, b):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def compiled(sampler):
+    """The sampler on its compiled path, which a traced start takes."""
+
+    def sample(key, num_points, num_dims, start=0, **kwargs):
+        run = jax.jit(lambda key, start: sampler(key, num_points, num_dims, start=start, **kwargs))
+        return run(key, jnp.uint32(start))
+
+    return sample
+
+
+BOTH_PATHS = pytest.mark.parametrize(
+    "halton", [samplers.halton, compiled(samplers.halton)], ids=["host", "compiled"]
+)
+
+
+@BOTH_PATHS
 @pytest.mark.parametrize("num_points", [100, 3000])
-def test_unscrambled_equals_scipy_to_the_bit(num_points):
-    ours = samplers.halton(KEY, num_points, 16, scramble="none")
+def test_unscrambled_equals_scipy_to_the_bit(halton, num_points):
+    ours = halton(KEY, num_points, 16, scramble="none")
     theirs = qmc.Halton(16, scramble=False).random(num_points)
     assert ours.dtype == jnp.float32
     same(ours, theirs.astype(np.float32))
@@ -64,9 +81,10 @@ def test_unscrambled_is_exact_for_every_index(start):
         same(points[:, j], np.array(want))
 
 
-def test_long_runs_are_exact_up_to_the_last_index():
+@BOTH_PATHS
+def test_long_runs_are_exact_up_to_the_last_index(halton):
     start = 2**31 - 2000
-    points = np.asarray(samplers.halton(KEY, 2000, 3, start=start, scramble="none"))
+    points = np.asarray(halton(KEY, 2000, 3, start=start, scramble="none"))
     for j, base in enumerate([2, 3, 5]):
         want = [nearest_float32_below_one(radical_inverse(start + i, base)) for i in range(2000)]
         same(points[:, j], np.array(want))
@@ -147,7 +165,7 @@ def test_largest_values_stay_below_one(sampler):
 @ALL
 @given(data=st.data())
 def test_point_depends_on_key_index_and_dimension_alone(sampler, data):
-    whole = np.asarray(sampler(KEY, 1500, 6))
+    whole = np.asarray(compiled(sampler)(KEY, 1500, 6))
     num = data.draw(st.sampled_from([1, 1400]))
     dims = data.draw(st.sampled_from([3, 6]))
     start = data.draw(st.integers(0, 1500 - num))
@@ -157,7 +175,7 @@ def test_point_depends_on_key_index_and_dimension_alone(sampler, data):
 @ALL
 def test_added_dimensions_change_nothing_whatever_the_table(sampler):
     # Above 31 dimensions the tables of a long run have another size.
-    same(sampler(KEY, 600, 33)[:, :6], sampler(KEY, 1500, 6)[:600])
+    same(compiled(sampler)(KEY, 600, 33)[:, :6], compiled(sampler)(KEY, 1500, 6)[:600])
 
 
 @pytest.mark.parametrize(
@@ -187,14 +205,70 @@ def test_one_trace_for_all_starts(sampler):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("function", [samplers._halton, samplers._uniform])
-def test_eager_starts_share_one_program(function):
-    sampler = samplers.halton if function is samplers._halton else samplers.uniform
-    sampler(KEY, 64, 3)
-    before = function._cache_size()
-    sampler(KEY, 64, 3, start=5)
-    sampler(KEY, 64, 3, start=jnp.int32(9))
-    assert function._cache_size() == before
+@ALL
+@pytest.mark.parametrize(
+    ("num_points", "num_dims"),
+    [(64, 12), (1000, 12), pytest.param(64, 100, marks=pytest.mark.slow)],
+)
+def test_numpy_and_the_compiled_path_give_the_same_bits(sampler, num_points, num_dims):
+    run = jax.jit(lambda key, start: sampler(key, num_points, num_dims, start=start))
+    for key, start in [(KEY, 0), (KEY, 54321), (jax.random.key(2**32 - 1), 2**31 - num_points)]:
+        want = run(key, start)
+        for num in {1, 7, num_points}:
+            for dims in {*range(1, 13), num_dims}:
+                same(sampler(key, num, dims, start=start), want[:num, :dims])
+
+
+@ALL
+@given(words=st.tuples(*2 * [st.integers(0, 2**32 - 1)]), start=st.integers(0, 2**31 - 8))
+def test_any_key_and_start_give_the_same_bits(sampler, words, start):
+    key = jax.random.wrap_key_data(np.array(words, np.uint32), impl="threefry2x32")
+    same(sampler(key, 8, 3, start=start), _any_key(sampler)(key, start))
+
+
+@functools.cache
+def _any_key(sampler):
+    return jax.jit(lambda key, start: sampler(key, 8, 3, start=start))
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("sampler", [samplers.halton, samplers.uniform])
+def test_another_generator_gives_the_same_bits(sampler, impl):
+    key = jax.random.key(5, impl=impl)
+    want = compiled(sampler)(key, 16, 2)
+    same(sampler(key, 16, 2), want)
+    with jax.default_prng_impl(impl):
+        same(sampler(jax.random.key_data(key), 16, 2), want)
+
+
+@pytest.mark.parametrize("partitionable", [False, True])
+def test_points_do_not_depend_on_how_threefry_is_partitioned(partitionable):
+    want = samplers.halton(KEY, 16, 2)
+    with jax.threefry_partitionable(partitionable):
+        same(samplers.halton(KEY, 16, 2), want)
+        same(compiled(samplers.halton)(KEY, 16, 2), want)
+
+
+@ALL
+def test_a_known_key_inside_a_program_gives_the_same_bits(sampler):
+    same(jax.jit(lambda scale: sampler(KEY, 64, 3) * scale)(1.0), sampler(KEY, 64, 3))
+
+
+@pytest.mark.parametrize("num_dims", [256, 257])
+def test_both_sides_of_the_largest_number_of_dimensions_computed_in_numpy(num_dims):
+    points = np.asarray(samplers.halton(KEY, 8, num_dims))
+    same(points[:, :12], samplers.halton(KEY, 8, 12))
+    assert len(np.unique(points[:, 200:])) > 8 * 50
+
+
+def test_no_key_is_needed_without_randomness():
+    same(samplers.halton(None, 4, 2, scramble="none"), samplers.halton(KEY, 4, 2, scramble="none"))
+
+
+@pytest.mark.parametrize("sampler", [samplers.halton, samplers.uniform])
+def test_several_keys_at_once_are_refused(sampler):
+    with pytest.raises(ValueError, match="single key"):
+        sampler(keys(3), 4, 2)
 
 
 @ALL
@@ -285,18 +359,6 @@ def test_bad_arguments_say_what_to_do(sampler, arguments, match):
 def test_unknown_scramble_names_the_nearest():
     with pytest.raises(ValueError, match="scramble = 'own' is unknown: did you mean 'owen'"):
         samplers.halton(KEY, 4, 2, scramble="own")
-
-
-@pytest.mark.parametrize("num_dims", [1, 3, 8, 9])
-def test_small_spaces_share_one_program(num_dims):
-    samplers.halton(KEY, 64, 8)
-    samplers.halton(KEY, 64, 16)
-    before = samplers._halton._cache_size()
-    points = samplers.halton(KEY, 64, num_dims, start=5)
-    assert samplers._halton._cache_size() == before
-    alone = jax.jit(lambda key: samplers.halton(key, 64, num_dims, start=5))(KEY)
-    np.testing.assert_array_equal(points, alone)
-    assert points.shape == (64, num_dims)
 
 
 if __name__ == "__main__":

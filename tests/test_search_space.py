@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,10 +105,7 @@ def test_float_bounds_hold_for_any_range(low, width, scale, unit):
     high = low + width * max(1.0, abs(low))
     if scale == "reverse_log":
         low, high = 1 - (1e-9 + width * (1 + abs(low) / 1e30)), 1 - 1e-9
-    parameter = Float(low, high, scale)
-    # Eagerly: the program of this range would be used once.
-    with jax.disable_jit():
-        value = float(parameter.from_unit(np.float32(unit)))
+    value = float(Float(low, high, scale).from_unit(np.float32(unit)))
     assert low <= value <= high
 
 
@@ -127,7 +125,9 @@ def test_numbers_that_devices_flush_to_zero_are_left_out():
 
 
 def test_unit_interval_is_the_identity():
-    np.testing.assert_array_equal(np.asarray(Float(0, 1).from_unit(UNIT)), UNIT)
+    # Below 2**-48 a position counts as 0.
+    want = np.where(UNIT < 2.0**-48, 0, UNIT)
+    np.testing.assert_array_equal(np.asarray(Float(0, 1).from_unit(UNIT)), want)
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, 8), (-3, 3), (0, 2**31 - 1), (-(2**31), 2**31 - 2)])
@@ -435,17 +435,116 @@ def test_faults_name_argument_value_and_fix(make, match):
         make()
 
 
-def test_any_few_points_are_one_program_and_the_same_bits():
+EDGES = np.array(
+    [
+        *(0, 1, 0.5, np.nextafter(np.float32(0), np.float32(1)), 1e-40, np.finfo(np.float32).tiny),
+        *(1e-30, 2**-49, np.nextafter(np.float32(2**-48), np.float32(0)), 2**-48, 2**-33, 2**-32),
+        *(2**-24, 0.1, 1 / 3, 1 - 2**-23, 1 - 2**-24),
+    ],
+    np.float32,
+)
+
+
+def same_bits(a, b):
+    assert isinstance(a, jax.Array)
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+
+
+@st.composite
+def parameters(draw):
+    kind = draw(st.sampled_from(["linear", "log", "reverse_log", "integer", "log_integer", "list"]))
+    if kind == "list":
+        numbers = st.integers(-(2**31), 2**31 - 1) | st.floats(-1e30, 1e30)
+        return Categorical(draw(st.lists(numbers, min_size=1, max_size=9, unique_by=np.float32)))
+    if kind in ("integer", "log_integer"):
+        low = draw(st.integers(1 if kind == "log_integer" else -(2**31), 2**31 - 3))
+        high = draw(st.integers(low + 1, 2**31 - 2))
+        if kind == "integer":
+            return Integer(low, high)
+        return Integer(low, high, "log", include_zero=draw(st.booleans()))
+    lowest, highest = {
+        "linear": (-1.7e38, 1.7e38),
+        "log": (float(np.finfo(np.float32).tiny), 3.4e38),
+        "reverse_log": (-1e30, 1 - 2**-24),
+    }[kind]
+    ends = st.floats(lowest, highest)
+    low, high = sorted(draw(st.lists(ends, min_size=2, max_size=2, unique=True)))
+    try:
+        return Float(low, high, kind)
+    except ValueError:  # No float32 is between them.
+        hypothesis.reject()
+
+
+@hypothesis.settings(max_examples=150)
+@given(
+    parameter=parameters(),
+    drawn=st.lists(st.floats(0, 1, width=32), min_size=15, max_size=15),
+)
+def test_numpy_and_jax_give_the_same_bits(parameter, drawn):
+    unit = np.concatenate([EDGES, np.array(drawn, np.float32)])
+    # Eagerly: the program of this range would be used once.
+    same_bits(parameter.from_unit(unit), parameter.from_unit(jnp.asarray(unit)))
+    same_bits(parameter.from_unit(float(unit[-1])), parameter.from_unit(jnp.asarray(unit[-1])))
+
+
+ODD = [
+    Float(0.0, 1e-36),
+    Float(-1e-37, 1e12),
+    Float(1e-37, 1e12),
+    Float(-0.0, 1.0),
+    Float(-1.0, -0.0),
+    Float(0.0, 1e-40),
+    Float(0.0, 1.5 + 2**-40),
+    Float(1e38, 3.4028234e38),
+]
+INTEGERS = [Integer(-(2**31), 2**31 - 2), Integer(1, 2**31 - 1, "log"), Integer(1, 3, "log", True)]
+
+
+@pytest.mark.parametrize("parameter", [*FLOATS, *ODD, *INTEGERS, *SPACE.values()], ids=repr)
+def test_numpy_and_a_program_give_the_same_bits(parameter):
+    unit = np.concatenate([EDGES, UNIT])
+    same_bits(parameter.from_unit(unit), jax.jit(parameter.from_unit)(unit))
+
+
+def test_a_space_maps_host_and_device_positions_alike():
+    unit = np.random.default_rng(1).random((5, len(SPACE))).astype(np.float32)
+    want = SPACE.from_unit(jnp.asarray(unit))
+    same(SPACE.from_unit(unit), want)
+    same(SPACE.from_unit(unit.tolist()), want)
+    assert all(isinstance(values, jax.Array) for values in SPACE.from_unit(unit).values())
+
+
+@pytest.fixture
+def compilations():
+    """The events of tracing, lowering and compiling since the fixture."""
+    events = []
+
+    def listen(event, _duration, **_):
+        if event.startswith("/jax/core/compile"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("sampler", [samplers.halton, samplers.uniform])
+def test_points_of_a_new_space_compile_nothing(sampler, compilations):
+    key, raw, start = jax.random.key(9), jax.random.PRNGKey(9), jnp.int32(5)
+    space = SearchSpace({f"{name} {sampler.__name__}": p for name, p in SPACE.items()})
+    compilations.clear()
+    points = space.sample(key, 77, sampler=sampler)
+    later = space.sample(raw, 72, start=start, sampler=sampler)
+    space.from_unit(np.zeros((3, len(space))))
+    assert not compilations
+    same(later, {name: values[5:] for name, values in points.items()})
+    program = jax.jit(lambda key: space.sample(key, 77, sampler=sampler))
+    same(program(key), points)
+    assert "/jax/core/compile/backend_compile_duration" in compilations
+
+
+def test_the_last_index_of_all():
     space = SearchSpace({"a": Float(1e-4, 1.0, scale="log"), "b": Integer(1, 9)})
-    space.sample(KEY, 64)
-    before = samplers._halton._cache_size()
-    for num, start in ((7, 3), (5, 2**31 - 64)):
-        points = space.sample(KEY, num, start=start)
-        alone = jax.jit(lambda key, num=num, start=start: space.sample(key, num, start=start))(KEY)
-        for name, values in points.items():
-            assert values.shape == (num,)
-            np.testing.assert_array_equal(values, alone[name])
-    assert samplers._halton._cache_size() == before
-    # No room to pad at the last index of all.
     last = space.sample(KEY, 2, start=2**31 - 2)
     np.testing.assert_array_equal(space.sample(KEY, 1, start=2**31 - 2)["a"], last["a"][:1])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import playbook_optax as pbx
 from benchmarks.speed import workloads
 from playbook_optax.runner.run import StudyRunner
 
@@ -67,7 +68,7 @@ class Study:
       num_trials: trials of the study.
       num_steps: steps of each.
       num_evals: evaluations of each after the one before its first step.
-      **options: more arguments of `StudyRunner`.
+      **options: `make_optimizer`, `keep`, and attributes of `Trainer`.
     """
 
     def __init__(
@@ -75,15 +76,18 @@ class Study:
     ) -> None:
         self.trial_steps = num_trials * num_steps
         self._points = {"learning_rate": workloads.rates(name, num_trials)}
+        make_optimizer = options.pop("make_optimizer", workloads.make_optimizer)
+        keep = options.pop("keep", "none")
+        trainer = pbx.Trainer(
+            workloads.CASES[name].build(), make_optimizer, progress=False, **options
+        )
         self._runner = StudyRunner(
-            workloads.CASES[name].build(),
-            options.pop("make_optimizer", workloads.make_optimizer),
+            trainer,
             self._points,
             num_steps=num_steps,
             eval_every=max(1, num_steps // num_evals),
             key=jax.random.key(0),
-            progress=False,
-            **options,
+            keep=keep,
         )
         study = self._runner.run(self._points)
         self.facts = {
@@ -238,13 +242,11 @@ def cold(contender: str, name: str, num_trials: int, num_steps: int) -> float:
     def study() -> None:
         points = {"learning_rate": values}
         StudyRunner(
-            work,
-            workloads.make_optimizer,
+            pbx.Trainer(work, workloads.make_optimizer, progress=False),
             points,
             num_steps=num_steps,
             eval_every=num_steps,
             key=key,
-            progress=False,
         ).run(points)
 
     def scan() -> None:

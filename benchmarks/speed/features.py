@@ -133,13 +133,11 @@ def _diverging_study(name: str, num_steps: int) -> Callable[[dict[str, np.ndarra
 
     like = {"learning_rate": np.ones(1, np.float32), "diverges": np.ones(1, np.float32)}
     return StudyRunner(
-        workloads.CASES[name].build(),
-        make_optimizer,
+        pbx.Trainer(workloads.CASES[name].build(), make_optimizer, progress=False),
         like,
         num_steps=num_steps,
         eval_every=num_steps,
         key=jax.random.key(0),
-        progress=False,
     ).run
 
 

@@ -20,11 +20,12 @@ from playbook_optax.analysis.spreads import (
     spread_info,
 )
 from playbook_optax.procedures import clipping
+from playbook_optax.procedures.given import can_train, trains_if_needed
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import run_study
-from playbook_optax.trials.train import MakeOptimizer, MakeSchedule, check_key
-from playbook_optax.trials.workload import WorkloadLike
+from playbook_optax.runner.trainer import Trainer, takes_trainer
+from playbook_optax.trials.keys import check_key
 
 SECTION = "Determining whether to adopt a training pipeline change or hyperparameter configuration"
 LEVEL = 0.05
@@ -46,21 +47,17 @@ def retrain_key(key: chex.PRNGKey) -> chex.PRNGKey:
     return jax.random.fold_in(key, _RETRAIN_STREAM)
 
 
-@_checks.named_arguments
+@takes_trainer
 def retrain(
-    workload: WorkloadLike,
-    make_optimizer: MakeOptimizer,
+    trainer: Trainer,
     study_or_point: Study | Mapping[str, Any],
     *,
     key: chex.PRNGKey,
     num_seeds: int = 5,
     num_steps: int | None = None,
     eval_every: int | None = None,
-    make_schedule: MakeSchedule | None = None,
     keep: str = "none",
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-    trials_per_block: int | str | None = None,
     objective: str | None = None,
     maximize: bool | None = None,
 ) -> Verdict:
@@ -71,19 +68,15 @@ def retrain(
     far one run differs from another. The seeds are trained side by side in one program.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` returns any Optax transformation.
+      trainer: as in `run_study`.
       study_or_point: a finished study, whose best point is retrained; or a point, name to number.
       key: the only source of randomness. It may be the study's: it is folded first.
       num_seeds: runs, at least 2.
       num_steps: updates of each; those of the study if None. Needed with a point.
       eval_every: updates between evaluations; those of the study if None, or a twentieth of
         `num_steps` with a point.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate follows a schedule.
       keep: weights to keep of each run: ``"none"``, ``"best"`` or ``"final"``.
       directory: where to store the runs.
-      progress: show a progress bar on a terminal.
-      trials_per_block: as in `run_study`.
       objective: a recorded metric; the study's own, or the workload's, by default.
       maximize: whether larger is better; see `Study.best`.
 
@@ -135,18 +128,14 @@ def retrain(
             raise ValueError("num_steps must be given with a point; a study would know its own.")
     num_steps = _checks.check_count("num_steps", num_steps)
     study = run_study(
-        workload,
-        make_optimizer,
+        trainer,
         {name: _column(value) for name, value in point.items()},
         num_steps=num_steps,
         eval_every=max(1, num_steps // 20) if eval_every is None else eval_every,
         key=folded,
         num_seeds=num_seeds,
         keep=keep,
-        make_schedule=make_schedule,
         directory=directory,
-        progress=progress,
-        trials_per_block=trials_per_block,
     )
     # What the study was judged by, the retrained runs are judged by as well.
     if tuned is not None:
@@ -258,10 +247,9 @@ def _against_the_study(study: Study, spread: Spread, tuned: float) -> list[Findi
     return found
 
 
-@_checks.named_arguments
+@trains_if_needed
 def adopt(
-    workload: WorkloadLike | None,
-    make_optimizer: MakeOptimizer | None,
+    trainer: Trainer,
     baseline: Spread | Verdict | Study | Mapping[str, Any],
     candidate: Spread | Verdict | Study | Mapping[str, Any],
     *,
@@ -271,10 +259,7 @@ def adopt(
     num_seeds: int = 5,
     num_steps: int | None = None,
     eval_every: int | None = None,
-    make_schedule: MakeSchedule | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-    trials_per_block: int | str | None = None,
     objective: str | None = None,
     maximize: bool | None = None,
 ) -> Verdict:
@@ -285,8 +270,7 @@ def adopt(
     standard deviation of a single run. A change that makes runs infeasible is not adopted.
 
     Args:
-      workload: a `Workload`, or a function of the point; needed to retrain, otherwise None.
-      make_optimizer: ``make_optimizer(point)``; needed to retrain, otherwise None.
+      trainer: as in `run_study`; ``None, None`` will do where nothing has to be retrained.
       baseline: what is in use: a `Spread`, the verdict of `retrain`, a study with several seeds
         (its best trial), or a study with one seed or a point, which is retrained.
       candidate: the change, likewise. Another optimizer or workload is retrained by its own call
@@ -298,10 +282,7 @@ def adopt(
       num_seeds: runs of each that is retrained.
       num_steps: as in `retrain`.
       eval_every: as in `retrain`.
-      make_schedule: as in `retrain`.
       directory: where to store what is retrained, in folders ``baseline`` and ``candidate``.
-      progress: show a progress bar on a terminal.
-      trials_per_block: as in `run_study`.
       objective: a recorded metric, for studies and points.
       maximize: whether larger is better; see `Study.best`.
 
@@ -350,23 +331,19 @@ def adopt(
                     "of pbx.procedures.retrain."
                 )
         else:
-            if workload is None or make_optimizer is None or key is None:
+            if key is None or not can_train(trainer):
                 raise ValueError(
                     f"{name} has to be retrained, for which workload, make_optimizer and key must "
                     "be given; or give a Spread or a study with several seeds."
                 )
             verdict = retrain(
-                workload,
-                make_optimizer,
+                trainer,
                 given,
                 key=key,
                 num_seeds=num_seeds,
                 num_steps=num_steps,
                 eval_every=eval_every,
-                make_schedule=make_schedule,
                 directory=clipping.subdirectory(directory, name),
-                progress=progress,
-                trials_per_block=trials_per_block,
                 objective=objective,
                 maximize=maximize,
             )

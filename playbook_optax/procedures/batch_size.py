@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -18,13 +18,14 @@ from playbook_optax.analysis.boundaries import wider_range
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
-from playbook_optax.procedures.given import given_or_trained
+from playbook_optax.procedures.given import given_or_trained, trains_if_needed
 from playbook_optax.procedures.rounds import declared_parameter, transfer_kind
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Categorical, Float, Integer, Parameter, SearchSpace
-from playbook_optax.trials.train import MakeSchedule, check_key
-from playbook_optax.trials.workload import WorkloadLike, resolve
+from playbook_optax.trials.keys import check_key
+from playbook_optax.trials.workload import resolve
 
 SECTION = "Why shouldn't the batch size be tuned to directly improve validation set performance?"
 RULES: Mapping[str, float] = {"linear": 1.0, "sqrt": 0.5}
@@ -61,10 +62,9 @@ class BatchSizePlan(NamedTuple):
     batch_size: int
 
 
-@_checks.named_arguments
+@trains_if_needed
 def change_batch_size(
-    workload: WorkloadLike,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    trainer: Trainer,
     space_or_study: SearchSpace | Study,
     *,
     key: chex.PRNGKey,
@@ -73,14 +73,11 @@ def change_batch_size(
     rule: str | None = None,
     room: float = ROOM,
     kinds: Mapping[str, str] | None = None,
-    make_schedule: MakeSchedule | None = None,
     num_steps: int = 1000,
     num_trials: int = 24,
     eval_every: int | None = None,
     num_seeds: int = 1,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Proposes the study that a new batch size asks for.
 
@@ -95,8 +92,7 @@ def change_batch_size(
     the range holds both ends, and `room` beyond.
 
     Args:
-      workload: a `Workload` at the old batch size, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``.
+      trainer: as in `run_study`, its workload at the old batch size.
       space_or_study: the finished study at the old batch size, or a space of which one is run.
       key: the only source of randomness.
       batch_size: the old one, examples in a batch.
@@ -104,14 +100,11 @@ def change_batch_size(
       rule: ``"linear"`` or ``"sqrt"``, instead of the measurement.
       room: factor by which the new range of learning rates reaches beyond both ends, above 1.
       kinds: name to kind as in `plan_next_round`, for hyperparameters whose name does not tell.
-      make_schedule: that of the study, if it had one.
       num_steps: updates of a trial of the study at the old batch size, with a space.
       num_trials: its trials.
       eval_every: its updates between evaluations; a twentieth of its steps if None.
       num_seeds: its repetitions of each trial.
-      trials_per_block: as in `run_study`.
       directory: where to store it.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is a `BatchSizePlan`, or None where no trial is feasible.
@@ -153,18 +146,14 @@ def change_batch_size(
     if not isinstance(space_or_study, Study):
         num_steps = _checks.check_count("num_steps", num_steps)
     study, cost = given_or_trained(
-        workload,
-        make_optimizer,
+        trainer,
         space_or_study,
         num_trials=num_trials,
         num_steps=num_steps,
         eval_every=eval_every,
         key=key,
         num_seeds=num_seeds,
-        make_schedule=make_schedule,
-        trials_per_block=trials_per_block,
         directory=subdirectory(directory, "old_batch_size"),
-        progress=progress,
     )
     studies = {"old_batch_size": study}
     if LEARNING_RATE not in study.points:
@@ -178,7 +167,7 @@ def change_batch_size(
     best = study.point(out.best)
     steps = int(study.data["step"].values.max())
     if rule is None:
-        power = _gradient_power(workload, make_optimizer, make_schedule, best, steps, key)
+        power = _gradient_power(trainer, best, steps, key)
     else:
         power = RULES[rule]
     ratio = new_batch_size / batch_size
@@ -236,27 +225,22 @@ def change_batch_size(
 
 
 def _gradient_power(
-    workload: WorkloadLike,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
-    make_schedule: MakeSchedule | None,
-    point: Mapping[str, Any],
-    num_steps: int,
-    key: chex.PRNGKey,
+    trainer: Trainer, point: Mapping[str, Any], num_steps: int, key: chex.PRNGKey
 ) -> float:
     """The power of the batch size by which the learning rate may grow, from 1/2 to 1.
 
     An update that doubles with the gradient is linear in it; one that stays the same is normalized.
     """
-    params, _ = jax.eval_shape(resolve(workload, point).init, key)
-    given = dict(point)
-    if make_schedule is not None:
-        given[LEARNING_RATE] = make_schedule(point, num_steps)
+    given = {**trainer.fixed, **point}
+    params, _ = jax.eval_shape(resolve(trainer.workload, given).init, key)
+    if trainer.make_schedule is not None:
+        given[LEARNING_RATE] = trainer.make_schedule(given, num_steps)
     # At weights of zero weight decay adds nothing.
     weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
     num_weights = max(1, sum(leaf.size for leaf in jax.tree.leaves(weights)))
 
     def size_of_update(norm: chex.Array) -> chex.Array:
-        transform = optax.with_extra_args_support(make_optimizer(given))
+        transform = optax.with_extra_args_support(trainer.make_optimizer(given))
         gradient = jax.tree.map(
             lambda leaf: jnp.full_like(leaf, norm / math.sqrt(num_weights)), weights
         )

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import chex
 
@@ -14,18 +13,17 @@ from playbook_optax.analysis.budgets import (
     enough,
 )
 from playbook_optax.analysis.findings import by_severity
-from playbook_optax.procedures.given import given_or_trained
+from playbook_optax.procedures.given import given_or_trained, trains_if_needed
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials.train import MakeOptimizer, MakeSchedule, check_key
-from playbook_optax.trials.workload import WorkloadLike
+from playbook_optax.trials.keys import check_key
 
 
-@_checks.named_arguments
+@trains_if_needed
 def best_of_budget(
-    workload: WorkloadLike | None,
-    make_optimizer: MakeOptimizer | None,
+    trainer: Trainer,
     space_or_study: SearchSpace | Study,
     *,
     key: chex.PRNGKey,
@@ -38,10 +36,7 @@ def best_of_budget(
     num_steps: int = 1000,
     eval_every: int | None = None,
     num_seeds: int = 1,
-    make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Answers how many trials of a study would have been enough.
 
@@ -50,8 +45,7 @@ def best_of_budget(
     `num_bootstrap` asks for draws. Infeasible trials are draws that give nothing.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one; None with a study.
-      make_optimizer: ``make_optimizer(point)``; None with a study.
+      trainer: as in `run_study`, or ``None, None`` with a study.
       space_or_study: a finished study, which is judged at no cost; or a space to run one in.
       key: the only source of randomness.
       budgets: numbers of trials to look at, up to the study's; the usual ones if None.
@@ -65,10 +59,7 @@ def best_of_budget(
       num_steps: updates of each.
       eval_every: updates between evaluations; a twentieth of `num_steps` if None.
       num_seeds: repetitions of each.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
-      trials_per_block: as in `run_study`.
       directory: where to store the study.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is the smallest budget, int, such that doubling it or any larger one
@@ -92,24 +83,23 @@ def best_of_budget(
     check_key("key", key)
     if min_gain is not None:
         _checks.check_number("min_gain", min_gain, above=0.0, fix="Leave it out for the default.")
-    cost = 0
-    if isinstance(space_or_study, Study):
-        study = space_or_study
-    else:
-        study, cost = _run(
-            workload,
-            make_optimizer,
-            space_or_study,
-            key=key,
-            num_trials=num_trials,
-            num_steps=num_steps,
-            eval_every=eval_every,
-            num_seeds=num_seeds,
-            make_schedule=make_schedule,
-            trials_per_block=trials_per_block,
-            directory=directory,
-            progress=progress,
-        )
+    if not isinstance(space_or_study, Study):
+        if not isinstance(space_or_study, SearchSpace):
+            raise _checks.ArgumentTypeError(
+                f"space_or_study must be a pbx.SearchSpace or a pbx.Study, got {space_or_study!r}."
+            )
+        num_trials = _checks.check_count("num_trials", num_trials, at_least=2)
+        num_steps = _checks.check_count("num_steps", num_steps)
+    study, cost = given_or_trained(
+        trainer,
+        space_or_study,
+        num_trials=num_trials,
+        num_steps=num_steps,
+        eval_every=eval_every,
+        key=key,
+        num_seeds=num_seeds,
+        directory=directory,
+    )
     drawn = None if num_bootstrap is None else key
     info = budget_info(study, budgets, num_bootstrap, drawn, objective, maximize)
     smallest, why = default_min_gain(info)
@@ -118,30 +108,3 @@ def best_of_budget(
     findings = budget_findings(info, smallest, why)
     answer = enough(info, smallest)
     return Verdict(answer, tuple(by_severity(findings)), {"budget": study}, cost)
-
-
-def _run(
-    workload: WorkloadLike | None,
-    make_optimizer: MakeOptimizer | None,
-    space: SearchSpace,
-    *,
-    num_trials: int,
-    num_steps: int,
-    **arguments: Any,
-) -> tuple[Study, int]:
-    """The study of a space, and what it cost."""
-    if workload is None or make_optimizer is None:
-        missing = "workload" if workload is None else "make_optimizer"
-        raise ValueError(f"{missing} is None, but a space has to be trained; give it, or a study.")
-    if not isinstance(space, SearchSpace):
-        raise _checks.ArgumentTypeError(
-            f"space_or_study must be a pbx.SearchSpace or a pbx.Study, got {space!r}."
-        )
-    return given_or_trained(
-        workload,
-        make_optimizer,
-        space,
-        num_trials=_checks.check_count("num_trials", num_trials, at_least=2),
-        num_steps=_checks.check_count("num_steps", num_steps),
-        **arguments,
-    )

@@ -3,12 +3,11 @@
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import chex
 import numpy as np
-import optax
 
 from playbook_optax import _checks
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
@@ -16,14 +15,14 @@ from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
 from playbook_optax.analysis.outcomes import outcomes
-from playbook_optax.norms import clip_by_global_norm
+from playbook_optax.procedures import controls
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import StudyRunner
+from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import Float, SearchSpace
-from playbook_optax.trials.train import MakeSchedule, check_key
-from playbook_optax.trials.workload import Workload, WorkloadLike
+from playbook_optax.trials.keys import check_key
 
 LEARNING_RATE = "learning_rate"
 MAX_NORM = "max_norm"
@@ -52,10 +51,9 @@ class ThresholdRow(NamedTuple):
     best_value: float
 
 
-@_checks.named_arguments
+@takes_trainer
 def choose_clip_threshold(
-    workload: WorkloadLike,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -66,10 +64,7 @@ def choose_clip_threshold(
     num_trials: int = 12,
     eval_every: int | None = None,
     num_seeds: int = 1,
-    make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Picks the threshold of gradient clipping from the norms that were recorded, and verifies it.
 
@@ -81,9 +76,7 @@ def choose_clip_threshold(
     instead.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``; the clipper is
-        chained before it.
+      trainer: as in `run_study`.
       space_or_study: a finished study whose norms were recorded; or a space with the one dimension
         ``learning_rate`` to sweep first (1e-5 to 10 on a log scale if None). Without one but with
         `learning_rate`, the norms are those of a run at that rate, and nothing is swept.
@@ -96,10 +89,7 @@ def choose_clip_threshold(
       eval_every: updates between evaluations; a twentieth of `num_steps` if None. With fewer than
         six evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
       num_seeds: repetitions of each trial; it is unstable if one of them is.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
-      trials_per_block: as in `run_study`.
       directory: where to store the studies, each in a folder of its own name.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is the threshold, float, or None where no norms were recorded, every
@@ -165,27 +155,17 @@ def choose_clip_threshold(
     elif not isinstance(space_or_study, Study) and (space_or_study or learning_rate is None):
         swept = learning_rate_grid(space_or_study, num_trials)
 
-    own = (LEARNING_RATE, *fixed)
-
-    def clipped(point: Any) -> optax.GradientTransformation:
-        return optax.chain(
-            clip_by_global_norm(point[MAX_NORM]), restrict(make_optimizer, own)(point)
-        )
-
     def table(rates: Any, max_norms: Any) -> dict[str, np.ndarray]:
         return points_table(fixed, {LEARNING_RATE: rates, MAX_NORM: max_norms})
 
     runner = StudyRunner(
-        restrict_workload(workload, own),
-        clipped,
+        controls.controlled(trainer, fixed),
         table([1.0], [1.0]),
         num_steps=num_steps,
         eval_every=max(1, num_steps // 20) if eval_every is None else eval_every,
         key=key,
         num_seeds=num_seeds,
-        make_schedule=None if make_schedule is None else restrict(make_schedule, own),
-        trials_per_block=trials_per_block,
-        progress=progress,
+        names=controls.NAMES,
     )
     studies: dict[str, Study] = {} if given is None else {"given": given}
 
@@ -297,21 +277,6 @@ def learning_rate_grid(space: SearchSpace | None, num_trials: int) -> np.ndarray
     return np.sort(np.asarray(space.grid(count)[LEARNING_RATE], np.float32))
 
 
-def restrict(function: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
-    """A user's function of the point that sees only the hyperparameters the user knows."""
-    known = tuple(names)
-
-    def restricted(point: Any, *rest: Any) -> Any:
-        return function({name: point[name] for name in known}, *rest)
-
-    return restricted
-
-
-def restrict_workload(workload: WorkloadLike, names: Iterable[str]) -> WorkloadLike:
-    """The workload; if it is a function of the point, one that sees only the names it knows."""
-    return restrict(workload, names) if not isinstance(workload, Workload) else workload
-
-
 def points_table(
     fixed: Mapping[str, Any], columns: Mapping[str, Any], dtypes: Mapping[str, Any] | None = None
 ) -> dict[str, np.ndarray]:
@@ -329,11 +294,17 @@ def points_table(
     }
     count = max(len(values) for values in arrays.values())
     table = {name: np.broadcast_to(values, (count,)) for name, values in arrays.items()}
-    for name, value in fixed.items():
-        array = np.asarray(value)
-        wanted = np.int32 if array.dtype.kind in "iu" else np.float32
-        table[name] = np.full((count,), array, wanted)
+    table |= {name: np.full((count,), value) for name, value in as_columns(fixed).items()}
     return table
+
+
+def as_columns(fixed: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Fixed hyperparameters in the dtypes that they have in a table, name to array ()."""
+    kinds = {name: np.asarray(value).dtype.kind for name, value in fixed.items()}
+    return {
+        name: np.asarray(value, np.int32 if kinds[name] in "iu" else np.float32)
+        for name, value in fixed.items()
+    }
 
 
 def subdirectory(directory: str | os.PathLike[str] | None, name: str) -> pathlib.Path | None:

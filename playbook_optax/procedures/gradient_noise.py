@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from playbook_optax import _checks, _tree
 from playbook_optax.analysis.curves import BOUND_SECTION
@@ -15,6 +16,8 @@ from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.trials import train
+from playbook_optax.trials.keys import check_key, init_key, trial_key
+from playbook_optax.trials.stepper import MakeOptimizer, Stepper
 from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
 
 BASE = "workload"
@@ -89,7 +92,7 @@ class GradientNoise(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """What `train.gradient` reads of a trial's state."""
+    """What `Stepper.gradient` reads of a trial's state."""
 
     point: Any
     key: chex.PRNGKey
@@ -109,7 +112,7 @@ class _Sums(NamedTuple):
 @_checks.named_arguments
 def gradient_noise(
     workload: WorkloadLike,
-    make_optimizer: train.MakeOptimizer | None = None,
+    make_optimizer: MakeOptimizer | None = None,
     study_or_point: Study | Mapping[str, Any] | None = None,
     *,
     key: chex.PRNGKey,
@@ -195,7 +198,7 @@ def gradient_noise(
     Source: playbook, "Determining the number of steps for each training run" (methods that increase
     the variance of the gradients); the estimators are those of arXiv 1812.06162, appendix A.
     """
-    train.check_key("key", key)
+    check_key("key", key)
     num_batches = _checks.check_count("num_batches", num_batches, at_least=2)
     num_repeats = _checks.check_count("num_repeats", num_repeats, at_least=2)
     num_steps = _checks.check_count("num_steps", num_steps, at_least=0)
@@ -215,16 +218,16 @@ def gradient_noise(
         point = dict(study_or_point)
     works = {name: resolve(work, point) for name, work in named.items()}
     cost = 0
-    init_key = jax.random.fold_in(train.trial_key(key), train._INIT_STREAM)
+    first_key = init_key(trial_key(key))
     if num_steps:
         params, model_state = _trained(workload, make_optimizer, point, key, num_steps, params)
         cost += num_steps
     elif params is None:
-        params, model_state = works[BASE].init(init_key)
-    keys = jax.jit(jax.vmap(train.trial_key, in_axes=(None, 0)))(key, jnp.arange(num_repeats))
+        params, model_state = works[BASE].init(first_key)
+    keys = jax.jit(jax.vmap(trial_key, in_axes=(None, 0)))(key, jnp.arange(num_repeats))
     measured: dict[str, _Measured] = {}
     for name, work in works.items():
-        weights = _weights_for(name, work, init_key, params, model_state)
+        weights = _weights_for(name, work, first_key, params, model_state)
         plan = _plan(name, work, keys[0], batch_size, num_examples, num_batches, batch_sizes)
         moments = _measure(named[name], work, point, weights, keys, plan)
         cost += num_repeats * (plan.num_batches + 1)
@@ -289,7 +292,7 @@ def _trained(
     if params is not None:
         raise ValueError("give num_steps or params, not both: training starts at initial weights.")
     run = train.make_train(workload, make_optimizer, num_steps, num_steps, keep="final")
-    result = jax.jit(run)(point, train.trial_key(key), resolve(workload, point).data)
+    result = jax.jit(run)(point, trial_key(key), resolve(workload, point).data)
     return result.params, result.model_state
 
 
@@ -376,12 +379,13 @@ def _measure(
     """Variance (repeat, size) and squared norm (repeat,) of the gradients, by one program."""
     sizes, num = plan.group_sizes, plan.num_batches
     ends = np.asarray([num // size * size for size in sizes])
+    stepper = Stepper(like, lambda point: optax.identity(), None, False)
 
     def repeat(point: Any, params: Any, state: Any, key: chex.PRNGKey, data: Any) -> Any:
         at = _Weights(point, key, params, state)
 
         def gradient(step: chex.Array) -> Any:
-            _, grad = train.gradient(like, cast(Any, at), data, step, None, 0)
+            _, grad = stepper.gradient(at, data, step, None, 0)
             return jax.tree.map(lambda g: g.astype(_tree.moment_dtype(g.dtype)), grad)
 
         # Variances do not change if all gradients are shifted, and of shifted ones no digits are

@@ -17,9 +17,9 @@ from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import StudyRunner
+from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import Float, SearchSpace
-from playbook_optax.trials.train import MakeOptimizer, MakeSchedule, check_key
-from playbook_optax.trials.workload import WorkloadLike, with_fixed, with_fixed_workload
+from playbook_optax.trials.keys import check_key
 
 SECTION = "How can optimization failures be debugged and mitigated? (identifying instability)"
 GIVEN = "given"
@@ -63,10 +63,9 @@ class _Evidence(NamedTuple):
         return [float(rate) for rate in self.rates[above & ~self.unstable]]
 
 
-@_checks.named_arguments
+@takes_trainer
 def find_unstable_learning_rate(
-    workload: WorkloadLike,
-    make_optimizer: MakeOptimizer,
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -77,10 +76,7 @@ def find_unstable_learning_rate(
     max_rounds: int = 12,
     point: Mapping[str, Any] | None = None,
     eval_every: int | None = None,
-    make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Finds the smallest learning rate at which training is unstable, to a stated ratio.
 
@@ -94,8 +90,7 @@ def find_unstable_learning_rate(
     above an unstable one does not raise the answer, but is reported.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``.
+      trainer: as in `run_study`.
       space_or_study: a space with the one dimension ``learning_rate`` (1e-6 to 1e6 on a log scale
         if None) where the search begins; or a finished study, whose trials are the first bracket
         at no cost, as far as they have the hyperparameters of `point`. It must be one of the same
@@ -108,10 +103,7 @@ def find_unstable_learning_rate(
       max_rounds: rounds after which the search gives up.
       point: further hyperparameters, name to number; those of the study's best trial by default.
       eval_every: updates between evaluations; a twentieth of `num_steps` if None.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
-      trials_per_block: as in `run_study`.
       directory: where to store the studies, one folder for each round.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is the smallest unstable learning rate found, float, the playbook's
@@ -162,16 +154,12 @@ def find_unstable_learning_rate(
         clipping.learning_rate_grid(space_or_study, 2)
         low, high = _range_of(space_or_study)
     runner = StudyRunner(
-        clipping.restrict_workload(workload, (LEARNING_RATE, *fixed)),
-        make_optimizer,
+        trainer,
         clipping.points_table(fixed, {LEARNING_RATE: [1.0]}),
         num_steps=num_steps,
         eval_every=max(1, num_steps // 20) if eval_every is None else eval_every,
         key=key,
         num_seeds=num_seeds,
-        make_schedule=make_schedule,
-        trials_per_block=trials_per_block,
-        progress=progress,
     )
     cost, rounds, decades = 0, 0, max(1.0, math.log10(high / low))
     refusal = None
@@ -206,10 +194,9 @@ def find_unstable_learning_rate(
     return Verdict(answer, tuple(by_severity(findings)), studies, cost)
 
 
-@_checks.named_arguments
+@takes_trainer
 def probe_early_instability(
-    workload: WorkloadLike,
-    make_optimizer: MakeOptimizer,
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -220,10 +207,7 @@ def probe_early_instability(
     num_seeds: int = 1,
     point: Mapping[str, Any] | None = None,
     eval_every: int = 1,
-    make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Whether the loss rises early in training at a rate somewhat above the best one, lr*.
 
@@ -235,8 +219,7 @@ def probe_early_instability(
     loss are recorded at each step anyway.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``.
+      trainer: as in `run_study`.
       space_or_study: a finished study, whose best trial has lr*; or the space that
         `sweep_learning_rate` sweeps first to find it.
       key: the only source of randomness.
@@ -247,10 +230,7 @@ def probe_early_instability(
       num_seeds: repetitions of each trial.
       point: further hyperparameters, name to number; those of the study's best trial by default.
       eval_every: updates between evaluations.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
-      trials_per_block: as in `run_study`.
       directory: where to store the studies, each in a folder of its own name.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is True if the loss rises beyond its noise, or diverges, at `factor`
@@ -293,17 +273,13 @@ def probe_early_instability(
         _checks.check_number("learning_rate", learning_rate, above=0.0, fix="Give lr*, the best.")
     else:
         sweep = sweep_learning_rate(
-            with_fixed_workload(workload, fixed),
-            with_fixed(make_optimizer, fixed),
+            trainer.with_fixed(clipping.as_columns(fixed)),
             space_or_study,
             key=key,
             num_trials=num_trials,
             num_steps=num_steps,
             num_seeds=num_seeds,
-            make_schedule=None if make_schedule is None else with_fixed(make_schedule, fixed),
-            trials_per_block=trials_per_block,
             directory=clipping.subdirectory(directory, "learning_rate_sweep"),
-            progress=progress,
         )
         studies |= sweep.studies
         cost += sweep.cost
@@ -313,16 +289,12 @@ def probe_early_instability(
     rates = np.float32(learning_rate) * np.asarray([1.0, factor], np.float32)
     table = clipping.points_table(fixed, {LEARNING_RATE: rates})
     runner = StudyRunner(
-        clipping.restrict_workload(workload, (LEARNING_RATE, *fixed)),
-        make_optimizer,
+        trainer,
         table,
         num_steps=num_steps,
         eval_every=eval_every,
         key=key,
         num_seeds=num_seeds,
-        make_schedule=make_schedule,
-        trials_per_block=trials_per_block,
-        progress=progress,
     )
     study = runner.run(table, directory=clipping.subdirectory(directory, "probe"))
     studies["probe"] = study

@@ -2,12 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import Any
 
 import chex
 import numpy as np
-import optax
 
 from playbook_optax import _checks
 from playbook_optax.analysis import diagnose
@@ -15,17 +12,15 @@ from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import run_study
+from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import Float, SearchSpace
-from playbook_optax.trials.train import MakeSchedule
-from playbook_optax.trials.workload import WorkloadLike
 
 LEARNING_RATE = "learning_rate"
 
 
-@_checks.named_arguments
+@takes_trainer
 def sweep_learning_rate(
-    workload: WorkloadLike,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -33,16 +28,12 @@ def sweep_learning_rate(
     num_steps: int = 1000,
     eval_every: int | None = None,
     num_seeds: int = 1,
-    make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Sweeps the learning rate on a grid and answers with the best, unless it cannot be trusted.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``.
+      trainer: as in `run_study`.
       space_or_study: a space with the one dimension ``learning_rate``
         (1e-5 to 10 on a log scale if None), or a finished study to judge instead of a new one.
       key: the only source of randomness.
@@ -50,10 +41,7 @@ def sweep_learning_rate(
       num_steps: updates of each.
       eval_every: updates between evaluations; a twentieth of `num_steps` if None.
       num_seeds: repetitions of each.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
-      trials_per_block: as in `run_study`.
       directory: where to store the study.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is the best learning rate, float, or None where every trial is
@@ -90,17 +78,13 @@ def sweep_learning_rate(
         num_steps = _checks.check_count("num_steps", num_steps)
         grid = space.grid(_checks.check_count("num_trials", num_trials, at_least=2))
         study = run_study(
-            workload,
-            make_optimizer,
+            trainer,
             grid,
             num_steps=num_steps,
             eval_every=max(1, num_steps // 20) if eval_every is None else eval_every,
             key=key,
             num_seeds=num_seeds,
-            make_schedule=make_schedule,
-            trials_per_block=trials_per_block,
             directory=directory,
-            progress=progress,
         )
         # A grid is a table to the runner; the analysis wants to know the range it covers.
         study = dataclasses.replace(study, spec={**study.spec, "space": space.to_dict()})

@@ -27,13 +27,19 @@ from playbook_optax.analysis.training_length import (
 )
 from playbook_optax.procedures import clipping
 from playbook_optax.procedures.clipping import LEARNING_RATE
-from playbook_optax.procedures.given import given_or_trained
+from playbook_optax.procedures.given import (
+    at_constant_rates,
+    given_or_trained,
+    trains_if_needed,
+)
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import StudyRunner
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Float, SearchSpace
-from playbook_optax.trials.train import STEP_LOSS, MakeOptimizer, MakeSchedule, check_key
-from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
+from playbook_optax.trials.keys import check_key
+from playbook_optax.trials.stepper import STEP_LOSS
+from playbook_optax.trials.workload import Workload, resolve
 
 PICK_SECTION = (
     "Algorithm for picking an initial candidate for max_train_steps using a learning rate sweep"
@@ -58,10 +64,9 @@ class _Fit(NamedTuple):
     maximize: bool
 
 
-@_checks.named_arguments
+@trains_if_needed
 def pick_num_steps(
-    workload: WorkloadLike,
-    make_optimizer: MakeOptimizer,
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -74,9 +79,7 @@ def pick_num_steps(
     max_doublings: int = 0,
     num_seeds: int = 1,
     point: Mapping[str, Any] | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Picks a first candidate for max_train_steps: what the fastest trial needs to fit perfectly.
 
@@ -93,8 +96,8 @@ def pick_num_steps(
     none fits and the rate that comes nearest is at an end.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``, a number.
+      trainer: as in `run_study`, or ``None, None`` with a study. If it has a `make_schedule`,
+        constant schedules take its place.
       space_or_study: a space with the one dimension ``learning_rate`` (1e-5 to 10 on a log scale
         if None), or a finished study at constant learning rates to judge instead of a new sweep.
       key: the only source of randomness.
@@ -109,9 +112,7 @@ def pick_num_steps(
       max_doublings: how often to double `num_steps` and sweep again where no trial fits.
       num_seeds: repetitions of each trial; all of them must fit.
       point: further hyperparameters, name to number.
-      trials_per_block: as in `run_study`.
       directory: where to store the studies, each in a folder of its own name.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is a number of steps, int, to begin with; or None where no trial fits
@@ -174,17 +175,14 @@ def pick_num_steps(
     for doubling in range(max_doublings + 1):
         steps = num_steps * 2**doubling
         runner = StudyRunner(
-            workload,
-            make_optimizer,
+            at_constant_rates(trainer),
             table,
             num_steps=steps,
             eval_every=max(1, steps // 50) if eval_every is None else eval_every,
             key=key,
             num_seeds=num_seeds,
-            trials_per_block=trials_per_block,
-            progress=progress,
         )
-        known = list(runner._shapes.metrics)  # Traced, so that a refusal costs no training.
+        known = list(runner.metric_names)  # Traced, so that a refusal costs no training.
         fit = _perfect_fit(known, fit_metric, fit_value, maximize)
         if fit is None:
             return Verdict(None, (_unseen(known, fit_metric),), {}, 0)
@@ -196,7 +194,8 @@ def pick_num_steps(
         answer, longer, findings = _judge_fit(study, fit)
         if not longer:
             break
-    work = resolve(workload, {name: values[0] for name, values in table.items()})
+    first = {name: values[0] for name, values in table.items()}
+    work = resolve(trainer.workload, {**trainer.fixed, **first})
     noisy = [_random_loss(work)] if _uses_key(work) else []
     return Verdict(answer, tuple(by_severity(noisy + findings)), studies, cost)
 
@@ -416,7 +415,7 @@ def _unseen(known: list[str], metric: str | None) -> Finding:
 def _regularized(study: Study) -> list[Finding]:
     on = [
         name
-        for name, values in study.points.items()
+        for name, values in {**study.spec.get("fixed", {}), **study.points}.items()
         if any(word in name.lower() for word in REGULARIZERS)
         and np.asarray(values).dtype.kind in "iuf"
         and np.any(np.asarray(values) > 0)
@@ -448,10 +447,9 @@ def _random_loss(work: Workload) -> Finding:
     )
 
 
-@_checks.named_arguments
+@trains_if_needed
 def refine_num_steps(
-    workload: WorkloadLike,
-    make_optimizer: MakeOptimizer,
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -459,13 +457,10 @@ def refine_num_steps(
     num_trials: int = 24,
     eval_every: int | None = None,
     num_seeds: int = 1,
-    make_schedule: MakeSchedule | None = None,
     objective: str | None = None,
     maximize: bool | None = None,
     growth: float = 2.0,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Refines max_train_steps from where the good trials of a study had their best checkpoint.
 
@@ -477,8 +472,7 @@ def refine_num_steps(
     `curve_info` judges that. The length itself is never a hyperparameter of a study.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one; not used with a study.
-      make_optimizer: ``make_optimizer(point)``; not used with a study.
+      trainer: as in `run_study`, or ``None, None`` with a study.
       space_or_study: a finished study, judged at no cost; or the space of one to run (the learning
         rate from 1e-5 to 10 on a log scale if None).
       key: the only source of randomness.
@@ -486,13 +480,10 @@ def refine_num_steps(
       num_trials: trials of a new study.
       eval_every: updates between evaluations; a fortieth of `num_steps` if None.
       num_seeds: repetitions of each trial.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
       objective: a recorded metric; the study's own by default.
       maximize: whether larger is better; see `outcomes`.
       growth: how much longer to train, above 1.
-      trials_per_block: as in `run_study`.
       directory: where to store the study.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is a number of steps, int; or None where the curves cannot be judged,
@@ -524,8 +515,7 @@ def refine_num_steps(
         num_steps = _checks.check_count("num_steps", num_steps)
         num_trials = _checks.check_count("num_trials", num_trials)
         study, cost = given_or_trained(
-            workload,
-            make_optimizer,
+            trainer,
             space_or_study or SearchSpace({LEARNING_RATE: Float(1e-5, 10.0, scale="log")}),
             num_trials=num_trials,
             num_steps=num_steps,
@@ -533,10 +523,7 @@ def refine_num_steps(
             num_evals=40,
             key=key,
             num_seeds=num_seeds,
-            make_schedule=make_schedule,
-            trials_per_block=trials_per_block,
             directory=directory,
-            progress=progress,
         )
     info = best_step_info(study, objective, maximize)
     findings = feasibility_findings(feasibility_info(study, objective, maximize))

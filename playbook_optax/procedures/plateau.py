@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -16,12 +16,15 @@ from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import metric_names, outcomes
 from playbook_optax.learning_rate import reduce_on_plateau
 from playbook_optax.procedures.clipping import LEARNING_RATE, check_point, subdirectory
+from playbook_optax.procedures.given import at_constant_rates, constant
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import run_study
+from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials.train import check_key, make_trial, trial_key
-from playbook_optax.trials.workload import WorkloadLike, resolve
+from playbook_optax.trials.keys import check_key, trial_key
+from playbook_optax.trials.train import make_trial
+from playbook_optax.trials.workload import resolve
 
 SECTION = "Why do some papers have complicated learning rate schedules?"
 NUM_EVALUATIONS = 50
@@ -65,10 +68,9 @@ class PlateauAnswer(NamedTuple):
         return self.schedule
 
 
-@_checks.named_arguments
+@takes_trainer
 def plateau_schedule(
-    workload: WorkloadLike,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -84,9 +86,7 @@ def plateau_schedule(
     max_reductions: int = 32,
     num_trials: int = 12,
     replay: bool = True,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Trains one trial whose learning rate falls when the validation objective stops improving.
 
@@ -97,9 +97,8 @@ def plateau_schedule(
     the schedule, which is sensitive to all other hyperparameters.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one; fed from its data.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``, a schedule (a
-        number in the search at constant rates).
+      trainer: as in `run_study`, its workload fed from its data. ``point["learning_rate"]`` is a
+        schedule in the run, and in the search too if it has a `make_schedule`, which is not called.
       space_or_study: a finished study whose best point is taken; or a space, of which `num_trials`
         points are trained at constant learning rates for that; not used with `point`.
       key: the only source of randomness.
@@ -116,9 +115,7 @@ def plateau_schedule(
       max_reductions: at most so many reductions.
       num_trials: trials of the search, with a space.
       replay: whether to train the run again with the plain schedule, and compare.
-      trials_per_block: as in `run_study`, for the search.
       directory: where to store the studies of the search and the replay.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is a `PlateauAnswer`, or None where the run is infeasible, or every
@@ -156,16 +153,13 @@ def plateau_schedule(
     cost = 0
     if point is None:
         study, cost = _searched(
-            workload,
-            make_optimizer,
+            at_constant_rates(trainer),
             space_or_study,
             key=key,
             num_trials=num_trials,
             num_steps=num_steps,
             eval_every=eval_every,
-            trials_per_block=trials_per_block,
             directory=directory,
-            progress=progress,
         )
         studies["search"] = study
         if outcomes(study).best < 0:
@@ -184,12 +178,10 @@ def plateau_schedule(
         cooldown,
         1,
         min_scale,
-        maximize=resolve(workload, given).maximize,
+        maximize=resolve(trainer.workload, {**trainer.fixed, **given}).maximize,
         max_reductions=max_reductions,
     )
-    driven, values, boundaries = _drive(
-        workload, make_optimizer, given, watch, key, num_steps, eval_every
-    )
+    driven, values, boundaries = _drive(trainer, given, watch, key, num_steps, eval_every)
     studies["driven"] = driven
     cost += num_steps
     rest = {name: value for name, value in given.items() if name != LEARNING_RATE}
@@ -203,16 +195,12 @@ def plateau_schedule(
     if replay:
         table = {name: values[:1] for name, values in driven.points.items()}
         studies["replay"] = run_study(
-            workload,
-            make_optimizer,
+            trainer.replace(make_schedule=answer.make_schedule, trials_per_block=1),
             table,
             num_steps=num_steps,
             eval_every=eval_every,
             key=key,
-            make_schedule=answer.make_schedule,
-            trials_per_block=1,
             directory=subdirectory(directory, "replay"),
-            progress=progress,
         )
         cost += num_steps
         findings.append(_replayed(driven, studies["replay"]))
@@ -225,8 +213,7 @@ def plateau_schedule(
 
 
 def _searched(
-    workload: WorkloadLike,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None,
     *,
     directory: str | os.PathLike[str] | None,
@@ -242,8 +229,7 @@ def _searched(
             "give point=, a space or a finished study: the run needs its first learning rate."
         )
     study = run_study(
-        workload,
-        make_optimizer,
+        trainer,
         space_or_study,
         num_trials=num_trials,
         num_steps=num_steps,
@@ -254,8 +240,7 @@ def _searched(
 
 
 def _drive(
-    workload: WorkloadLike,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    trainer: Trainer,
     given: Mapping[str, Any],
     watch: optax.GradientTransformationExtraArgs,
     key: chex.PRNGKey,
@@ -263,17 +248,15 @@ def _drive(
     eval_every: int,
 ) -> tuple[Study, tuple[float, ...], tuple[int, ...]]:
     """Trains from one evaluation to the next: the run, its learning rates and when they began."""
-
-    def constant(point: Any, _: int) -> schedules.Schedule:
-        # A schedule, as in the replay, so that make_optimizer builds the same transformation.
-        return schedules.constant(point[LEARNING_RATE])
-
-    trial = make_trial(workload, make_optimizer, num_steps, eval_every, make_schedule=constant)
+    # A schedule, as in the replay, so that make_optimizer builds the same transformation.
+    trial = make_trial(
+        trainer.workload, trainer.make_optimizer, num_steps, eval_every, make_schedule=constant
+    )
     start = {
         name: np.asarray(value, np.int32 if np.asarray(value).dtype.kind in "iu" else np.float32)
-        for name, value in given.items()
+        for name, value in {**trainer.fixed, **given}.items()
     }
-    work = resolve(workload, start)
+    work = resolve(trainer.workload, start)
     advance = jax.jit(trial.advance)
     judge = jax.jit(lambda state, value: watch.update({}, state, value=value)[1])
     state = jax.jit(trial.init)(start, trial_key(key), work.data)
@@ -297,7 +280,7 @@ def _drive(
             state = state._replace(point={**state.point, LEARNING_RATE: jax.numpy.asarray(rate)})
     result = jax.device_get(jax.jit(trial.result)(state))
     study = Study.from_arrays(
-        {name: value[None] for name, value in start.items()},
+        {name: start[name][None] for name in given},
         {name: curve[None] for name, curve in result.metrics.items()},
         result.step,
         objective=work.objective,

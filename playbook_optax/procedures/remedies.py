@@ -6,24 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from playbook_optax import _checks, optimizers, schedules
+from playbook_optax import _checks, optimizers
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
 from playbook_optax.analysis.outcomes import outcomes
-from playbook_optax.norms import clip_by_percentile, clip_until
-from playbook_optax.procedures import clipping
+from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import StudyRunner
+from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials.train import MakeOptimizer, MakeSchedule, check_key
+from playbook_optax.trials.keys import check_key
+from playbook_optax.trials.stepper import MakeOptimizer
 from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
 
 WARMUP_STEPS, CLIP_STEPS, PERCENTILE = "warmup_steps", "clip_steps", "percentile"
@@ -36,6 +36,7 @@ _ORDER = (WARMUP, CLIPPING, ADAPTIVE, BOTH, DURING_WARMUP, BOTH_ADAPTIVE)
 _FIXED = "warmup_and_fixed_clipping"
 _RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
 _DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
+_NAMES = {**controls.NAMES, PERCENTILE: controls.PERCENTILE}
 _ALWAYS = _checks.MAX_STEPS
 _MIN_GAIN, _MIN_GAIN_OF_ONE_SEED = 1e-3, 1e-2
 """Smallest improvement that counts, as a share of what the baseline gained since step 0."""
@@ -127,10 +128,9 @@ class RemedyComparison(NamedTuple):
         return named[remedy]
 
 
-@_checks.named_arguments
+@takes_trainer
 def compare_remedies(
-    workload: WorkloadLike,
-    make_optimizer: MakeOptimizer,
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -145,10 +145,7 @@ def compare_remedies(
     workloads: Mapping[str, WorkloadLike] | None = None,
     point: Mapping[str, Any] | None = None,
     margin: float = 0.1,
-    make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Tries the playbook's remedies against instability and recommends one, or none.
 
@@ -178,8 +175,7 @@ def compare_remedies(
     the baseline is unstable, no remedy is tried.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``, a schedule.
+      trainer: as in `run_study`.
       space_or_study: a space with the one dimension ``learning_rate`` (1e-5 to 10 on a log scale
         if None), or a study, whose range of learning rates and best other hyperparameters are
         used.
@@ -198,11 +194,7 @@ def compare_remedies(
       workloads: name to workload, with the objective of the first.
       point: further hyperparameters, name to number.
       margin: smallest improvement that counts, as a share of the value improved on.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule. With
-        a warm-up it is called with what is left of the steps, and the warm-up prepended.
-      trials_per_block: as in `run_study`.
       directory: where to store the studies, each in a folder of its own.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict` whose answer is a `RemedyComparison`, also in the evidence of the Finding
@@ -253,35 +245,13 @@ def compare_remedies(
     fixed = clipping.check_point(point, _RESERVED)
     fixed.pop(LEARNING_RATE, None)
     rates, fixed = _rates(space_or_study, num_trials, fixed)
-    own = (LEARNING_RATE, *fixed)
     eval_every = max(1, num_steps // 20) if eval_every is None else eval_every
     others = _other_optimizers(optimizers, rates, num_trials)
     example = {LEARNING_RATE: float(rates[0]), **fixed}
-    _check_objectives(resolve(workload, example), workloads or {}, example)
+    users = controls.users_workload(trainer)
+    _check_objectives(resolve(users, example), workloads or {}, example)
+    trainer = controls.controlled(trainer, fixed, (0, warmup_steps))
     studies: dict[str, Study] = {}
-
-    def schedule(point: Any, num_steps: int) -> optax.Schedule:
-        known = {name: point[name] for name in own}
-
-        def made(steps: int) -> optax.Schedule:
-            if make_schedule is None:
-                return schedules.constant(point[LEARNING_RATE])
-            return make_schedule(known, steps)
-
-        plain = made(num_steps)
-        warmed = schedules.prepend_warmup(made(num_steps - warmup_steps), point[WARMUP_STEPS])
-        return lambda count: jnp.where(point[WARMUP_STEPS] > 0, warmed(count), plain(count))
-
-    def tame(make: MakeOptimizer) -> MakeOptimizer:
-        return lambda point: optax.chain(
-            clip_until(point[MAX_NORM], point[CLIP_STEPS]), clipping.restrict(make, own)(point)
-        )
-
-    def adapt(point: Any) -> optax.GradientTransformation:
-        return optax.chain(
-            clip_by_percentile(point[PERCENTILE], min_steps=min(_MIN_NORMS, warmup_steps)),
-            clipping.restrict(make_optimizer, own)(point),
-        )
 
     def table(rates: np.ndarray, *settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
         parts = [
@@ -289,18 +259,15 @@ def compare_remedies(
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def runner(work: WorkloadLike, make: MakeOptimizer, like: Mapping[str, Any]) -> StudyRunner:
+    def runner(trained: Trainer, like: Mapping[str, Any]) -> StudyRunner:
         return StudyRunner(
-            clipping.restrict_workload(work, own),
-            make,
+            trained,
             table(rates[:1], like),
             num_steps=num_steps,
             eval_every=eval_every,
             key=key,
             num_seeds=num_seeds,
-            make_schedule=schedule,
-            trials_per_block=trials_per_block,
-            progress=progress,
+            names=_NAMES,
         )
 
     def run(program: StudyRunner, name: str, points: Mapping[str, np.ndarray]) -> Study:
@@ -314,7 +281,7 @@ def compare_remedies(
         return Verdict(answer, tuple(by_severity(findings)), studies, cost)
 
     nothing = {MAX_NORM: NO_CLIPPING, CLIP_STEPS: _ALWAYS, WARMUP_STEPS: 0}
-    program = runner(workload, tame(make_optimizer), nothing)
+    program = runner(trainer, nothing)
     study = run(program, BASELINE, table(rates, nothing))
     baseline = _row(BASELINE, studies, BASELINE, slice(None), 0)
     judge = _Judge(baseline, _gain(study, baseline), margin, num_seeds, study.maximize)
@@ -351,7 +318,8 @@ def compare_remedies(
         trials = slice(i * len(rates), (i + 1) * len(rates))
         rows[name] = _row(name, studies, _FIXED, trials, int(setting[WARMUP_STEPS]))
     adaptive = [{PERCENTILE: percentile, WARMUP_STEPS: steps} for steps in (0, warmup_steps)]
-    run(runner(workload, adapt, adaptive[0]), ADAPTIVE, table(rates, *adaptive))
+    by_percentile = controls.variant(trainer, adaptive_from=min(_MIN_NORMS, warmup_steps))
+    run(runner(by_percentile, adaptive[0]), ADAPTIVE, table(rates, *adaptive))
     for name, trials, steps in (
         (ADAPTIVE, slice(0, len(rates)), 0),
         (BOTH_ADAPTIVE, slice(len(rates), None), warmup_steps),
@@ -359,12 +327,14 @@ def compare_remedies(
         rows[name] = _row(name, studies, ADAPTIVE, trials, steps)
     order = [name for name in _ORDER if name in rows]
     for name, (make, own_rates) in others.items():
-        run(runner(workload, tame(make), nothing), name, table(own_rates, nothing))
+        other = controls.variant(trainer, make_optimizer=make)
+        run(runner(other, nothing), name, table(own_rates, nothing))
         rows[name] = _row(name, studies, name, slice(None), 0)
         order.append(name)
     for short, work in (workloads or {}).items():
         name = f"workload/{short}"
-        run(runner(work, tame(make_optimizer), nothing), name, table(rates, nothing))
+        other = controls.variant(trainer, workload=work)
+        run(runner(other, nothing), name, table(rates, nothing))
         rows[name] = _row(name, studies, name, slice(None), 0)
         order.append(name)
     tried = [judge.with_useful_rate(rows[name]) for name in order]

@@ -22,12 +22,13 @@ from playbook_optax.analysis.schedule_shape import (
     schedule_info,
 )
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
-from playbook_optax.procedures.given import given_or_trained
+from playbook_optax.procedures.given import given_or_trained, trains_if_needed
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Categorical, Float, Integer, Parameter, SearchSpace
-from playbook_optax.trials.train import MakeSchedule
-from playbook_optax.trials.workload import WorkloadLike, with_fixed
+from playbook_optax.trials.stepper import MakeSchedule
+from playbook_optax.trials.workload import with_fixed
 
 GROWTH = 10.0
 """How much longer the trials of the next round are: the first has 10% of production length."""
@@ -102,7 +103,7 @@ class NextRound(NamedTuple):
       num_trials: how many trials.
       space: what is searched.
       fixed: values carried over as they are, name to NumPy scalar: the points of the next study do
-        not have them; see `with_fixed`.
+        not have them; give them to `Trainer.with_fixed`, or see `with_fixed`.
       make_schedule: ``make_schedule(point, num_steps)`` for the longer run, of the new points and
         without `with_fixed`; None where the round before had no schedule.
       transfers: one row per hyperparameter.
@@ -200,17 +201,15 @@ def transfer_kind(name: str, kinds: Mapping[str, str] | None = None) -> Transfer
     return TransferRow(name, kind, confidence, advice)
 
 
-@_checks.named_arguments
+@trains_if_needed
 def plan_next_round(
-    workload: WorkloadLike,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    trainer: Trainer,
     space_or_study: SearchSpace | Study,
     *,
     key: chex.PRNGKey,
     num_steps: int | None = None,
     growth: float = GROWTH,
     production_steps: int | None = None,
-    make_schedule: MakeSchedule | None = None,
     longer_schedule: MakeSchedule | None = None,
     num_trials: int | None = None,
     num_best: int | None = None,
@@ -219,9 +218,7 @@ def plan_next_round(
     first_trials: int = 24,
     eval_every: int | None = None,
     num_seeds: int = 1,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Plans the next round of longer trials from a finished round.
 
@@ -239,9 +236,7 @@ def plan_next_round(
     pitfall, extra steps at too small a learning rate.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one; trained only where no
-        study is given.
-      make_optimizer: ``make_optimizer(point)``.
+      trainer: as in `run_study`, or ``None, None`` with a study; `make_schedule` is the round's.
       space_or_study: the finished round; or a space, of which a first round is run, `growth` times
         shorter than the next.
       key: the only source of randomness.
@@ -249,7 +244,6 @@ def plan_next_round(
         at most `production_steps`, if None.
       growth: how many times longer the next round is, above 1.
       production_steps: updates of the run that is to be launched, if it is known.
-      make_schedule: that of the finished round, if it had one.
       longer_schedule: your own for the next round, instead of the playbook's extension.
       num_trials: trials of the next round; so many that it costs what the finished one did, but
         at least four and no more than that had, if None.
@@ -259,9 +253,7 @@ def plan_next_round(
       first_trials: trials of the first round, with a space.
       eval_every: its updates between evaluations; a twentieth of its steps if None.
       num_seeds: its repetitions of each trial.
-      trials_per_block: as in `run_study`.
       directory: where to store it.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is a `NextRound`, or None where no trial is feasible, the finished round
@@ -315,18 +307,14 @@ def plan_next_round(
         first_steps = max(1, round(target / growth))
         first_trials = _checks.check_count("first_trials", first_trials)
         study, cost = given_or_trained(
-            workload,
-            make_optimizer,
+            trainer,
             space_or_study,
             num_trials=first_trials,
             num_steps=first_steps,
             eval_every=eval_every,
             key=key,
             num_seeds=num_seeds,
-            make_schedule=make_schedule,
-            trials_per_block=trials_per_block,
             directory=subdirectory(directory, "round"),
-            progress=progress,
         )
     studies = {"round": study}
     for name in kinds or {}:
@@ -395,7 +383,12 @@ def plan_next_round(
         space[name] = _narrowed(axis(study, name), parameter, out, good, min_width, wider.get(name))
 
     schedule, schedule_findings = _carried(
-        make_schedule, longer_schedule, fixed, study.point(out.best), present, wanted
+        trainer.make_schedule,
+        longer_schedule,
+        fixed,
+        {**trainer.fixed, **study.point(out.best)},
+        present,
+        wanted,
     )
     if any(finding.code == "schedule_has_no_rule" for finding in schedule_findings):
         return refuse(*schedule_findings)

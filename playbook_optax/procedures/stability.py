@@ -8,7 +8,7 @@ import chex
 
 from playbook_optax import _checks
 from playbook_optax.analysis.findings import Finding, by_severity
-from playbook_optax.procedures import clipping
+from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, choose_clip_threshold
 from playbook_optax.procedures.instability import (
     find_unstable_learning_rate,
@@ -17,10 +17,10 @@ from playbook_optax.procedures.instability import (
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.remedies import RemedyComparison, compare_remedies
 from playbook_optax.procedures.verdict import Verdict
-from playbook_optax.procedures.warmup import tune_warmup
+from playbook_optax.procedures.warmup import default_warmup_steps, tune_warmup
 from playbook_optax.records.study import Study
+from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
 from playbook_optax.trials.workload import WorkloadLike
 
 SECTION = "How can optimization failures be debugged and mitigated?"
@@ -54,10 +54,9 @@ class Stabilization(NamedTuple):
     steps: dict[str, Verdict]
 
 
-@_checks.named_arguments
+@takes_trainer
 def stabilize(
-    workload: WorkloadLike,
-    make_optimizer: MakeOptimizer,
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
@@ -67,10 +66,7 @@ def stabilize(
     eval_every: int | None = None,
     optimizers: Mapping[str, Any] | None = None,
     workloads: Mapping[str, WorkloadLike] | None = None,
-    make_schedule: MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Runs the chapter on instability: identifies it, tries each remedy, and recommends one.
 
@@ -81,9 +77,7 @@ def stabilize(
     own (`compare_remedies`). Where no learning rate of the sweep is unstable, it ends there.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``, a number or a
-        schedule.
+      trainer: as in `run_study`.
       space_or_study: a space with the one dimension ``learning_rate`` (1e-5 to 10 on a log scale if
         None); or a finished study of the same workload and optimizer, instead of the sweep.
       key: the only source of randomness.
@@ -93,10 +87,7 @@ def stabilize(
       eval_every: updates between evaluations; a twentieth of `num_steps` if None.
       optimizers: as in `compare_remedies`.
       workloads: as in `compare_remedies`.
-      make_schedule: ``make_schedule(point, num_steps)``, if the rate is to follow a schedule.
-      trials_per_block: as in `run_study`.
       directory: where to store the studies, each step in a folder of its own.
-      progress: show progress bars on a terminal.
 
     Returns:
       A `Verdict` whose answer is a `Stabilization`, or None where every trial of the sweep is
@@ -124,18 +115,15 @@ def stabilize(
     Source: playbook, "How can optimization failures be debugged and mitigated?"
     """
     num_steps = _checks.check_count("num_steps", num_steps, at_least=2)
-    common: dict[str, Any] = {
-        "key": key,
-        "num_seeds": num_seeds,
-        "trials_per_block": trials_per_block,
-        "progress": progress,
-    }
-    scheduled = {**common, "make_schedule": make_schedule, "eval_every": eval_every}
+    # Warm-ups of all lengths that may be asked for; one program serves all steps of the chapter.
+    longest = (0, *default_warmup_steps(num_steps), max(1, num_steps // 10))
+    trainer = controls.controlled(trainer, None, tuple(sorted(set(longest))))
+    common: dict[str, Any] = {"key": key, "num_seeds": num_seeds, "eval_every": eval_every}
     steps: dict[str, Verdict] = {}
 
     def take(name: str, procedure: Any, given: Any, **arguments: Any) -> Verdict:
         folder = clipping.subdirectory(directory, name)
-        steps[name] = procedure(workload, make_optimizer, given, directory=folder, **arguments)
+        steps[name] = procedure(trainer, given, directory=folder, **arguments)
         return steps[name]
 
     sweep = take(
@@ -144,7 +132,7 @@ def stabilize(
         space_or_study,
         num_trials=num_trials,
         num_steps=num_steps,
-        **scheduled,
+        **common,
     )
     (study,) = sweep.studies.values()
     infeasible_only = any(finding.code == "all_infeasible" for finding in sweep.findings)
@@ -152,12 +140,12 @@ def stabilize(
         return _verdict(None, steps, [])
     best = study.best()
     rate = float(best.point[LEARNING_RATE])
-    found = take(LIMIT, find_unstable_learning_rate, study, num_steps=num_steps, **scheduled)
+    found = take(LIMIT, find_unstable_learning_rate, study, num_steps=num_steps, **common)
     if found.answer is None:
         answer = Stabilization(None, rate, 0, None, best.value, best.value, None, steps)
         return _verdict(answer, steps, [_nothing_to_do(found)])
     probe_steps = min(500, num_steps)
-    probe = {**scheduled, "eval_every": 1}
+    probe = {**common, "eval_every": 1}
     take(PROBE, probe_early_instability, study, learning_rate=rate, num_steps=probe_steps, **probe)
     warm = take(
         WARMUP,
@@ -165,9 +153,9 @@ def stabilize(
         study,
         num_steps=num_steps,
         unstable_learning_rate=found.answer,
-        **scheduled,
+        **common,
     )
-    clip = take(CLIPPING, choose_clip_threshold, study, num_steps=num_steps, **scheduled)
+    clip = take(CLIPPING, choose_clip_threshold, study, num_steps=num_steps, **common)
     compared = take(
         REMEDIES,
         compare_remedies,
@@ -178,7 +166,7 @@ def stabilize(
         max_norm=clip.answer,
         optimizers=optimizers,
         workloads=workloads,
-        **scheduled,
+        **common,
     )
     comparison: RemedyComparison = compared.answer
     chosen = comparison.row(comparison.recommended or "none")

@@ -20,6 +20,7 @@ from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.analysis.spreads import best_by_seed
+from playbook_optax.procedures import controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
@@ -27,18 +28,18 @@ from playbook_optax.procedures.program import program
 from playbook_optax.procedures.rounds import NextRound, plan_next_round
 from playbook_optax.procedures.stability import stabilize
 from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.procedures.warmup import default_warmup_steps
 from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import StudyRunner, run_study
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Categorical, Float, Parameter, SearchSpace
-from playbook_optax.trials import train
-from playbook_optax.trials.train import MakeOptimizer, MakeSchedule
+from playbook_optax.trials import keys
+from playbook_optax.trials.stepper import MakeOptimizer, MakeSchedule
 from playbook_optax.trials.workload import (
     Workload,
     WorkloadLike,
     resolve,
-    with_fixed,
-    with_fixed_workload,
 )
 
 LEARNING_RATE_CHAPTER, NUM_STEPS_CHAPTER, STABILITY = "learning_rate", "num_steps", "stability"
@@ -146,12 +147,6 @@ class Pipeline:
                 self.make_schedule(point, self.extended_from), steps - self.extended_from
             )
         return schedules.prepend_warmup(made, self.warmup_steps) if self.warmup_steps else made
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What `run_study` takes of it."""
-        schedule = None if self.make_schedule is None else self.schedule
-        return {"make_optimizer": self.optimizer, "make_schedule": schedule}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -292,7 +287,7 @@ class Recipe:
 
 
 def find_recipe(
-    workload: WorkloadLike,
+    workload: WorkloadLike | Trainer,
     make_optimizer: MakeOptimizer | str | None = None,
     space: SearchSpace | None = None,
     make_schedule: MakeSchedule | None = None,
@@ -302,10 +297,18 @@ def find_recipe(
     key: chex.PRNGKey,
     directory: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
-    trials_per_block: int | str | None = None,
-    progress: bool = True,
+    **how: Any,
 ) -> Recipe:
     """`pbx.tune` without its report; arguments, result and errors are the same."""
+    if isinstance(workload, Trainer):
+        if how or make_optimizer is not None or make_schedule is not None:
+            raise TypeError(
+                "tune() got a Trainer, which says already what and how to train, and more of it "
+                "beside; use trainer.replace(...)."
+            )
+        given, how = workload, workload.how()
+        make_optimizer, make_schedule = given.make_optimizer, given.make_schedule
+        workload = given.workload
     tuner = _Tuner(
         workload,
         make_optimizer,
@@ -316,7 +319,7 @@ def find_recipe(
         key,
         directory,
         _check_overrides(overrides),
-        {"trials_per_block": trials_per_block, "progress": progress},
+        how,
     )
     return tuner.run()
 
@@ -410,9 +413,9 @@ class _Tuner:
         key: chex.PRNGKey,
         directory: str | os.PathLike[str] | None,
         overrides: dict[str, Any],
-        options: dict[str, Any],
+        how: dict[str, Any],
     ) -> None:
-        train.check_key("key", key)
+        keys.check_key("key", key)
         if space is not None and not isinstance(space, SearchSpace):
             raise _checks.ArgumentTypeError(f"space must be a pbx.SearchSpace, got {space!r}.")
         for what, given in (("make_optimizer", make_optimizer), ("make_schedule", make_schedule)):
@@ -465,7 +468,7 @@ class _Tuner:
         self._num_trials, self._num_steps = num_trials, num_steps
         self._total = num_trials * num_steps
         self._key, self._directory = key, directory
-        self._overrides, self._options = overrides, options
+        self._overrides = overrides
         self._chapters: list[Chapter] = []
         self._is_indexed = False
         # One step shows no instability.
@@ -478,6 +481,16 @@ class _Tuner:
         if "num_steps" in overrides:
             self._first_steps = max(1, self._final_steps // _FIRST_PART)
         self._check_decisions()
+        has_rate = LEARNING_RATE in space
+        lengths = {0, overrides.get("warmup_steps", 0), *default_warmup_steps(self._sweep_steps)}
+        trainer = controls.controlled(
+            Trainer(workload, make_optimizer, make_schedule, **how),
+            self._as_columns(_middle(space)),
+            tuple(sorted({*lengths, max(1, self._sweep_steps // 10)})),
+            has_rate,
+        )
+        # What a study does not vary is data of its program: all chapters share one.
+        self._trainer = trainer.with_fixed(self._as_columns(self._defaults()))
         self._check_index()
 
     def _check_decisions(self) -> None:
@@ -569,7 +582,7 @@ class _Tuner:
             second = self._round_2(first)
         else:
             first, second = None, []
-            self._pipeline = self._overridden_pipeline()
+            self._take(self._overridden_pipeline())
         return self._retrain(first, second)
 
     def _sweep(self) -> Study | None:
@@ -597,7 +610,6 @@ class _Tuner:
                 "Give more trials.",
             )
             return None
-        fixed = {n: v for n, v in self._defaults().items() if n != LEARNING_RATE}
         line = _rates(self._space)
         studies: dict[str, Study] = {}
         findings: list[Finding] = []
@@ -605,15 +617,13 @@ class _Tuner:
         for number in range(_MAX_WIDENINGS + 1):
             self._say(LEARNING_RATE_CHAPTER, f"{num} trials of {self._sweep_steps} steps")
             verdict = sweep_learning_rate(
-                with_fixed_workload(self._workload, fixed),
-                with_fixed(self._pipeline.make_optimizer, fixed),
+                self._trainer.with_fixed(controls.CONSTANT),
                 SearchSpace({LEARNING_RATE: line}),
                 key=jax.random.fold_in(self._key, _SWEEP_STREAM),
                 num_trials=num,
                 num_steps=self._sweep_steps,
                 eval_every=self._every(self._sweep_steps),
                 directory=self._folder(LEARNING_RATE_CHAPTER, f"sweep_{number}"),
-                **self._options,
             )
             (study,) = verdict.studies.values()
             studies[f"sweep_{number}"] = study
@@ -667,11 +677,7 @@ class _Tuner:
             said = f"Nothing says how long to train, so the final run has all {final} steps"
         else:
             verdict = pick_num_steps(
-                self._workload,
-                self._pipeline.make_optimizer,
-                sweep,
-                key=self._key,
-                num_steps=self._sweep_steps,
+                self._judged_by, sweep, key=self._key, num_steps=self._sweep_steps
             )
             if verdict.answer is None:
                 said = (
@@ -699,7 +705,7 @@ class _Tuner:
     def _stability(self, sweep: Study | None) -> None:
         """The chapter on instability, where the sweep shows any."""
         if {"warmup_steps", "max_norm"} & set(self._overrides):
-            self._pipeline = self._overridden_pipeline()
+            self._take(self._overridden_pipeline())
             self._decide(
                 STABILITY,
                 f"Warm-up and clipping as you say: {self._remedies()}.{self._longer_first()}",
@@ -733,10 +739,8 @@ class _Tuner:
             )
             return
         self._say(STABILITY, f"about {estimate:,} trial-steps")
-        fixed = {n: v for n, v in self._defaults().items() if n != LEARNING_RATE}
         verdict = stabilize(
-            with_fixed_workload(self._workload, fixed),
-            with_fixed(self._pipeline.make_optimizer, fixed),
+            self._trainer.with_fixed(controls.CONSTANT),
             sweep,
             key=jax.random.fold_in(self._key, _STABILITY_STREAM),
             num_steps=self._sweep_steps,
@@ -744,7 +748,6 @@ class _Tuner:
             eval_every=self._every(self._sweep_steps),
             optimizers={},
             directory=self._folder(STABILITY),
-            **self._options,
         )
         answer = verdict.answer
         said = "Nothing helps against the instability but a lower learning rate"
@@ -752,8 +755,10 @@ class _Tuner:
             clip = answer.max_norm
             if clip is None and "clipping" in answer.recommended:
                 clip = answer.comparison.max_norm
-            self._pipeline = dataclasses.replace(
-                self._pipeline, warmup_steps=int(answer.warmup_steps), max_norm=clip
+            self._take(
+                dataclasses.replace(
+                    self._pipeline, warmup_steps=int(answer.warmup_steps), max_norm=clip
+                )
             )
             self._rate = answer.learning_rate
             said = (
@@ -783,15 +788,13 @@ class _Tuner:
         space = self._first_space(num)
         self._say(ROUND_1, f"{num} trials of {steps} steps")
         study = run_study(
-            self._workload,
-            points=space,
+            self._trainer,
+            space,
             num_trials=num,
             num_steps=steps,
             eval_every=self._every(steps),
             key=jax.random.fold_in(self._key, _FIRST_STREAM),
             directory=self._folder(ROUND_1),
-            **self._pipeline.arguments,
-            **self._options,
         )
         findings = diagnose.diagnose(study)
         evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
@@ -817,21 +820,18 @@ class _Tuner:
             return []
         findings: list[Finding] = []
         if "num_steps" not in self._overrides:
-            refined = refine_num_steps(
-                self._workload, self._pipeline.make_optimizer, first, key=self._key
-            )
+            refined = refine_num_steps(self._judged_by, first, key=self._key)
             findings += refined.findings
             if refined.answer is not None and refined.answer < self._first_steps:
                 enough = max(int(refined.answer), 2 * self._pipeline.warmup_steps, 1)
                 self._final_steps = min(enough, self._final_steps)
-        self._extend_schedule(first)
+        self._extend_schedule()
         steps = self._final_steps
         num = int(self._left_for_rounds() // steps)
         if num < 1:
             return []
         plan = plan_next_round(
-            self._workload,
-            self._pipeline.make_optimizer,
+            self._judged_by,
             first,
             key=self._key,
             num_steps=max(steps, self._first_steps + 1),
@@ -851,13 +851,11 @@ class _Tuner:
         points = self._beside(kept, space, fresh - num_refined, 0, fixed)
         self._say(ROUND_2, f"{num} trials of {steps} steps")
         runner = StudyRunner(
-            self._workload,
-            points_like=points,
+            self._trainer,
+            points,
             num_steps=steps,
             eval_every=self._every(steps),
             key=jax.random.fold_in(self._key, _SECOND_STREAM),
-            **self._pipeline.arguments,
-            **self._options,
         )
         studies = {"search": runner.run(points, directory=self._folder(ROUND_2))}
         studies["search"] = _covered(studies["search"], space, first)
@@ -923,8 +921,7 @@ class _Tuner:
         if not num or not len(outcomes(study).order):
             return None
         plan = plan_next_round(
-            self._workload,
-            self._pipeline.make_optimizer,
+            self._judged_by,
             study,
             key=self._key,
             # As long as these, but a next round is one of longer trials.
@@ -988,16 +985,14 @@ class _Tuner:
             }
         self._say(RETRAIN, f"{len(next(iter(points.values())))} candidates, {seeds} seeds")
         study = run_study(
-            self._workload,
-            points=points,
+            self._trainer,
+            points,
             num_steps=steps,
             eval_every=self._every(steps),
             key=key,
             num_seeds=seeds,
             keep="best",
             directory=self._folder(RETRAIN),
-            **self._pipeline.arguments,
-            **self._options,
         )
         cost = study.num_trials * seeds * steps
         findings = diagnose.diagnose(study) if study.num_trials > 1 else []
@@ -1036,6 +1031,26 @@ class _Tuner:
 
     # Pieces -------------------------------------------------------------------------------------
 
+    @property
+    def _judged_by(self) -> Trainer:
+        """The trainer as procedures take it that train nothing here: without its schedule."""
+        return self._trainer.replace(make_schedule=None)
+
+    def _take(self, pipeline: Pipeline) -> None:
+        """From here on warm-up and clipping are those of a pipeline."""
+        self._pipeline = pipeline
+        self._trainer = self._trainer.with_fixed(
+            controls.warmed_and_clipped(pipeline.warmup_steps, pipeline.max_norm)
+        )
+
+    def _as_columns(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Hyperparameters in the dtypes that searching them gives."""
+        return {
+            name: self._as_searched(name, value)[0]
+            for name, value in point.items()
+            if name != LEARNING_RATE
+        }
+
     def _recipe(
         self, point: Any, values: np.ndarray, params: Any, model_state: Any, key: chex.PRNGKey
     ) -> Recipe:
@@ -1056,17 +1071,16 @@ class _Tuner:
             key=key,
         )
 
-    def _extend_schedule(self, first: Study) -> None:
+    def _extend_schedule(self) -> None:
         """Carries the user's schedule over to longer runs by the playbook's rule, if it has one."""
         make_schedule = self._pipeline.make_schedule
         if make_schedule is None or make_schedule is cosine:
             return  # A cosine decay made for the longer run is the stretched one.
-        steps = self._first_steps - self._pipeline.warmup_steps
-        try:
-            schedules.extend_for_longer_run(make_schedule(first.point(0), steps), 1)
-        except ValueError:
+        if not controls.extends(self._trainer):
             return
+        steps = self._first_steps - self._pipeline.warmup_steps
         self._pipeline = dataclasses.replace(self._pipeline, extended_from=steps)
+        self._trainer = self._trainer.with_fixed({controls.EXTENDED_FROM: np.int32(steps)})
 
     def _decide(
         self,
@@ -1119,7 +1133,7 @@ class _Tuner:
 
     def _say(self, name: str, what: str) -> None:
         """Tells a person at a terminal which chapter begins, and what is spent."""
-        if self._options["progress"] and sys.stderr.isatty():
+        if self._trainer.progress and sys.stderr.isatty():
             number = CHAPTERS.index(name) + 1
             share = self._spent() / self._total
             print(

@@ -7,21 +7,22 @@ from typing import Any, NamedTuple
 
 import chex
 import numpy as np
-import optax
 
-from playbook_optax import _checks, _feasibility, schedules
+from playbook_optax import _checks, _feasibility
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.outcomes import outcomes
-from playbook_optax.procedures import clipping
+from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE
 from playbook_optax.procedures.instability import find_unstable_learning_rate, inherited_point
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import StudyRunner
+from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials.train import STEP_LOSS, MakeOptimizer, MakeSchedule, check_key
-from playbook_optax.trials.workload import WorkloadLike, resolve
+from playbook_optax.trials.keys import check_key
+from playbook_optax.trials.stepper import STEP_LOSS
+from playbook_optax.trials.workload import resolve
 
 WARMUP_STEPS, BASE_LEARNING_RATE = "warmup_steps", "base_learning_rate"
 SECTION = "How can optimization failures be debugged and mitigated? (learning rate warmup)"
@@ -77,15 +78,13 @@ class WarmupRow(NamedTuple):
     kind: str
 
 
-@_checks.named_arguments
+@takes_trainer
 def tune_warmup(
-    workload: WorkloadLike,
-    make_optimizer: MakeOptimizer,
+    trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,
     *,
     key: chex.PRNGKey,
     num_steps: int = 1000,
-    make_schedule: MakeSchedule | None = None,
     unstable_learning_rate: float | None = None,
     factors: Sequence[float] = (10.0,),
     warmup_steps: Sequence[int] | None = None,
@@ -94,19 +93,17 @@ def tune_warmup(
     num_seeds: int = 1,
     point: Mapping[str, Any] | None = None,
     eval_every: int | None = None,
-    trials_per_block: int | str | None = None,
     directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
 ) -> Verdict:
     """Picks the shortest stable warm-up for a learning rate ten times the unstable one.
 
     In the playbook's order:
 
     1. The unstable base learning rate is found by `find_unstable_learning_rate`, unless given.
-    2. One compiled program sweeps `warmup_steps` and base rates, which are `factors` times the
-       unstable one: up from 0 in `warmup_steps`, then constant for twice as many. A trial is judged
-       on these three lengths only. All trials are trained for the longest of them, because one
-       program has one length: orders of magnitude apart, the short ones cost as much as the long.
+    2. One study sweeps `warmup_steps` and base rates, which are `factors` times the unstable one:
+       up from 0 in `warmup_steps`, then constant for twice as many. A trial is judged on these
+       three lengths only. All trials are trained for the longest of them, because one study has
+       one length: orders of magnitude apart, the short ones cost as much as the long.
        Factors of 2 and 5 are tried beside, to tell how far a warm-up helps if not as far as asked.
     3. For each factor the shortest stable warm-up is prepended to the schedule, which is shifted
        whole, so that the run becomes ``num_steps + warmup_steps`` long.
@@ -114,16 +111,12 @@ def tune_warmup(
        `num_steps` at its own best stable learning rate.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` with ``point["learning_rate"]``, a schedule (a
-        number while the unstable rate is searched).
+      trainer: as in `run_study`.
       space_or_study: a space with the one dimension ``learning_rate`` where that search begins; or
         a finished study at constant rates, which brackets it at no cost, and whose best rate is the
         baseline's.
       key: the only source of randomness.
       num_steps: the playbook's max_train_steps, without warm-up.
-      make_schedule: ``make_schedule(point, num_steps)`` returns the schedule that begins at
-        ``point["learning_rate"]``; a linear decay to zero over `num_steps` if None.
       unstable_learning_rate: the unstable base learning rate, if it is known.
       factors: base learning rates to try, in units of the unstable one, above 1.
       warmup_steps: lengths to try; 10, 100, 1000, ... and a tenth of `num_steps`, the largest, if
@@ -136,9 +129,7 @@ def tune_warmup(
       point: further hyperparameters, name to number; those of the study's best trial by default.
       eval_every: updates between evaluations of the runs that are compared; a twentieth of
         `num_steps` if None.
-      trials_per_block: as in `run_study`.
       directory: where to store the studies, each in a folder of its own name.
-      progress: show a progress bar on a terminal.
 
     Returns:
       A `Verdict`: `answer` is a `WarmupAnswer`, or None where no unstable rate was found, no
@@ -181,22 +172,20 @@ def tune_warmup(
     given = space_or_study if isinstance(space_or_study, Study) else None
     if given is not None:
         fixed = {**inherited_point(given), **fixed}
+    trainer = controls.controlled(trainer, fixed, (0, *lengths))
     studies: dict[str, Study] = {}
     findings: list[Finding] = []
     cost = 0
     if unstable_learning_rate is None:
         search_steps = min(500, num_steps) if search_steps is None else search_steps
         search = find_unstable_learning_rate(
-            workload,
-            make_optimizer,
+            trainer.with_fixed(controls.CONSTANT),
             space_or_study,
             key=key,
             num_steps=search_steps,
             num_seeds=num_seeds,
             point=fixed,
-            trials_per_block=trials_per_block,
             directory=clipping.subdirectory(directory, "unstable_learning_rate"),
-            progress=progress,
         )
         studies |= {f"unstable_learning_rate/{name}": s for name, s in search.studies.items()}
         findings += search.findings
@@ -209,29 +198,7 @@ def tune_warmup(
     )
     unstable_learning_rate = float(unstable_learning_rate)
 
-    def users(point: Any) -> dict[str, Any]:
-        own = {name: point[name] for name in fixed}
-        return {LEARNING_RATE: point[BASE_LEARNING_RATE], **own}
-
-    def optimizer(point: Any) -> optax.GradientTransformation:
-        return make_optimizer({**users(point), LEARNING_RATE: point[LEARNING_RATE]})
-
-    def then_constant(point: Any, _: int) -> optax.Schedule:
-        peak = schedules.constant(point[BASE_LEARNING_RATE])
-        return schedules.prepend_warmup(peak, point[WARMUP_STEPS])
-
-    def then_schedule(point: Any, _: int) -> optax.Schedule:
-        if make_schedule is None:
-            schedule: optax.Schedule = schedules.linear_decay(point[BASE_LEARNING_RATE], num_steps)
-        else:
-            schedule = make_schedule(users(point), num_steps)
-        return schedules.prepend_warmup(schedule, point[WARMUP_STEPS])
-
-    work: WorkloadLike = workload
-    if callable(workload):
-
-        def work(point: Any) -> Any:
-            return resolve(workload, users(point))
+    names = {**controls.NAMES, BASE_LEARNING_RATE: LEARNING_RATE}
 
     def run(
         name: str,
@@ -239,22 +206,19 @@ def tune_warmup(
         rates: Sequence[float] | np.ndarray,
         num_steps: int,
         eval_every: int,
-        schedule: MakeSchedule,
+        decay: Mapping[str, Any],
     ) -> Study:
         table = clipping.points_table(
             fixed, {WARMUP_STEPS: lengths, BASE_LEARNING_RATE: rates}, {WARMUP_STEPS: np.int32}
         )
         runner = StudyRunner(
-            work,
-            optimizer,
+            trainer.with_fixed(decay),
             table,
             num_steps=num_steps,
             eval_every=eval_every,
             key=key,
             num_seeds=num_seeds,
-            make_schedule=schedule,
-            trials_per_block=trials_per_block,
-            progress=progress,
+            names=names,
         )
         studies[name] = runner.run(table, directory=clipping.subdirectory(directory, name))
         nonlocal cost
@@ -270,9 +234,10 @@ def tune_warmup(
         bases,
         (1 + POST_WARMUP) * lengths[-1],
         max(1, (1 + POST_WARMUP) * lengths[0] // SHORTEST_CURVE),
-        then_constant,
+        controls.CONSTANT,
     )
-    name = resolve(work, sweep.point(0)).training_loss
+    own = {LEARNING_RATE: bases[0], **fixed}
+    name = resolve(controls.users_workload(trainer), own).training_loss
     rows = [
         _judge(sweep, i, (1 + POST_WARMUP) * grid[i][0], name, grid[i][1]) for i in range(len(grid))
     ]
@@ -293,7 +258,7 @@ def tune_warmup(
         rates = np.geomspace(
             unstable_learning_rate / BASELINE_RANGE, unstable_learning_rate, num_trials
         )
-    baseline = run("baseline", [0] * len(rates), rates, num_steps, eval_every, then_schedule)
+    baseline = run("baseline", [0] * len(rates), rates, num_steps, eval_every, controls.DECAYING)
     base_rows = _results(baseline)
     warm_rows = []
     for length in sorted(set(chosen.values())):
@@ -304,7 +269,7 @@ def tune_warmup(
             peaks,
             num_steps + length,
             eval_every,
-            then_schedule,
+            controls.DECAYING,
         )
         warm_rows += _results(study)
     sign = -1.0 if baseline.maximize else 1.0

@@ -4,12 +4,16 @@ import hashlib
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from playbook_optax import _checks
+
+# Whether somebody has said where compiled programs are kept.
+_cache_decided = False
 
 TRIALS_AXIS = "trials"
 DATA_AXIS = "data"
@@ -56,18 +60,22 @@ def use_cpu_cores(n: int | None = None) -> int:
 
 
 @_checks.named_arguments
-def use_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Path:
+def use_compilation_cache(
+    directory: str | os.PathLike[str] | Literal[False] | None = None,
+) -> Path | None:
     """Keeps compiled programs on disk, so that a process starts where an earlier one compiled.
 
     It is JAX's own persistent cache; a directory that is set already (by
-    ``JAX_COMPILATION_CACHE_DIR`` or ``jax.config``) stays. The command line calls this.
+    ``JAX_COMPILATION_CACHE_DIR`` or ``jax.config``) stays. Studies call this before they compile,
+    where the directory can be written, unless it was called with False before or
+    ``PLAYBOOK_OPTAX_COMPILATION_CACHE`` is ``off``.
 
     Args:
       directory: where; a folder of the user's cache directory, one for each kind of processor,
-        if None.
+        if None; False keeps nothing on disk unless JAX itself was told to.
 
     Returns:
-      The directory.
+      The directory, or None if there is none.
 
     Example:
       >>> import playbook_optax as pbx
@@ -77,14 +85,37 @@ def use_compilation_cache(directory: str | os.PathLike[str] | None = None) -> Pa
     Source: playbook, "Deciding how long to train when training is compute-bound" (a study's time
     is for training).
     """
+    global _cache_decided
+    _cache_decided = True
     already = jax.config.values["jax_compilation_cache_dir"]
     if already is not None:
         return Path(already)
-    if directory is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        directory = Path(base) / "playbook-optax" / f"jax-{jax.__version__}-{_processor()}"
+    if directory is False:
+        return None
+    directory = _cache_folder() if directory is None else directory
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    # JAX asks once in a process whether there is one.
+    compilation_cache.reset_cache()
     return Path(directory)
+
+
+def use_default_cache() -> None:
+    """`use_compilation_cache`, if nobody has decided otherwise and its folder can be written."""
+    switch = os.environ.get("PLAYBOOK_OPTAX_COMPILATION_CACHE", "on").lower()
+    if _cache_decided or switch in ("off", "0", "false", "no"):
+        return
+    folder = _cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        use_compilation_cache()
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "playbook-optax" / f"jax-{jax.__version__}-{_processor()}"
 
 
 def _processor() -> str:

@@ -1,12 +1,10 @@
-"""Blocks of trials as one compiled program, sharded over the devices of a mesh."""
+"""Blocks of trials trained by compiled programs, sharded over the devices of a mesh."""
 
-import concurrent.futures
 import functools
 import itertools
 import queue
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,18 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from playbook_optax import norms
 from playbook_optax.records import weights
-from playbook_optax.runner.devices import DATA_AXIS, TRIALS_AXIS
-from playbook_optax.runner.plan import Block, Points
+from playbook_optax.runner.plan import Block, Columns, Points
+from playbook_optax.runner.programs import (
+    Numbers,
+    Programs,
+    chunk_sharding,
+    is_key,
+    num_bytes,
+    warn_of_whole_batches,
+)
 from playbook_optax.runner.resume import Keeper, Saved
-from playbook_optax.trials import host_data, train
+from playbook_optax.trials import host_data, judge, keys, loop
+from playbook_optax.trials.stepper import Lengths, TrialState, evaluation_steps
+from playbook_optax.trials.workload import Workload
 
-# After so many steps the live trials are packed together again: 1/32 of a run, so that a trial that
-# broke costs 1/64 of a run more than it must, but often enough to be worth the move.
-SWEEPS_PER_RUN = 32
-MIN_SWEEP_STEPS, MAX_SWEEP_STEPS = 16, 256
-# Batches of a sweep are gathered once for all trials, if they take no more than this.
-MAX_GATHERED_BYTES = 16 * 2**20
+# A call of the program takes at least so many steps, and a run at most so many calls, each of which
+# costs some tenths of a millisecond.
+MIN_CALL_STEPS, MAX_CALLS_PER_RUN = 16, 256
 # Host batches that travel to the device together, and chunks that wait ready.
 MAX_CHUNK_STEPS = 64
 MAX_CHUNK_BYTES = 64 * 2**20
@@ -37,39 +42,42 @@ SECONDS_PER_CALL = 1.0
 # finished, and their memory freed, later.
 TRIALS_PER_DEVICE = 128
 BLOCKS_PER_DEVICE = 32
-
-P = jax.sharding.PartitionSpec
+# Live trials are packed together again when that leaves out this share of the blocks.
+_PACKED_SHARE = 1 / 8
 
 
 class OutOfMemory(MemoryError):  # noqa: N818
     """A block is too wide for the device; the message names a width to use."""
 
 
-class States(NamedTuple):
-    """The trials of a call between two calls of the program, live ones first.
+class Unit(NamedTuple):
+    """One block on each device, which one call of a program trains.
 
     Attributes:
-      trials: `TrialState` without keys, leading axis row.
-      place: int32 (row,): where in the call the trial of each row stands.
+      states: `TrialState` without points and keys, leading axis row, on the devices.
+      inputs: points and trials of the rows, on the devices.
+      rows: where in its group each row's trial stands, int (row,); -1 for none.
     """
 
-    trials: train.TrialState
-    place: chex.Array
+    states: TrialState
+    inputs: Any
+    rows: np.ndarray
 
 
-class _Programs(NamedTuple):
-    """The three programs of an engine, compiled."""
+class Group(NamedTuple):
+    """Blocks of one seed that are trained together.
 
-    init: Any
-    advance: Any
-    result: Any
-
-
-class _Call(NamedTuple):
-    """Blocks that are trained together, and the save they are part of, if any."""
+    Attributes:
+      blocks: the blocks.
+      saved: the blocks of the save that they are part of, if any.
+      trials: int32 (trial,), block after block.
+      points: name to array (trial,).
+    """
 
     blocks: Sequence[Block]
-    group: tuple[int, ...]
+    saved: tuple[int, ...]
+    trials: np.ndarray
+    points: dict[str, np.ndarray]
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -78,79 +86,45 @@ class _Call(NamedTuple):
 
 
 class Engine:
-    """Trains blocks; the same programs serve every call, whatever the points and their number.
+    """Trains the blocks of a study with programs that know nothing of its length or size.
 
-    A call holds up to `blocks_per_call` blocks of one seed. Its trials advance a few steps at a
-    time, live trials first: blocks are made up anew each time, so that those that broke stop
-    costing. Who else is in a block, and how a run is cut into calls, changes no bit of a trial.
+    A group holds up to `blocks_per_call` blocks of one seed. Its trials advance some steps at a
+    time, one block on each device in a call of the program; blocks are made up anew when enough
+    trials have broken, so that those stop costing. Who else is in a block, and how a run is cut
+    into calls, changes no bit of a trial.
 
     Args:
-      trial: the stepper.
+      programs: compiled when first needed.
+      work: the workload at one point.
       key: the study's key.
-      data: the workload's data.
-      mesh: mesh over ``trials``, and perhaps ``data``.
-      width: trials per block.
+      lengths: how long a run is.
+      keep: which weights are kept.
       blocks_per_device: blocks that one device holds at a time.
-      independent: whether trials have randomness of their own.
-      make_batch: ``make_batch(data, key, step) -> batch`` where all trials of a seed share their
-        batches; None where they depend on the trial, or come from the host.
-      host_batches: ``host_batches(start_step) -> Iterator`` of batches, or None.
-      point: one point, for shapes.
+      columns: makes what the programs take of a study's points.
     """
 
     def __init__(
         self,
-        trial: train.Trial,
+        programs: Programs,
+        work: Workload,
         key: chex.PRNGKey,
-        data: Any,
-        mesh: jax.sharding.Mesh,
-        width: int,
+        lengths: Lengths,
+        keep: str,
         blocks_per_device: int,
-        independent: bool,
-        make_batch: Callable[[Any, chex.PRNGKey, chex.Array], Any] | None,
-        host_batches: Callable[[int], Iterator[Any]] | None,
-        point: Mapping[str, np.ndarray],
+        columns: Columns,
     ) -> None:
-        self._trial = trial
-        self._width = width
+        self.programs, self.columns = programs, columns
+        self._work, self._keep, self._lengths = work, keep, lengths
+        self._eval_steps = evaluation_steps(*lengths)
+        self._num_steps = int(lengths.num_steps)
+        self._width = programs.shapes.width
         self._per_device = blocks_per_device
-        self._independent = independent
-        self._host_batches = host_batches
-        self._mesh = mesh
-        self._num_devices = mesh.shape[TRIALS_AXIS]
-        self._sharded = jax.sharding.NamedSharding(mesh, P(TRIALS_AXIS))
-        self._replicated = jax.sharding.NamedSharding(mesh, P())
-        self._key = jax.device_put(key, self._replicated)
-        self._data = jax.device_put(data, self._replicated)
-        self._point = point
-        self._chunk_shapes = None
-        if host_batches is not None:
-            first = first_batches(host_batches)
-            self._chunk_length = chunk_length(first, trial.num_steps)
-            self._chunk_shapes = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(
-                    (self._chunk_length, *leaf.shape[1:]),
-                    leaf.dtype,
-                    sharding=self._chunk_sharding(leaf),
-                ),
-                first,
-            )
-            self._warn_of_whole_batches(self._chunk_shapes)
-        sweep = max(MIN_SWEEP_STEPS, min(MAX_SWEEP_STEPS, trial.num_steps // SWEEPS_PER_RUN))
-        length = train.steps_per_chunk()
-        self._sweep_steps = min(-(-sweep // length) * length, trial.num_steps)
-        self._make_batch = make_batch
-        if make_batch is not None:
-            shapes = jax.eval_shape(make_batch, data, key, jnp.int32(0))
-            if _num_bytes(shapes) * self._sweep_steps > MAX_GATHERED_BYTES:
-                self._make_batch = None
-            self._warn_of_whole_batches(
-                jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes
-                )
-            )
-        self._compiled: _Programs | None = None
-        self._state_shapes: Any = None
+        self._num_devices = programs.num_devices
+        self._key = key
+        self._data = jax.device_put(work.data, programs.replicated)
+        self._host_batches = work.host_batches
+        if work.host_batches is not None:
+            warn_of_whole_batches(programs.shapes.mesh, programs.shapes.chunk)
 
     @property
     def data(self) -> Any:
@@ -164,250 +138,21 @@ class Engine:
 
     @property
     def blocks_per_call(self) -> int:
-        """How many blocks one call can train."""
+        """How many blocks are trained together."""
         return self._num_devices * self._per_device
 
-    def _is_cut(self, leaf: Any) -> bool:
-        """Whether a leaf of batches, with a leading axis of steps, is cut over the data axis."""
-        has_examples = leaf.ndim > 1 and not _is_key(leaf)
-        size = self._mesh.shape.get(DATA_AXIS, 1)
-        return size > 1 and has_examples and leaf.shape[1] % size == 0
-
-    def _chunk_sharding(self, leaf: Any) -> jax.sharding.NamedSharding:
-        """Of a leaf of batches, with a leading axis of steps."""
-        spec = P(None, DATA_AXIS) if self._is_cut(leaf) else P()
-        return jax.sharding.NamedSharding(self._mesh, spec)
-
-    def _put_chunk(self, chunk: Any) -> Any:
-        """Host batches on the devices."""
-        return jax.device_put(chunk, jax.tree.map(self._chunk_sharding, chunk))
-
-    def _warn_of_whole_batches(self, chunk: Any) -> None:
-        size = self._mesh.shape.get(DATA_AXIS, 1)
-        leaves = jax.tree.leaves(chunk)
-        if size > 1 and not any(self._is_cut(leaf) for leaf in leaves):
-            lengths = sorted({leaf.shape[1] for leaf in leaves if leaf.ndim > 1})
-            warnings.warn(
-                f"batches of {lengths} examples are not cut over the {size} devices of the mesh's "
-                "second axis, which do not divide them: each computes them whole. Choose another "
-                "batch size or mesh.",
-                UserWarning,
-                stacklevel=5,
-            )
-
-    # The programs ------------------------------------------------------------------------------
-
-    def compile(self) -> _Programs:
-        """The compiled programs, in parallel the first time."""
-        if self._compiled is None:
-            blocks = [Block(0, np.arange(self._width, dtype=np.int32), 0)]
-            points = {name: np.repeat(value, self._width) for name, value in self._point.items()}
-            inputs = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharded),
-                self._place(blocks, [points]),
-            )
-            common = (inputs, self._key, self._data)
-            chunk = self._chunk_shapes
-            init = self._sharded_jit(self._init_local, (True, False, False, False))
-            states = self._state_shapes = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharded),
-                jax.eval_shape(init, *common, chunk),
-            )
-            step = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
-            advance = self._sharded_jit(
-                self._advance_local, (True, True, False, False, False, False, False), donate=True
-            )
-            result = self._sharded_jit(self._result_local, (True, True))
-            lowered = (
-                init.lower(*common, chunk),
-                advance.lower(states, *common, step, step, chunk),
-                result.lower(states, inputs),
-            )
-            with concurrent.futures.ThreadPoolExecutor(len(lowered)) as threads:
-                self._compiled = _Programs(*threads.map(lambda one: one.compile(), lowered))
-        return self._compiled
-
-    @functools.cached_property
+    @property
     def memory(self) -> int:
-        """Bytes that one device needs, data included: the most that any of the programs takes."""
-
-        def need(program: Any) -> int:
-            sizes = program.memory_analysis()
-            return int(
-                sizes.argument_size_in_bytes
-                + sizes.output_size_in_bytes
-                + sizes.temp_size_in_bytes
-                - sizes.alias_size_in_bytes
-            )
-
-        return max(need(program) for program in self.compile())
-
-    def _sharded_jit(
-        self, function: Callable[..., Any], sharded: tuple[bool, ...], donate: bool = False
-    ) -> Any:
-        """A function of local parts as a program over the mesh; the result is sharded by trial."""
-        return jax.jit(
-            jax.shard_map(
-                function,
-                mesh=self._mesh,
-                in_specs=tuple(P(TRIALS_AXIS) if one else P() for one in sharded),
-                out_specs=P(TRIALS_AXIS),
-                axis_names={TRIALS_AXIS},
-                check_vma=False,
-            ),
-            donate_argnums=(0,) if donate else (),
-        )
-
-    def _over_trials(self, function: Callable[..., Any], num_batched: int) -> Callable[..., Any]:
-        """A function of one trial over a block's; `num_batched` arguments are by trial."""
-
-        def mapped(*args: Any) -> Any:
-            if self._width == 1:
-                # No vmap at all: a batch of one is not the same program.
-                one = jax.tree.map(lambda leaf: leaf[0], args[:num_batched])
-                out = function(*one, *args[num_batched:])
-                return jax.tree.map(lambda leaf: leaf[None], out)
-            axes = (*(0 for _ in range(num_batched)), *(None for _ in args[num_batched:]))
-            return jax.vmap(function, axes)(*args)
-
-        return mapped
-
-    def _trial_key(self, key: chex.PRNGKey, seed: chex.Array, number: chex.Array) -> chex.PRNGKey:
-        return train.trial_key(key, seed, number if self._independent else None)
-
-    def _each_block(self, count: Any, block: Callable[[Any, Any], Any], like: Any) -> Any:
-        """Puts ``block(rows, first)`` of each block of rows in the place of these rows."""
-
-        def body(i: chex.Array, results: Any) -> Any:
-            first = i * self._width
-            done = block(self._rows(results, first), first)
-            return jax.tree.map(
-                lambda all_rows, new: jax.lax.dynamic_update_slice_in_dim(all_rows, new, first, 0),
-                results,
-                done,
-            )
-
-        # A loop even over one block: the same program trains any number of them.
-        return jax.lax.fori_loop(0, count, body, like)
-
-    def _rows(self, tree: Any, first: chex.Array) -> Any:
-        """The rows of one block."""
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, self._width), tree
-        )
-
-    def _empty(self, num_rows: int, block: Callable[[Any], Any]) -> Any:
-        """Zeros in the shapes of ``block(first)``, with all rows of a device."""
-        shapes = jax.eval_shape(block, jnp.int32(0))
-        return jax.tree.map(lambda leaf: _zeros((num_rows, *leaf.shape[1:]), leaf.dtype), shapes)
-
-    def _init_local(self, inputs: Any, key: chex.PRNGKey, data: Any, batches: Any) -> States:
-        seed = inputs["seed"][0]
-
-        def init_one(point: Any, number: chex.Array) -> train.TrialState:
-            state = self._trial.init(point, self._trial_key(key, seed, number), data, batches)
-            # The key follows from the trial's number; what is shared must stay so under vmap.
-            return state._replace(key=None)
-
-        def block(first: chex.Array) -> Any:
-            return self._over_trials(init_one, 2)(
-                *self._rows((inputs["points"], inputs["trial"]), first)
-            )
-
-        num_rows = inputs["trial"].shape[0]
-        empty = self._empty(num_rows, block)
-        # Rows that hold no trial count as broken: nothing is spent on them.
-        empty = empty._replace(infeasible_step=jnp.zeros_like(empty.infeasible_step))
-        states = self._each_block(inputs["num_used"][0], lambda _, first: block(first), empty)
-        return States(states, jnp.arange(num_rows, dtype=jnp.int32))
-
-    def _advance_local(
-        self,
-        states: States,
-        inputs: Any,
-        key: chex.PRNGKey,
-        data: Any,
-        start: chex.Array,
-        stop: chex.Array,
-        batches: Any,
-    ) -> States:
-        seed = inputs["seed"][0]
-        # All trials of a call share a seed, and by default their key and batches.
-        shared_key = self._trial_key(key, seed, jnp.int32(0))
-
-        def advance_one(
-            state: Any, number: chex.Array, data: Any, step: Any, until: Any, chunk: Any, first: Any
-        ) -> Any:
-            own = self._trial_key(key, seed, number) if self._independent else shared_key
-            state = state._replace(key=own)
-            state = self._trial.advance(state, data, step, until, chunk, first)
-            return state._replace(key=None)
-
-        def sweep(carry: tuple[chex.Array, States]) -> tuple[chex.Array, States]:
-            step, states = carry
-            until = jnp.minimum(step + self._sweep_steps, stop)
-            chunk, first_step = batches, start
-            if self._make_batch is not None:
-                chunk, first_step = self._gather(data, shared_key, step, until), step
-            states = _live_first(states)
-            num_live = jnp.sum(states.trials.infeasible_step < 0, dtype=jnp.int32)
-            num_blocks = (num_live + self._width - 1) // self._width
-
-            def block(trials: Any, first: chex.Array) -> Any:
-                numbers = inputs["trial"][self._rows(states.place, first)]
-                over = self._over_trials(advance_one, 2)
-                return over(trials, numbers, data, step, until, chunk, first_step)
-
-            return until, states._replace(trials=self._each_block(num_blocks, block, states.trials))
-
-        return jax.lax.while_loop(lambda carry: carry[0] < stop, sweep, (start, states))[1]
-
-    def _gather(self, data: Any, key: chex.PRNGKey, step: chex.Array, until: chex.Array) -> Any:
-        """The batches of a sweep, leading axis of steps, once for all trials."""
-        assert self._make_batch is not None
-        make = self._make_batch
-        if jax.default_backend() != "cpu":
-            # A loop would ask the host before each step; there all are cheaper than one.
-            steps = step + jnp.arange(self._sweep_steps, dtype=jnp.int32)
-            return self._over_data(jax.vmap(make, (None, None, 0))(data, key, steps))
-        shapes = jax.eval_shape(make, data, key, step)
-        empty = jax.tree.map(
-            lambda leaf: _zeros((self._sweep_steps, *leaf.shape), leaf.dtype), shapes
-        )
-
-        def put(i: chex.Array, chunk: Any) -> Any:
-            batch = make(data, key, step + i)
-            return jax.tree.map(lambda batches, one: batches.at[i].set(one), chunk, batch)
-
-        return self._over_data(jax.lax.fori_loop(0, until - step, put, empty))
-
-    def _over_data(self, chunk: Any) -> Any:
-        """Batches with a leading axis of steps, sharded over the mesh's second axis, if any."""
-        return jax.tree.map(
-            lambda leaf: (
-                jax.lax.with_sharding_constraint(leaf, P(None, DATA_AXIS))
-                if self._is_cut(leaf)
-                else leaf
-            ),
-            chunk,
-        )
-
-    def _result_local(self, states: States, inputs: Any) -> Any:
-        in_order = jnp.argsort(states.place)
-        trials = jax.tree.map(lambda leaf: leaf[in_order], states.trials)
-
-        def block(first: chex.Array) -> Any:
-            return self._over_trials(self._trial.result, 1)(self._rows(trials, first))
-
-        empty = self._empty(inputs["trial"].shape[0], block)
-        return self._each_block(inputs["num_used"][0], lambda _, first: block(first), empty)
+        """Bytes that one device needs, data included."""
+        training, waiting = self.programs.memory
+        return training + (self._per_device - 1) * waiting
 
     # Whole studies -----------------------------------------------------------------------------
 
     def run(
         self, blocks: Sequence[Block], points: Points, keeper: Keeper | None = None
     ) -> Iterator[list[tuple[int, dict[str, np.ndarray]]]]:
-        """Trains blocks and yields them as they finish, a call's worth at a time.
+        """Trains blocks and yields them as they finish, a group's worth at a time.
 
         Args:
           blocks: the blocks to train, in order.
@@ -431,179 +176,268 @@ class Engine:
     def _run(
         self, blocks: Sequence[Block], points: Points, keeper: Keeper
     ) -> Iterator[list[tuple[int, dict[str, np.ndarray]]]]:
-        pending: tuple[_Call, Any] | None = None
-        for call in self._calls(blocks, keeper):
-            work = self._train(call, points, keeper)
-            results = next(work)
-            # This call is on its way while the last one's results are fetched and stored.
+        pending: tuple[Group, Any] | None = None
+        for group in self._groups(blocks, points, keeper):
+            work = self._train(group, keeper)
+            states = next(work)
+            # This group is on its way while the last one's results are fetched and stored.
             if pending is not None:
-                yield self._fetch(*pending, points)
+                yield self._finished(*pending)
                 keeper.drop(pending[0].indices)
-            for results in work:  # noqa: B007 - only the last is not None.
+            for states in work:  # noqa: B007 - only the last is not None.
                 pass
-            pending = (call, results)
+            pending = (group, states)
             if keeper.asked_to_stop:
                 break
         if pending is not None:
-            yield self._fetch(*pending, points)
+            yield self._finished(*pending)
             keeper.drop(pending[0].indices)
         keeper.check()
 
-    def _calls(self, blocks: Sequence[Block], keeper: Keeper) -> Iterator[_Call]:
-        """Groups of blocks of one seed: first what was saved in training, then the others."""
+    def _groups(self, blocks: Sequence[Block], points: Points, keeper: Keeper) -> Iterator[Group]:
+        """Blocks of one seed: first what was saved in training, then the others."""
         left = {block.index: block for block in blocks}
-        for group in keeper.groups(left):
-            together = [left.pop(index) for index in group]
+        for saved in keeper.groups(left):
+            together = [left.pop(index) for index in saved]
             for part in _parts(together, self.blocks_per_call):
-                yield _Call(part, group)
+                yield _group(part, points, saved)
         for seed in sorted({block.seed for block in left.values()}):
             same = [block for block in left.values() if block.seed == seed]
             for part in _parts(same, self.blocks_per_call):
-                yield _Call(part, ())
+                yield _group(part, points)
 
-    def _place(
-        self, blocks: Sequence[Block], rows: Sequence[Mapping[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        """Points, trials and seed of one call: leading axis (device * block * trial).
-
-        Block i of a call goes to device i modulo the number of devices, so that a small call is
-        spread over all of them; unused places repeat the last block and are not trained.
-        """
-        order = [self._slot_block(slot, len(blocks)) for slot in range(self.blocks_per_call)]
-        filled = [min(i, len(blocks) - 1) for i in order]
-        used = np.array([i < len(blocks) for i in order]).reshape(self._num_devices, -1)
-        points = {
-            name: np.concatenate([np.asarray(rows[i][name]) for i in filled]) for name in rows[0]
-        }
-        return {
-            "points": points,
-            "trial": np.concatenate([blocks[i].trials for i in filled]),
-            "seed": np.full(self._num_devices, blocks[0].seed, np.int32),
-            "num_used": used.sum(axis=1).astype(np.int32),
-        }
-
-    def _slot_block(self, slot: int, num_blocks: int) -> int:
-        device, position = divmod(slot, self._per_device)
-        return device + position * self._num_devices
-
-    def _train(self, call: _Call, points: Points, keeper: Keeper) -> Iterator[Any]:
-        """Trains one call; yields None when the device has work, and at last the results."""
-        programs = self.compile()
-        rows = [points.rows(block.trials) for block in call.blocks]
-        inputs = jax.device_put(self._place(call.blocks, rows), self._sharded)
-        saved = keeper.load(call.group, self._saved_shapes(len(call.group))) if call.group else None
-        states = None if saved is None else self._restore(call, saved)
-        begin = (0, None) if saved is None else (saved.step, saved.position)
-        for start, stop, chunk, position in self._segments(*begin):
-            if states is None:
-                states = programs.init(inputs, self._key, self._data, chunk)
-            states = self._advance(states, inputs, start, stop, chunk)
-            if stop < self._trial.num_steps:
+    def _train(self, group: Group, keeper: Keeper) -> Iterator[Any]:
+        """Trains a group; yields None when the device has work, and at last its states."""
+        seed = group.blocks[0].seed
+        saved = (
+            keeper.load(group.saved, self._saved_shapes(len(group.saved))) if group.saved else None
+        )
+        parked: list[np.ndarray] | None = None
+        begin: tuple[int, Any] = (0, None)
+        if saved is None:
+            units = self._begin(group)
+        else:
+            parked = self._restored(group, saved)
+            units = self._packed(group, parked)
+            begin = (saved.step, saved.position)
+        for start, stop, chunk, position in self._segments(*begin, seed, len(units)):
+            units = self._advance(units, start, stop, chunk)
+            if stop < self._num_steps:
                 yield None
-                jax.block_until_ready(states.place)
-                rows_now = functools.partial(self._rows_of, call.blocks, states)
-                keeper.between_calls(call.indices, stop, rows_now, position)
-        yield programs.result(states, inputs)
+                jax.block_until_ready([unit.states.step for unit in units])
+                now = functools.partial(self._arrays_of, group, units, parked)
+                keeper.between_calls(group.indices, stop, now, position)
+                units, parked = self._without_broken(group, units, parked)
+                if not units:
+                    break
+        yield units, parked
 
-    def _segments(self, start: int, position: Any) -> Iterator[tuple[int, int, Any, Any]]:
-        """Each call of the program: start, stop, host batches, and where their iterator stands."""
-        num_steps = self._trial.num_steps
+    def _segments(
+        self, start: int, position: Any, seed: int, num_units: int
+    ) -> Iterator[tuple[int, int, Any, Any]]:
+        """Each call of the program: start, stop, batches, and where their iterator stands."""
         if self._host_batches is not None:
+            length = chunk_length_of(self.programs.shapes.chunk)
             batches = host_data.batches_from(self._host_batches, start, position)
-            for chunk, at in prefetch(batches, num_steps - start, self._chunk_length, start):
-                stop = min(start + self._chunk_length, num_steps)
+            for chunk, at in prefetch(batches, self._num_steps - start, length, start):
+                stop = min(start + length, self._num_steps)
                 yield start, stop, self._put_chunk(chunk), at
                 start = stop
             return
-        length = self._sweep_steps
-        while start < num_steps:
-            stop = min(start + length, num_steps)
+        shortest = max(MIN_CALL_STEPS, -(-self._num_steps * num_units // MAX_CALLS_PER_RUN))
+        length = shortest
+        together = loop.steps_per_chunk()
+        while start < self._num_steps:
+            length = min(max(length, together), self.programs.gathered_steps or shortest)
+            length = length // together * together
+            stop = min(start + length, self._num_steps)
             began = time.monotonic()
-            yield start, stop, None, None
+            yield start, stop, self._gathered(seed, start, stop), None
             seconds = max(time.monotonic() - began, 1e-3)
             start = stop
             # At most four times as long as the last, which may have been quick by chance.
-            growth = min(4.0, SECONDS_PER_CALL / seconds)
-            length = max(self._sweep_steps, int(length * growth))
+            length = max(shortest, int(length * min(4.0, SECONDS_PER_CALL / seconds)))
 
-    # Saves: leaves of the states, rows in the order of the call's blocks.
+    # The programs ------------------------------------------------------------------------------
+
+    def _numbers(self, start: int = 0, stop: int = 0) -> Any:
+        told = Numbers(start, stop, self._num_steps, int(self._lengths.eval_every))
+        return jax.device_put(np.asarray(told, np.int32), self.programs.replicated)
+
+    def _gathered(self, seed: int, start: int, stop: int) -> Any:
+        """The batches of some steps where all trials of a seed share them, or None."""
+        gather = self.programs.program("gather")
+        if gather is None:
+            return None
+        key = keys.batch_key(keys.trial_key(self._key, seed))
+        key = jax.device_put(key, self.programs.replicated)
+        return gather(self._data, key, self._numbers(start, stop))
+
+    def _put_chunk(self, chunk: Any) -> Any:
+        """Host batches on the devices."""
+        mesh = self.programs.shapes.mesh
+        return jax.device_put(chunk, jax.tree.map(lambda leaf: chunk_sharding(mesh, leaf), chunk))
+
+    def _advance(self, units: Sequence[Unit], start: int, stop: int, chunk: Any) -> list[Unit]:
+        program = self.programs.program("advance")
+        numbers = self._numbers(start, stop)
+        return [
+            unit._replace(states=program(unit.states, unit.inputs, self._data, numbers, chunk))
+            for unit in units
+        ]
+
+    def _inputs(self, group: Group, rows: np.ndarray) -> Any:
+        """Points and keys of a unit's rows; those without a trial repeat the first."""
+        filled = np.maximum(rows, 0)
+        inputs = {
+            "points": {
+                name: values[filled]
+                for name, values in self.columns.of_program(group.points).items()
+            },
+            "live": rows >= 0,
+            "key": self._trial_keys(group.blocks[0].seed, group.trials[filled]),
+        }
+        return jax.device_put(inputs, self._inputs_sharding(inputs))
+
+    def _inputs_sharding(self, inputs: Any) -> Any:
+        by_name = self.programs.inputs_sharding
+        return {
+            name: jax.tree.map(lambda _, to=by_name[name]: to, value)
+            for name, value in inputs.items()
+        }
+
+    def _trial_keys(self, seed: int, trials: np.ndarray) -> chex.PRNGKey:
+        """One key for each trial, or the one that all share."""
+        if not self.programs.shapes.independent:
+            return keys.trial_key(self._key, seed)
+        return jax.vmap(keys.trial_key, (None, None, 0))(self._key, seed, jnp.asarray(trials))
+
+    def _begin(self, group: Group) -> list[Unit]:
+        """The units of a group before the first update."""
+        numbers = self._numbers()
+        weights, shared = self.programs.program("weights"), None
+        if weights is not None:
+            key = keys.init_key(keys.trial_key(self._key, group.blocks[0].seed))
+            shared = jax.device_put(weights(key), self.programs.replicated)
+        begin = self.programs.program("begin")
+        units = []
+        for rows in self._spread(np.arange(len(group.trials))):
+            inputs = self._inputs(group, rows)
+            units.append(Unit(begin(inputs, numbers, shared), inputs, rows))
+        return units
+
+    def _spread(self, trials: np.ndarray) -> Iterator[np.ndarray]:
+        """The rows of each unit: block after block, so that few are spread over all devices."""
+        per_unit = self._num_devices * self._width
+        for first in range(0, len(trials), per_unit):
+            part = trials[first : first + per_unit]
+            yield np.concatenate([part, np.full(per_unit - len(part), -1, part.dtype)])
+
+    # Trials that broke ---------------------------------------------------------------------------
+
+    def _without_broken(
+        self, group: Group, units: list[Unit], parked: list[np.ndarray] | None
+    ) -> tuple[list[Unit], list[np.ndarray] | None]:
+        """Live trials packed together, if that leaves out enough blocks; the others on the host."""
+        broken = np.concatenate([np.asarray(unit.states.infeasible_step) >= 0 for unit in units])
+        num_needed = -(-int(np.sum(~broken)) // (self._num_devices * self._width))
+        if len(units) - num_needed < max(1, _PACKED_SHARE * len(units)):
+            return units, parked
+        parked = self._arrays_of(group, units, parked)
+        return self._packed(group, parked), parked
+
+    def _packed(self, group: Group, parked: list[np.ndarray]) -> list[Unit]:
+        """Units of the live trials among the host's."""
+        structure = jax.tree.structure(self._data_shapes())
+        states = jax.tree.unflatten(structure, parked)
+        live = np.flatnonzero(states.infeasible_step < 0)
+        units = []
+        for rows in self._spread(live):
+            filled = np.maximum(rows, 0)
+            part = jax.tree.map(lambda leaf, filled=filled: leaf[filled], states)
+            broken = np.where(rows >= 0, part.infeasible_step, 0).astype(np.int32)
+            placed = jax.device_put(part._replace(infeasible_step=broken), self.programs.sharded)
+            placed = _from_data(placed, self.programs.state_shapes)
+            units.append(Unit(placed, self._inputs(group, rows), rows))
+        return units
+
+    def _arrays_of(
+        self, group: Group, units: Sequence[Unit], parked: list[np.ndarray] | None
+    ) -> list[np.ndarray]:
+        """The leaves of all states on the host, rows in the order of the group's trials."""
+        data = [jax.tree.leaves(_as_data(unit.states)) for unit in units]
+        return _collected(len(group.trials), data, units, parked)
+
+    # Saves: leaves of the states, rows in the order of the group's blocks.
+
+    def _data_shapes(self) -> TrialState:
+        shapes: TrialState = jax.eval_shape(_as_data, self.programs.state_shapes)
+        return shapes
 
     def _saved_shapes(self, num_blocks: int) -> list[Any]:
         """Dtypes and shapes of what is saved of so many blocks."""
-        self.compile()
+        rows = num_blocks * self._width
         return [
-            jax.ShapeDtypeStruct((num_blocks * self._width, *leaf.shape[1:]), leaf.dtype)
-            for leaf in jax.tree.leaves(jax.eval_shape(_as_data, self._state_shapes.trials))
+            jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+            for leaf in jax.tree.leaves(self._data_shapes())
         ]
 
-    def _slot_rows(self, num_blocks: int) -> np.ndarray:
-        """The first row of each block of a call, shape (block,), live or not."""
-        slots = [self._slot_block(slot, num_blocks) for slot in range(self.blocks_per_call)]
-        return np.array([slots.index(number) for number in range(num_blocks)]) * self._width
-
-    def _rows_of(self, blocks: Sequence[Block], states: States) -> list[np.ndarray]:
-        """What is saved, on the host."""
-        host = jax.device_get(_as_data(states.trials))
-        place = np.asarray(states.place).reshape(self._num_devices, -1)
-        # Live trials have been moved to the front: find where each place's trial is now.
-        rows_per_device = place.shape[1]
-        first = np.arange(self._num_devices)[:, None] * rows_per_device
-        now = (np.argsort(place, axis=1) + first).reshape(-1)
-        starts = self._slot_rows(len(blocks))
-        rows = now[(starts[:, None] + np.arange(self._width)).reshape(-1)]
-        return [leaf[rows] for leaf in jax.tree.leaves(host)]
-
-    def _restore(self, call: _Call, saved: Saved) -> States:
-        """The states of a call's blocks, as they were saved perhaps on other devices."""
-        shapes = self._state_shapes.trials
-        num_rows = self.blocks_per_call * self._width
-        starts = self._slot_rows(len(call.blocks))
-        rows = (starts[:, None] + np.arange(self._width)).reshape(-1)
-        places = np.array([saved.blocks.index(index) for index in call.indices]) * self._width
+    def _restored(self, group: Group, saved: Saved) -> list[np.ndarray]:
+        """The host's arrays of a group, as they were saved perhaps on other devices."""
+        places = np.array([saved.blocks.index(index) for index in group.indices]) * self._width
         source = (places[:, None] + np.arange(self._width)).reshape(-1)
+        return [leaf[source] for leaf in saved.arrays]
 
-        def spread(leaf: np.ndarray) -> np.ndarray:
-            # Rows that hold no trial count as broken at step 0, as zeros say.
-            whole = np.zeros((num_rows, *leaf.shape[1:]), leaf.dtype)
-            whole[rows] = leaf[source]
-            return whole
+    # Results -------------------------------------------------------------------------------------
 
-        data_shapes = jax.eval_shape(_as_data, shapes)
-        trials = jax.tree.unflatten(
-            jax.tree.structure(data_shapes), [spread(leaf) for leaf in saved.arrays]
-        )
-        place = np.tile(np.arange(num_rows // self._num_devices, dtype=np.int32), self._num_devices)
-        placed = jax.device_put((trials, place), self._sharded)
-        return States(_from_data(placed[0], shapes), placed[1])
-
-    def _fetch(
-        self, call: _Call, results: Any, points: Points
+    def _finished(
+        self, group: Group, states: tuple[list[Unit], list[np.ndarray] | None]
     ) -> list[tuple[int, dict[str, np.ndarray]]]:
-        blocks = call.blocks
-        host = jax.device_get(results)
-        out = []
-        for slot in range(self.blocks_per_call):
-            number = self._slot_block(slot, len(blocks))
-            if number >= len(blocks):
-                continue
-            rows = slice(slot * self._width, (slot + 1) * self._width)
-            result = jax.tree.map(lambda leaf, rows=rows: leaf[rows], host)
-            block = blocks[number]
-            arrays = block_arrays(block, points.rows(block.trials), result)
-            out.append((block.index, arrays))
-        return sorted(out, key=lambda item: item[0])
-
-    def _advance(self, states: States, inputs: Any, start: int, stop: int, chunk: Any) -> States:
-        limits = jax.device_put((np.int32(start), np.int32(stop)), self._replicated)
-        advanced: States = self.compile().advance(
-            states, inputs, self._key, self._data, *limits, chunk
+        """A group's blocks as arrays, judged on the host."""
+        units, parked = states
+        shapes = self._data_shapes()
+        numbered = jax.tree.unflatten(
+            jax.tree.structure(shapes), range(len(jax.tree.leaves(shapes)))
         )
-        return advanced
+        needed = self._of_result(numbered)
+        places = jax.tree.leaves(needed)
+        data = []
+        for unit in units:
+            leaves = jax.tree.leaves(_as_data(unit.states))
+            data.append([leaves[i] for i in places])
+        kept = None if parked is None else [parked[i] for i in places]
+        arrays = _collected(len(group.trials), data, units, kept)
+        host = jax.tree.unflatten(jax.tree.structure(needed), arrays)
+        result = judge.result(self._work, host, self._eval_steps, self._keep)
+        found = []
+        for number, block in enumerate(group.blocks):
+            rows = slice(number * self._width, (number + 1) * self._width)
+            own = jax.tree.map(lambda leaf, rows=rows: leaf[rows], result._replace(step=None))
+            points = {name: values[rows] for name, values in group.points.items()}
+            found.append((block.index, block_arrays(block, points, own)))
+        return sorted(found, key=lambda item: item[0])
+
+    def _of_result(self, states: TrialState) -> TrialState:
+        """What of the states is judged or kept; the rest need not be fetched."""
+
+        def is_record(node: Any) -> bool:
+            return isinstance(node, norms.NormRecordState)
+
+        found = jax.tree.leaves(states.opt_state, is_leaf=is_record)
+        final = self._keep == "final"
+        return states._replace(
+            opt_state=[record for record in found if is_record(record)],
+            params=states.params if final else None,
+            model_state=states.model_state if final else None,
+            best_params=states.best_params if self._keep == "best" else None,
+        )
+
+    # Rehearsals --------------------------------------------------------------------------------
 
     def rehearse(
         self, blocks: Sequence[Block], points: Points, seconds: float
     ) -> tuple[float, float]:
-        """Trains the first steps of a call, for its time alone.
+        """Trains the first steps of a group, for its time alone.
 
         Args:
           blocks: at most `blocks_per_call`, of one seed.
@@ -613,76 +447,80 @@ class Engine:
         Returns:
           Seconds that the first evaluation took, and that a step took, of all trials.
         """
-        programs = self.compile()
-        inputs = self._place(blocks, [points.rows(block.trials) for block in blocks])
-        inputs = jax.device_put(inputs, self._sharded)
+        group = _group(blocks, points)
         chunk = next(self.feed(1))
-        # Within a sweep, a chunk, and the time before the second evaluation.
-        last = min(self._sweep_steps, int(self._trial.eval_steps[1]) - 1)
+        # Within a chunk, and the time before the second evaluation.
+        last = min(MIN_CALL_STEPS, int(self._eval_steps[1]) - 1)
         if self._host_batches is not None:
-            last = min(last, self._chunk_length)
+            last = min(last, chunk_length_of(chunk))
 
-        def timed(states: States, start: int, stop: int) -> tuple[States, float]:
+        def timed(units: list[Unit], start: int, stop: int) -> tuple[list[Unit], float]:
+            batches = chunk if self._host_batches else self._gathered(0, start, stop)
             began = time.monotonic()
-            states = self._advance(states, inputs, start, stop, chunk)
-            jax.block_until_ready(states)
-            return states, time.monotonic() - began
+            units = self._advance(units, start, stop, batches)
+            jax.block_until_ready([unit.states for unit in units])
+            return units, time.monotonic() - began
 
         spent, evaluation, per_step = 0.0, 0.0, 0.0
         while spent < seconds:
-            states = programs.init(inputs, self._key, self._data, chunk)
-            jax.block_until_ready(states)
-            states, evaluation = timed(states, 0, 1)
+            units = self._begin(group)
+            jax.block_until_ready([unit.states for unit in units])
+            units, evaluation = timed(units, 0, 1)
             if last <= 1:  # Evaluated after each step: the two cannot be told apart.
                 return 0.0, evaluation
-            states, took = timed(states, 1, last)
+            units, took = timed(units, 1, last)
             spent, per_step = spent + took + evaluation, took / (last - 1)
         return max(evaluation - per_step, 0.0), per_step
 
     # One block, step by step ---------------------------------------------------------------------
 
-    def begin_block(self, block: Block, points: Points, chunk: Any) -> tuple[States, Any]:
-        """The states of one block before the first update, and what `advance_block` needs.
+    def begin_block(self, block: Block, points: Points) -> Unit:
+        """One block before the first update, in the first rows of a unit.
 
         Args:
           block: the block.
           points: where its points come from.
-          chunk: the first of `feed`.
 
         Returns:
-          (states, inputs); the block stands in the first places.
+          The unit.
         """
-        inputs = self._place([block], [points.rows(block.trials)])
-        inputs = jax.device_put(inputs, self._sharded)
-        return self.compile().init(inputs, self._key, self._data, chunk), inputs
+        (unit,) = self._begin(_group([block], points))
+        return unit
 
-    def advance_block(
-        self, states: States, inputs: Any, start: int, stop: int, chunk: Any
-    ) -> States:
-        """The states after the updates start, ..., stop - 1, with the very program of `run`.
+    def advance_block(self, unit: Unit, block: Block, start: int, stop: int, chunk: Any) -> Unit:
+        """The unit after the updates start, ..., stop - 1, with the very program of `run`.
 
         Args:
-          states: from `begin_block`; donated.
-          inputs: from `begin_block`.
+          unit: from `begin_block`; donated.
+          block: the block.
           start: the first update.
           stop: the update before which to stop.
           chunk: host batches that begin with that of `start`, or None.
 
         Returns:
-          The states.
+          The unit.
         """
-        return self._advance(states, inputs, start, stop, chunk)
+        most = self.programs.gathered_steps or stop
+        for first in range(start, stop, most) if chunk is None else (start,):
+            last = min(first + most, stop)
+            batches = self._gathered(block.seed, first, last) if chunk is None else chunk
+            (unit,) = self._advance([unit], first, last, batches)
+        return unit
 
     def trial_key(self, block: Block, trial: int) -> chex.PRNGKey:
         """The key of one trial of a block."""
-        return self._trial_key(self._key, jnp.int32(block.seed), jnp.int32(trial))
+        own = trial if self.programs.shapes.independent else None
+        return keys.trial_key(self._key, block.seed, own)
 
-    def result(self, state: train.TrialState) -> train.TrialResult:
-        """The result of one trial's state so far."""
-        return self._trial.result(state)
+    def result(self, state: TrialState) -> judge.TrialResult:
+        """The result of one trial's state so far, on the host."""
+        host = jax.device_get(self._of_result(state._replace(point=None, key=None)))
+        rows = jax.tree.map(lambda leaf: np.asarray(leaf)[None], host)
+        result = judge.result(self._work, rows, self._eval_steps, self._keep)
+        return jax.tree.map(lambda leaf: leaf[0], result._replace(step=None))
 
     def feed(self, num_steps: int) -> Iterator[Any]:
-        """What to give to `begin_block`, and then to `advance_block` for each step in turn.
+        """What to give to `advance_block` for each step in turn.
 
         Args:
           num_steps: how many steps.
@@ -692,13 +530,42 @@ class Engine:
           batches are made on the device.
         """
         if self._host_batches is None:
-            yield from itertools.repeat(None, num_steps + 1)
+            yield from itertools.repeat(None, num_steps)
             return
-        for step, batch in enumerate(itertools.islice(self._host_batches(0), num_steps)):
-            chunk = self._put_chunk(_stack([batch] * self._chunk_length))
-            if step == 0:
-                yield chunk
-            yield chunk
+        length = chunk_length_of(self.programs.shapes.chunk)
+        for batch in itertools.islice(self._host_batches(0), num_steps):
+            yield self._put_chunk(_stack([batch] * length))
+
+
+def _group(blocks: Sequence[Block], points: Points, saved: tuple[int, ...] = ()) -> Group:
+    rows = [points.rows(block.trials) for block in blocks]
+    table = {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in rows[0]}
+    return Group(blocks, saved, np.concatenate([block.trials for block in blocks]), table)
+
+
+def _collected(
+    num_rows: int,
+    data: Sequence[Sequence[Any]],
+    units: Sequence[Unit],
+    parked: Sequence[np.ndarray] | None,
+) -> list[np.ndarray]:
+    """Leaves of the units on the host in their trials' order, beside what is there already."""
+    host = jax.device_get(data)
+    if parked is None:
+        like = host[0]
+        whole = [np.zeros((num_rows, *leaf.shape[1:]), leaf.dtype) for leaf in like]
+    else:
+        whole = [leaf.copy() for leaf in parked]
+    for unit, leaves in zip(units, host, strict=True):
+        used = unit.rows >= 0
+        for into, leaf in zip(whole, leaves, strict=True):
+            into[unit.rows[used]] = leaf[used]
+    return whole
+
+
+def chunk_length_of(chunk: Any) -> int:
+    """How many steps a chunk of batches holds."""
+    return int(jax.tree.leaves(chunk)[0].shape[0])
 
 
 def too_wide(width: int, fitting: int | None) -> str:
@@ -724,33 +591,6 @@ def blocks_per_device(width: int, num_blocks: int, num_devices: int) -> int:
     return max(1, -(-each // num_calls))
 
 
-def _live_first(states: States) -> States:
-    """Brings live trials before broken ones, keeping the order among them."""
-
-    def broken(states: States) -> chex.Array:
-        return states.trials.infeasible_step >= 0
-
-    def out_of_order(states: States) -> chex.Array:
-        dead = broken(states)
-        return jnp.any(dead[:-1] & ~dead[1:])
-
-    def sort(states: States) -> States:
-        order = jnp.argsort(broken(states), stable=True)
-        return jax.tree.map(lambda leaf: leaf[order], states)
-
-    # A loop of no or one pass: a branch would copy the states even where nothing moves.
-    return jax.lax.while_loop(out_of_order, sort, states)
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Zeros, also of random keys that a model or an optimizer carries."""
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        like = jax.eval_shape(lambda: jax.random.key_data(jnp.empty((), dtype)))
-        impl = jax.random.key_impl(jnp.empty((), dtype))
-        return jax.random.wrap_key_data(jnp.zeros((*shape, *like.shape), like.dtype), impl=impl)
-    return jnp.zeros(shape, dtype)
-
-
 def _parts(blocks: Sequence[Block], most: int) -> Iterator[Sequence[Block]]:
     """Blocks in as few parts of about equal size as hold at most so many."""
     num_parts = -(-len(blocks) // most)
@@ -758,32 +598,24 @@ def _parts(blocks: Sequence[Block], most: int) -> Iterator[Sequence[Block]]:
         yield [blocks[i] for i in part]
 
 
-def _is_key(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-
-
 def _as_data(tree: Any) -> Any:
     """A tree with random keys as the numbers they are."""
-    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
 
 
 def _from_data(tree: Any, like: Any) -> Any:
     """What `_as_data` was given, of the dtypes of `like`."""
 
     def restore(shape: Any, leaf: Any) -> Any:
-        if not _is_key(shape):
+        if not is_key(shape):
             return leaf
         return jax.random.wrap_key_data(leaf, impl=str(jax.random.key_impl(shape)))
 
     return jax.tree.map(restore, like, tree)
 
 
-def _num_bytes(shapes: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-
-
 def block_arrays(
-    block: Block, points: Mapping[str, np.ndarray], result: train.TrialResult
+    block: Block, points: Mapping[str, np.ndarray], result: judge.TrialResult
 ) -> dict[str, np.ndarray]:
     """A finished block as flat named arrays with a leading axis of runs.
 
@@ -824,10 +656,10 @@ def first_batches(host_batches: Callable[[int], Iterator[Any]]) -> Any:
     return _stack(list(itertools.islice(host_batches(0), 1)))
 
 
-def chunk_length(first: Any, num_steps: int) -> int:
+def chunk_length(first: Any) -> int:
     """How many batches travel together: as many as `MAX_CHUNK_BYTES` hold, within limits."""
-    fitting = MAX_CHUNK_BYTES // max(_num_bytes(first), 1)
-    return max(1, min(MAX_CHUNK_STEPS, num_steps, fitting))
+    fitting = MAX_CHUNK_BYTES // max(num_bytes(first), 1)
+    return max(1, min(MAX_CHUNK_STEPS, fitting))
 
 
 def _stack(batches: list[Any]) -> Any:

@@ -16,8 +16,9 @@ import playbook_optax
 from playbook_optax import _checks, _histogram
 from playbook_optax.records import weights
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials import train
-from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
+from playbook_optax.trials import keys
+from playbook_optax.trials.stepper import Lengths, Stepper
+from playbook_optax.trials.workload import Workload, resolve
 
 # On a CPU vmap wins for small steps and loses above about 1 MFLOP (products with strided operands
 # overflow the cache): models.md, "Speed of many trials". `make bench` measures both.
@@ -41,6 +42,7 @@ _IDENTITY = (
     "keep",
     "key",
     "space",
+    "fixed",
     "data",
     "version",
     "x64",
@@ -94,7 +96,7 @@ def make_points(
     Raises:
       ValueError: no trials, arrays of different lengths, or values that are not finite numbers.
     """
-    sample_key = train.points_key(key)
+    sample_key = keys.points_key(key)
     if isinstance(points, SearchSpace):
         if num_trials is None:
             raise ValueError("num_trials must be given with a SearchSpace.")
@@ -137,6 +139,39 @@ def make_points(
     return Points(None, table, sample_key), count
 
 
+class Columns:
+    """The hyperparameters that a program takes, from those of a study and the fixed ones.
+
+    Args:
+      names: names in the study, and in the program where they differ.
+      like: points of the study, name to array.
+      fixed: name in the program to number, for what is no column of the study.
+    """
+
+    def __init__(
+        self, names: Mapping[str, str], like: Mapping[str, Any], fixed: Mapping[str, Any]
+    ) -> None:
+        self._names = names
+        taken = {names.get(name, name) for name in like}
+        self.fixed = {name: _as_column(value) for name, value in fixed.items() if name not in taken}
+
+    def of_program(self, points: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the program takes, name to array (trial,)."""
+        own = {self._names.get(name, name): values for name, values in points.items()}
+        num_rows = len(next(iter(own.values())))
+        return own | {
+            name: np.full(num_rows, value, value.dtype) for name, value in self.fixed.items()
+        }
+
+
+def _as_column(value: Any) -> np.ndarray:
+    """A number in the dtype that a column of such numbers has."""
+    array = np.asarray(value)
+    if isinstance(value, float):
+        array = array.astype(np.float32)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """One block: `trials_per_block` consecutive trials with one seed.
@@ -167,7 +202,7 @@ def blocks_of(num_trials: int, num_seeds: int, width: int) -> list[Block]:
 
 
 def choose_width(
-    workload: WorkloadLike, point: Mapping[str, Any], key: chex.PRNGKey, data: Any, batches: Any
+    stepper: Stepper, point: Mapping[str, Any], key: chex.PRNGKey, data: Any, batches: Any
 ) -> int:
     """Trials that one program trains side by side, by backend and size of a step.
 
@@ -175,7 +210,7 @@ def choose_width(
     decides bits: a longer study keeps its first trials.
 
     Args:
-      workload: the workload.
+      stepper: what happens to a trial.
       point: one point.
       key: a trial's key.
       data: the workload's data.
@@ -186,14 +221,14 @@ def choose_width(
     """
 
     def gradient(point: Any, key: chex.PRNGKey, data: Any, batches: Any) -> Any:
-        work = resolve(workload, point)
-        params, model_state = work.init(key)
-        batch = (
-            work.batch(data, key, jnp.int32(0))
-            if work.batch is not None
-            else jax.tree.map(lambda leaf: leaf[0], batches)
-        )
-        return jax.grad(lambda p: work.loss(p, model_state, batch, key)[0])(params)
+        params, model_state = stepper.weights(point, key)
+        work = resolve(stepper.workload, point)
+        batch = stepper.batch(point, data, key, jnp.int32(0), batches, 0)
+
+        def loss(params: Any) -> Any:
+            return stepper.loss(work, params, model_state, batch, key)[0]
+
+        return jax.grad(loss)(params)
 
     flops = product_flops(jax.make_jaxpr(gradient)(point, key, data, batches).jaxpr)
     if jax.default_backend() != "cpu":
@@ -293,7 +328,8 @@ def environment() -> dict[str, Any]:
 def make_spec(
     *,
     work: Workload,
-    trial: train.Trial,
+    lengths: Lengths,
+    eval_steps: np.ndarray,
     points: Points,
     num_trials: int,
     num_seeds: int,
@@ -302,13 +338,14 @@ def make_spec(
     keep: str,
     key: chex.PRNGKey,
     width: int,
-    shapes: train.TrialResult,
+    shapes: Any,
 ) -> dict[str, Any]:
     """Everything about a study that can be written as JSON.
 
     Args:
       work: the workload at one point.
-      trial: the stepper.
+      lengths: how long a run is.
+      eval_steps: updates done before each evaluation.
       points: where points come from.
       num_trials: number of trials.
       num_seeds: number of seeds of each.
@@ -317,7 +354,7 @@ def make_spec(
       keep: which weights are kept.
       key: the study's key.
       width: trials per block.
-      shapes: the result of one trial as `jax.ShapeDtypeStruct`s.
+      shapes: params and model_state of one trial as `jax.ShapeDtypeStruct`s.
 
     Returns:
       The spec, without fingerprints.
@@ -337,9 +374,9 @@ def make_spec(
         "maximize": work.maximize,
         "num_trials": num_trials,
         "num_seeds": num_seeds,
-        "num_steps": trial.num_steps,
+        "num_steps": int(lengths.num_steps),
         "eval_every": eval_every,
-        "step": [int(step) for step in trial.eval_steps],
+        "step": [int(step) for step in eval_steps],
         "independent": independent,
         "keep": keep,
         "trials_per_block": width,

@@ -12,9 +12,10 @@ from playbook_optax import _checks
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.runner import devices, execute, plan
 from playbook_optax.runner.run import StudyRunner
+from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials import train
-from playbook_optax.trials.workload import WorkloadLike
+from playbook_optax.trials import keys
+from playbook_optax.trials.stepper import evaluation_steps
 
 _SECTION = "Deciding how long to train when training is compute-bound"
 # How long one width is timed.
@@ -88,10 +89,9 @@ class Preflight:
         return "\n".join([*lines, *map(str, self.findings)])
 
 
-@_checks.named_arguments
+@takes_trainer
 def preflight(
-    workload: WorkloadLike,
-    make_optimizer: train.MakeOptimizer,
+    trainer: Trainer,
     points: SearchSpace | Mapping[str, Any],
     *,
     num_steps: int = 1000,
@@ -100,9 +100,6 @@ def preflight(
     num_seeds: int = 1,
     independent: bool = False,
     keep: str = "none",
-    make_schedule: train.MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
     key: chex.PRNGKey | None = None,
 ) -> Preflight:
     """Says what fits, how long it will take, and what cannot be traced, before it is spent.
@@ -114,8 +111,7 @@ def preflight(
     much faster here, a finding says so.
 
     Args:
-      workload: as in `run_study`, as are all others.
-      make_optimizer: makes the optimizer of a point.
+      trainer: as in `run_study`, as are all others.
       points: a `SearchSpace`, or name to array (trial,).
       num_steps: updates of each trial.
       eval_every: updates between evaluations; a twentieth of the steps if None.
@@ -123,9 +119,6 @@ def preflight(
       num_seeds: repetitions of each trial.
       independent: give each trial randomness of its own.
       keep: weights to keep.
-      make_schedule: makes the schedule of a point.
-      trials_per_block: as in `run_study`.
-      mesh: mesh to shard trials over.
       key: the key; ``jax.random.key(0)`` if None.
 
     Returns:
@@ -152,7 +145,7 @@ def preflight(
     Source: playbook, "Deciding how long to train when training is compute-bound".
     """
     key = jax.random.key(0) if key is None else key
-    train.check_key("key", key)
+    keys.check_key("key", key)
     num_steps = _checks.check_count("num_steps", num_steps)
     eval_every = max(1, num_steps // 20) if eval_every is None else eval_every
     eval_every = _checks.check_count("eval_every", eval_every)
@@ -160,13 +153,12 @@ def preflight(
         num_trials = 64
     rows, count = plan.make_points(points, num_trials, key)
     count *= _checks.check_count("num_seeds", num_seeds)
-    local = devices.trial_mesh(mesh)
+    local = devices.trial_mesh(trainer.mesh)
     num_devices, free = local.shape[devices.TRIALS_AXIS], devices.free_memory(local)
 
     def runner(width: int | str | None) -> StudyRunner:
         return StudyRunner(
-            workload,
-            make_optimizer,
+            trainer.replace(trials_per_block=width, progress=False),
             points,
             num_steps=num_steps,
             eval_every=eval_every,
@@ -174,10 +166,6 @@ def preflight(
             num_seeds=num_seeds,
             independent=independent,
             keep=keep,
-            make_schedule=make_schedule,
-            trials_per_block=width,
-            mesh=mesh,
-            progress=False,
         )
 
     def refused(code: str, error: BaseException, suggestion: str) -> Preflight:
@@ -185,7 +173,7 @@ def preflight(
         return Preflight(None, (), num_devices, free, count, num_steps, None, (finding,))
 
     try:
-        own = runner(trials_per_block)
+        own = runner(trainer.trials_per_block)
         width = own.fitting_width(count)
     except execute.OutOfMemory as error:
         return refused("does_not_fit", error, "")
@@ -197,11 +185,11 @@ def preflight(
         )
         told = error if str(error) else ValueError(cause)
         return refused("cannot_trace", told, suggestion)
-    num_evals = len(train.evaluation_steps(num_steps, eval_every))
+    num_evals = len(evaluation_steps(num_steps, eval_every))
     first = _timed(own, width, rows, count, num_steps, num_evals)
-    timings, findings = [first], []
+    timings, findings = [first], [] if own.takes_lengths else [_own_length()]
     other = plan.CPU_WIDTH if width == 1 else 1
-    if trials_per_block is None and jax.default_backend() == "cpu" and other <= count:
+    if trainer.trials_per_block is None and jax.default_backend() == "cpu" and other <= count:
         timings.append(_timed(runner(other), other, rows, count, num_steps, num_evals))
         findings += _compared(*timings)
     if num_devices == 1 and jax.default_backend() == "cpu":
@@ -225,7 +213,7 @@ def _timed(
     """Compiles blocks of a width and runs a full call of them for a while."""
     began = time.monotonic()
     engine = runner.engine(width, -(-num_trials // width))
-    engine.compile()
+    engine.programs.program("advance")
     compile_seconds = time.monotonic() - began
     evaluation, step = runner.rehearse(width, num_trials, points, _TIMED_SECONDS)
     return Timing(width, step, evaluation, compile_seconds, engine.memory)
@@ -246,6 +234,19 @@ def _compared(own: Timing, other: Timing) -> list[Finding]:
             f"Give trials_per_block={other.trials_per_block}.",
         )
     ]
+
+
+def _own_length() -> Finding:
+    return Finding(
+        "schedule_needs_a_number",
+        "info",
+        "make_schedule needs the number of steps itself, so that each length of training compiles "
+        "a program of its own.",
+        {},
+        _SECTION,
+        "Write it for a traced num_steps, with jnp in the place of Python's if, int and range, as "
+        "the functions of pbx.schedules are.",
+    )
 
 
 def _idle_cores() -> list[Finding]:

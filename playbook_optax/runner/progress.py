@@ -1,9 +1,53 @@
 """What a person sees while a study runs; silent unless standard error is a terminal."""
 
+import contextlib
+import contextvars
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from playbook_optax import _checks
+
+# Whose programs are being made, where a person wants to know.
+_told_of: contextvars.ContextVar[str | None] = contextvars.ContextVar("_told_of", default=None)
+
+
+@contextlib.contextmanager
+def telling(show: bool, name: str) -> Iterator[None]:
+    """Inside it `stage` tells a terminal what is going on.
+
+    Args:
+      show: whether to, given a terminal.
+      name: what is being run.
+    """
+    token = _told_of.set(name if show and sys.stderr.isatty() else None)
+    try:
+        yield
+    finally:
+        _told_of.reset(token)
+
+
+@contextlib.contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Names what goes on before anything trains, as it begins, and then how long it took.
+
+    Args:
+      what: such as ``"compiling"``.
+    """
+    name = _told_of.get()
+    if name is None:
+        yield
+        return
+    # Control characters of a name have no business in a terminal.
+    shown = "".join(letter if letter.isprintable() else "?" for letter in name)
+    sys.stderr.write(f"{shown}: {what} … ")
+    sys.stderr.flush()
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        sys.stderr.write(f"{time.monotonic() - began:.1f} s\n")
 
 
 class Progress:

@@ -10,10 +10,9 @@ import numpy as np
 
 from playbook_optax import _feasibility, _tree
 from playbook_optax.records.study import Study
-from playbook_optax.runner.execute import Engine, States
+from playbook_optax.runner.execute import Engine, Unit
 from playbook_optax.runner.plan import Block, Points
-from playbook_optax.trials import train
-from playbook_optax.trials.workload import WorkloadLike
+from playbook_optax.trials.stepper import TrialState
 
 if TYPE_CHECKING:
     import xarray
@@ -31,22 +30,14 @@ class Replayer:
 
     Args:
       engine: trained the study.
-      workload: what it trained.
       row: place of the trial in its block.
       per_layer: whether to record each array of the parameters.
     """
 
-    def __init__(self, engine: Engine, workload: WorkloadLike, row: int, per_layer: bool) -> None:
-        self._engine, self._workload, self._row = engine, workload, row
-        self._per_layer = per_layer
+    def __init__(self, engine: Engine, row: int, per_layer: bool) -> None:
+        self._engine, self._per_layer = engine, per_layer
         self._look = jax.jit(self._observe)
-
-        def take(states: States) -> train.TrialState:
-            # Live trials come first, so that the trial may have moved.
-            here = jnp.argmax(states.place == row)
-            return jax.tree.map(lambda leaf: leaf[here], states.trials)
-
-        self._take = jax.jit(take)
+        self._take = jax.jit(lambda states: jax.tree.map(lambda leaf: leaf[row], states))
 
     def run(
         self,
@@ -72,33 +63,37 @@ class Replayer:
         """
         engine = self._engine
         feed = engine.feed(stop)
-        states, inputs = engine.begin_block(block, points, next(feed))
+        unit = engine.begin_block(block, points)
         key = engine.trial_key(block, trial)
+        table = engine.columns.of_program(points.rows(np.array([trial])))
+        point = {name: values[0] for name, values in table.items()}
+        own = {"key": key, "point": jax.tree.map(jnp.asarray, point)}
         looks: list[Any] = []
         before = None
         for step in range(stop):
             chunk = next(feed)
             if chunk is None and step < start:
                 if step == 0:
-                    states = engine.advance_block(states, inputs, 0, start, None)
+                    unit = engine.advance_block(unit, block, 0, start, None)
                 continue
             if step == start:
-                before = self._of_trial(states, key)
-            states = engine.advance_block(states, inputs, step, step + 1, chunk)
+                before = self._of_trial(unit, own)
+            unit = engine.advance_block(unit, block, step, step + 1, chunk)
             if step >= start:
-                after = self._of_trial(states, key)
+                after = self._of_trial(unit, own)
                 looks.append(self._look(before, after, engine.data, jnp.int32(step), chunk))
                 before = after
-            if step % _LOOK_EVERY == 0 and self._broken_at(states) >= 0:
+            if step % _LOOK_EVERY == 0 and self._broken_at(unit) >= 0:
                 break
-        state = self._of_trial(states, key)
+        state = self._of_trial(unit, own)
         return self._dataset(study, block, trial, start, stop, state, jax.device_get(looks))
 
-    def _of_trial(self, states: States, key: chex.PRNGKey) -> train.TrialState:
-        return self._take(states)._replace(key=key)
+    def _of_trial(self, unit: Unit, own: dict[str, Any]) -> TrialState:
+        state: TrialState = self._take(unit.states)._replace(**own)
+        return state
 
-    def _broken_at(self, states: States) -> int:
-        return int(self._take(states).infeasible_step)
+    def _broken_at(self, unit: Unit) -> int:
+        return int(self._take(unit.states).infeasible_step)
 
     def _observe(
         self, before: Any, after: Any, data: Any, step: chex.Array, chunk: Any
@@ -107,7 +102,7 @@ class Replayer:
         applied = (after.infeasible_step < 0) | (after.infeasible_step > step)
         trees = {"param_norm": before.params}
         if self._per_layer:
-            grads = train.gradient(self._workload, before, data, step, chunk, step)[1]
+            grads = self._engine.programs.stepper.gradient(before, data, step, chunk, step)[1]
             trees["gradient_norm"] = grads
         seen = {
             "loss": after.last_loss,
@@ -128,7 +123,7 @@ class Replayer:
         trial: int,
         start: int,
         stop: int,
-        state: train.TrialState,
+        state: TrialState,
         looks: list[dict[str, np.ndarray]],
     ) -> "xarray.Dataset":
         import xarray
@@ -137,7 +132,8 @@ class Replayer:
         # Looked at only now and then: the steps after the break are frozen ones.
         num = len(looks) if broken < 0 else max(0, min(len(looks), broken + 1 - start))
         final = jax.device_get(state._replace(key=None))
-        exact = _same(study, self._engine.result(state).metrics, trial, block.seed, stop)
+        result = self._engine.result(state)
+        exact = _same(study, result.metrics, trial, block.seed, stop)
         if not exact:
             warnings.warn(
                 "The replay is close to the study, not equal to it bit for bit: another JAX "
@@ -162,7 +158,9 @@ class Replayer:
             "trial": trial,
             "seed": block.seed,
             "infeasible_step": broken,
-            "infeasible_reason": _feasibility.REASONS[int(final.infeasible_reason)],
+            "infeasible_reason": _feasibility.REASONS[
+                int(result.infeasible_reason) if broken >= 0 else 0
+            ],
             "bit_exact": exact,
         }
         return xarray.Dataset(variables, coords, attributes)

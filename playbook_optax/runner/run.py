@@ -1,9 +1,9 @@
 """`run_study`: from a workload and points to a `Study`."""
 
-import concurrent.futures
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,27 +17,28 @@ from playbook_optax.runner import (
     finished,
     plan,
     processes,
+    programs,
     remote,
     replay,
     resume,
     signals,
     workers,
 )
-from playbook_optax.runner.progress import Progress
+from playbook_optax.runner.progress import Progress, telling
+from playbook_optax.runner.trainer import TIMED, Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
-from playbook_optax.trials import train
+from playbook_optax.trials import keys
+from playbook_optax.trials.stepper import Lengths, MakeOptimizer, MakeSchedule, Stepper
+from playbook_optax.trials.train import make_trial
 from playbook_optax.trials.workload import WorkloadLike, resolve
 
-_MUCH_LONGER = 4
-TIMED = "timed"
 # How long each width is timed.
 _TIMED_SECONDS = 0.5
 
 
-@_checks.named_arguments
+@takes_trainer
 def run_study(
-    workload: WorkloadLike,
-    make_optimizer: train.MakeOptimizer,
+    trainer: Trainer,
     points: SearchSpace | Mapping[str, Any],
     *,
     num_steps: int,
@@ -47,20 +48,15 @@ def run_study(
     num_seeds: int = 1,
     independent: bool = False,
     keep: str = "none",
-    make_schedule: train.MakeSchedule | None = None,
-    trials_per_block: int | str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    executor: concurrent.futures.Executor | None = None,
-    worker: tuple[int, int] | None = None,
     directory: str | os.PathLike[str] | None = None,
-    checkpoint_seconds: float = 60.0,
-    progress: bool = True,
 ) -> study.Study:
     """Trains many trials in one compiled program and returns their record.
 
-    Trials are trained in blocks of one fixed width, which is compiled once; blocks are shared out
-    over the devices. A trial's bits depend on its point, the key and the width, not on the other
-    trials, their number or order, or the number of devices (with at most one per core).
+    Trials are trained in blocks of one fixed width, which are shared out over the devices. A
+    trial's bits depend on its point, the key and the width, not on the other trials, their number
+    or order, or the number of devices (with at most one per core). The program is compiled once for
+    a model, an optimizer and a width: how many trials, steps, seeds and evaluations there are, and
+    between which ends a hyperparameter is searched, is data.
 
     In a job of several processes (`jax.distributed`) every process makes the same call, trains its
     share of the blocks on its own devices, and returns the whole study. Batches from the host
@@ -68,8 +64,9 @@ def run_study(
     for the blocks that it trains; where a mesh has a second axis, each device gets its slice.
 
     Args:
-      workload: a `Workload`, or a function of the point that gives one.
-      make_optimizer: ``make_optimizer(point)`` returns any Optax transformation.
+      trainer: a `Trainer`; or, in its place, ``workload, make_optimizer`` and any other attribute
+        of `Trainer` by name: ``make_schedule``, ``fixed``, ``trials_per_block``, ``mesh``,
+        ``executor``, ``worker``, ``checkpoint_seconds``, ``progress``.
       points: a `SearchSpace`, sampled quasi-randomly, or name to array (trial,).
       num_steps: updates of each trial.
       eval_every: updates between evaluations.
@@ -78,28 +75,8 @@ def run_study(
       num_seeds: repetitions of each trial with other initializations and batches.
       independent: give each trial its own initialization and batches, instead of common ones.
       keep: weights to keep of each trial: ``"none"``, ``"best"`` or ``"final"``.
-      make_schedule: ``make_schedule(point, num_steps)`` returns a schedule, which reaches
-        `make_optimizer` as ``point["learning_rate"]``.
-      trials_per_block: width of a block: 1 trains one trial after another inside the program,
-        which is the faster on a CPU above about 1 MFLOP a step. Chosen by backend and size if None;
-        ``"timed"`` compiles and times one, some and all trials side by side, for about half a
-        second each, and takes the fastest. The width decides bits, so that a study is repeated
-        exactly with the one that its spec records; a stored study keeps it.
-      mesh: a mesh to shard trials over; all local devices if None. A second axis, whatever its
-        name, cuts the batches of each trial, for trials that need several devices. Of a mesh over
-        several processes, each uses its own devices.
-      executor: a PEP 3148 executor, such as `concurrent.futures.ProcessPoolExecutor` with spawned
-        workers or ``client.get_executor()`` of a Dask client; its workers train the blocks, this
-        process stores them. A worker that is killed costs the blocks it was training, which are
-        trained again.
-      worker: ``(i, n)``: this process is worker i of n that make the same call with the same
-        `directory`. It trains its share and then whatever is still missing, so that the study gets
-        whole though other workers die.
       directory: where to store the study. A study that is there already is continued: finished
         blocks are read, not trained again.
-      checkpoint_seconds: with `directory`, how long to train between saves of blocks that are not
-        finished; a killed run loses no more than that.
-      progress: show a progress bar when standard error is a terminal.
 
     Returns:
       The study.
@@ -135,11 +112,10 @@ def run_study(
     trials are needed to get good results with quasi-random search?"
     """
     with processes.together():
-        train.check_key("key", key)
+        keys.check_key("key", key)
         plan.make_points(points, num_trials, key)
         runner = StudyRunner(
-            workload,
-            make_optimizer,
+            trainer,
             points,
             num_steps=num_steps,
             eval_every=eval_every,
@@ -147,15 +123,15 @@ def run_study(
             num_seeds=num_seeds,
             independent=independent,
             keep=keep,
-            make_schedule=make_schedule,
-            trials_per_block=trials_per_block,
-            mesh=mesh,
-            executor=executor,
-            worker=worker,
-            checkpoint_seconds=checkpoint_seconds,
-            progress=progress,
         )
         return runner.run(points, num_trials=num_trials, directory=directory)
+
+
+class Weights(NamedTuple):
+    """Shapes of what a trial trains."""
+
+    params: Any
+    model_state: Any
 
 
 class StudyRunner:
@@ -165,8 +141,7 @@ class StudyRunner:
     again.
 
     Args:
-      workload: as in `run_study`, as are all others.
-      make_optimizer: makes the optimizer of a point.
+      trainer: what is trained and how.
       points_like: a `SearchSpace`, or name to array (trial,), with the names and dtypes of the
         points that will be run.
       num_steps: updates of each trial.
@@ -175,13 +150,8 @@ class StudyRunner:
       num_seeds: repetitions of each trial.
       independent: give each trial randomness of its own.
       keep: weights to keep.
-      make_schedule: makes the schedule of a point.
-      trials_per_block: width of a block.
-      mesh: mesh to shard trials over.
-      executor: whose workers train.
-      worker: which worker of how many.
-      checkpoint_seconds: how long to train between saves of unfinished blocks.
-      progress: show a progress bar.
+      names: names of hyperparameters in the study, and what the trainer's functions call them;
+        where a name is missing, it is the same.
 
     Raises:
       ValueError: a bad argument; a workload or optimizer that breaks its promise, before anything
@@ -190,8 +160,7 @@ class StudyRunner:
 
     def __init__(
         self,
-        workload: WorkloadLike,
-        make_optimizer: train.MakeOptimizer,
+        trainer: Trainer,
         points_like: SearchSpace | Mapping[str, Any],
         *,
         num_steps: int,
@@ -200,87 +169,125 @@ class StudyRunner:
         num_seeds: int = 1,
         independent: bool = False,
         keep: str = "none",
-        make_schedule: train.MakeSchedule | None = None,
-        trials_per_block: int | str | None = None,
-        mesh: jax.sharding.Mesh | None = None,
-        executor: concurrent.futures.Executor | None = None,
-        worker: tuple[int, int] | None = None,
-        checkpoint_seconds: float = 60.0,
-        progress: bool = True,
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        train.check_key("key", key)
+        keys.check_key("key", key)
         num_seeds = _checks.check_count("num_seeds", num_seeds)
         if not isinstance(independent, bool):
             raise _checks.ArgumentTypeError(
                 f"independent must be True or False, got {independent!r}."
             )
-        self._timed = trials_per_block == TIMED
-        if isinstance(trials_per_block, str):
-            _checks.check_choice("trials_per_block", trials_per_block, (TIMED,))
-            if executor is not None:
-                raise ValueError(
-                    f"trials_per_block={TIMED!r} times this machine, and the executor's workers "
-                    "may be others; give a number."
-                )
-            trials_per_block = None
-        if trials_per_block is not None:
-            trials_per_block = _checks.check_count("trials_per_block", trials_per_block)
-        _check_places(mesh, executor, worker)
-        _checks.check_number("checkpoint_seconds", checkpoint_seconds, at_least=0.0)
-        self._checkpoint_seconds = float(checkpoint_seconds)
-        self._executor = executor
-        self._worker = None if worker is None else workers.check_worker(worker)
-        self._mesh = processes.local_part(devices.trial_mesh(mesh))
+        self._trainer = trainer
+        width = trainer.trials_per_block
+        self._timed = width == TIMED
+        self._trials_per_block = None if width is None or isinstance(width, str) else int(width)
+        self._executor = trainer.executor
+        self._worker = None if trainer.worker is None else workers.check_worker(trainer.worker)
+        self._mesh = processes.local_part(devices.trial_mesh(trainer.mesh))
         likeness = 1 if isinstance(points_like, SearchSpace) else None
         points, _ = plan.make_points(points_like, likeness, key)
         self._like = points.rows(np.arange(1))
-        trial = train.make_trial(
-            workload,
-            make_optimizer,
+        trial = make_trial(
+            trainer.workload,
+            trainer.make_optimizer,
             num_steps,
             eval_every,
             keep=keep,
-            make_schedule=make_schedule,
+            make_schedule=trainer.make_schedule,
         )
+        self._lengths = Lengths(trial.num_steps, min(int(eval_every), trial.num_steps))
+        self._eval_steps = trial.eval_steps
         self._recipe: dict[str, Any] = {
-            "workload": workload,
-            "make_optimizer": make_optimizer,
-            "make_schedule": make_schedule,
             "points_like": self._like,
             "num_steps": num_steps,
             "eval_every": eval_every,
             "num_seeds": num_seeds,
             "independent": independent,
             "keep": keep,
+            "names": names,
         }
-        self._workload, self._trial, self._key = workload, trial, key
+        self._key = key
+        self._functions = (trainer.workload, trainer.make_optimizer, trainer.make_schedule)
         self._num_seeds, self._independent, self._keep = num_seeds, independent, keep
-        self._eval_every, self._progress = eval_every, progress
-        self._trials_per_block = trials_per_block
-        self._auto_width: int | None = None
+        self._eval_every = eval_every
         # Widths of which a device's memory holds one block only.
         self._one_place: set[int] = set()
-        first = {name: values[0] for name, values in self._like.items()}
-        self._work = resolve(workload, first)
-        data = self._work.data
-        own_key = train.trial_key(key)
+        self._columns = plan.Columns(dict(names or {}), self._like, trainer.fixed)
+        table = self._columns.of_program(self._like)
+        first = {name: values[0] for name, values in table.items()}
+        self._work = resolve(trainer.workload, first)
         host = self._work.host_batches
-        batches = None if host is None else execute.first_batches(host)
-
-        def whole(point: Any, key: chex.PRNGKey, data: Any, batches: Any) -> train.TrialResult:
-            state = trial.init(point, key, data, batches)
-            state = trial.advance(state, data, 0, trial.num_steps, batches)
-            return trial.result(state)
-
-        # Traced before anything is compiled or written, so that a bad workload says so first.
-        self._arguments = (first, own_key, data, batches)
-        self._whole = whole
-        self._shapes = jax.eval_shape(whole, *self._arguments)
-        self._make_batch = None
-        if host is None and not independent:
-            self._make_batch = train.shared_batches(workload, first, data, own_key)
+        self._chunk = None if host is None else execute.first_batches(host)
+        self._stepper = Stepper(*self._functions, keep == "best")
+        self._arguments = (first, keys.trial_key(key), self._work.data, self._chunk)
+        self._outline = programs.outline(self._functions, self._arguments, self._sketched)
+        self._weights = Weights(*self._outline.weights)
+        self._keeps_best = programs.keeps_best(keep, self._weights)
+        self._stepper.keeps_best = self._keeps_best
+        self._auto_width = self._outline.width
+        # Whether the user's schedule takes a number of steps that is data.
+        self._takes_lengths = True
         self._fingerprints: dict[str, str] = {}
         self._engines: dict[int, execute.Engine] = {}
+        # Traced before anything is compiled or written, so that a bad workload says so first.
+        with telling(trainer.progress, self._work.name):
+            self._programs(self._trials_per_block or self._auto_width)
+
+    def _sketched(self) -> programs.Outline:
+        weights = jax.eval_shape(self._stepper.weights, *self._arguments[:2])
+        return programs.Outline(weights, plan.choose_width(self._stepper, *self._arguments))
+
+    def _programs(self, width: int) -> programs.Programs:
+        """The programs for blocks of a width, traced already."""
+        chunk = self._chunk
+        if chunk is not None:
+            length = execute.chunk_length(chunk)
+            chunk = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    (length, *leaf.shape[1:]),
+                    leaf.dtype,
+                    sharding=programs.chunk_sharding(self._mesh, leaf),
+                ),
+                chunk,
+            )
+        shapes = programs.Shapes(
+            self._mesh,
+            width,
+            programs.room_for(len(self._eval_steps)),
+            self._independent,
+            self._columns.of_program(self._like),
+            self._arguments[1],
+            jax.eval_shape(lambda data: data, self._work.data),
+            chunk,
+            None if self._takes_lengths else int(self._lengths.num_steps),
+        )
+        what = (
+            self._trainer.programs,
+            lambda: self._stepper,
+            self._functions,
+            self._keeps_best,
+        )
+        if not self._takes_lengths or self._trainer.make_schedule is None:
+            return programs.find(*what, shapes)
+        try:
+            return programs.find(*what, shapes)
+        except Exception:
+            # Perhaps it is the number itself that the schedule needs; else this says what it is.
+            own = dataclasses.replace(shapes, num_steps=int(self._lengths.num_steps))
+            found = programs.find(*what, own)
+        self._takes_lengths = False
+        return found
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What is recorded at each evaluation."""
+        programs = self._programs(self._trials_per_block or self._auto_width)
+        return programs.state_shapes.metrics.names
+
+    @property
+    def takes_lengths(self) -> bool:
+        """Whether runs of any length share the program."""
+        return self._takes_lengths
 
     def run(
         self,
@@ -303,7 +310,7 @@ class StudyRunner:
           ValueError: other names or dtypes, or a directory that holds another study.
           NotWritable: the directory cannot be written, before the first step.
         """
-        with processes.together() as group:
+        with processes.together() as group, telling(self._trainer.progress, self._work.name):
             while True:
                 begun = self._begin(points, num_trials, directory)
                 try:
@@ -434,13 +441,17 @@ class StudyRunner:
 
     def _chosen_width(self, num_trials: int) -> int:
         """By backend and size of a step or by timing, halved until a block fits into memory."""
-        if self._auto_width is None:
-            self._auto_width = plan.choose_width(self._workload, *self._arguments)
-            if self._timed:
-                self._auto_width = self._fastest_width(self._auto_width, num_trials)
-        while not self._fits(self._auto_width, num_trials) and self._auto_width > 1:
-            self._auto_width //= 2
-        return self._auto_width
+        width = self._auto_width
+        if jax.default_backend() != "cpu":
+            # A small study is not as wide as a large one: it would cost as much.
+            most = -(-num_trials // self._mesh.shape[devices.TRIALS_AXIS])
+            width = min(width, 1 << (most - 1).bit_length())
+        if self._timed:
+            self._auto_width = width = self._fastest_width(width, num_trials)
+            self._timed = False
+        while not self._fits(width, num_trials) and width > 1:
+            self._auto_width = width = width // 2
+        return width
 
     def _fits(self, width: int, num_trials: int) -> bool:
         """Whether blocks of this width fit, if need be one to a device; as far as can be told."""
@@ -485,7 +496,8 @@ class StudyRunner:
     def _spec(self, points: plan.Points, width: int, *, fingerprints: bool) -> dict[str, Any]:
         spec = plan.make_spec(
             work=self._work,
-            trial=self._trial,
+            lengths=self._lengths,
+            eval_steps=self._eval_steps,
             points=points,
             num_trials=0,
             num_seeds=self._num_seeds,
@@ -494,38 +506,53 @@ class StudyRunner:
             keep=self._keep,
             key=self._key,
             width=width,
-            shapes=self._shapes,
+            shapes=self._weights,
         )
+        if self._columns.fixed:
+            spec["fixed"] = {name: value.item() for name, value in self._columns.fixed.items()}
         if fingerprints or self._executor is not None or processes.current() is not None:
             if not self._fingerprints:
                 self._fingerprints = {
                     "data": plan.fingerprint_data(self._work.data),
-                    "program": plan.fingerprint_program(self._whole, *self._arguments),
+                    "program": self._fingerprint_of_program(),
                 }
             spec |= self._fingerprints
         return spec
 
+    def _fingerprint_of_program(self) -> str:
+        """Of a whole trial's training, whatever its length, width and devices."""
+        num_steps = None if self._takes_lengths else int(self._lengths.num_steps)
+        stepper, room = self._stepper, programs.room_for(1)
+
+        def whole(point: Any, key: Any, data: Any, batches: Any, numbers: Any) -> Any:
+            lengths = Lengths(numbers[0] if num_steps is None else num_steps, numbers[1])
+            state = stepper.begin(point, key, data, lengths, room, batches)
+            state = stepper.update(state, data, lengths, numbers[2], batches, numbers[2])
+            return stepper.record(state, data, lengths, numbers[3])
+
+        return plan.fingerprint_program(whole, *self._arguments, np.zeros(4, np.int32))
+
+    def _of_trainer(self) -> dict[str, Any]:
+        """What an executor's worker needs of the trainer."""
+        names = ("workload", "make_optimizer", "make_schedule", "fixed")
+        return {name: getattr(self._trainer, name) for name in names}
+
     def engine(self, width: int, num_blocks: int) -> execute.Engine:
         """The engine for blocks of this width, made for a study of about so many blocks."""
         num_devices = self._mesh.shape[devices.TRIALS_AXIS]
-        wanted = execute.blocks_per_device(width, num_blocks, num_devices)
+        places = execute.blocks_per_device(width, num_blocks, num_devices)
         if width in self._one_place:
-            wanted = 1
+            places = 1
         engine = self._engines.get(width)
-        # Another number of places is another program: worth it only for a much longer study.
-        crowded = width in self._one_place and engine is not None and engine.blocks_per_device > 1
-        if engine is None or crowded or wanted > _MUCH_LONGER * engine.blocks_per_device:
+        if engine is None or engine.blocks_per_device != places:
             engine = self._engines[width] = execute.Engine(
-                self._trial,
+                self._programs(width),
+                self._work,
                 self._key,
-                self._work.data,
-                self._mesh,
-                width,
-                wanted,
-                self._independent,
-                self._make_batch,
-                self._work.host_batches,
-                self._like,
+                self._lengths,
+                self._keep,
+                places,
+                self._columns,
             )
         return engine
 
@@ -542,7 +569,7 @@ class StudyRunner:
         spec = {**spec, "num_trials": num_trials}
         blocks = plan.blocks_of(num_trials, self._num_seeds, width)
         done = dict(before)
-        steps = width * self._trial.num_steps
+        steps = width * int(self._lengths.num_steps)
         with (
             processes.together() as group,
             signals.stop_requests(_where_finished_is(directory)) as stop,
@@ -555,12 +582,12 @@ class StudyRunner:
                 _write_spec(directory, spec)
                 done |= finished.read(directory, {block.index for block in blocks} - set(done))
             shared = self._worker is not None
-            keeper = resume.Keeper(stop, directory, self._checkpoint_seconds, shared)
+            keeper = resume.Keeper(stop, directory, self._trainer.checkpoint_seconds, shared)
             keeper.sweep(set(done))
             missing = [block for block in blocks if block.index not in done]
             if missing:
                 self._check_fits(width, num_trials)
-            show = self._progress and (group is None or group.index == 0)
+            show = self._trainer.progress and (group is None or group.index == 0)
             with Progress(show, self._work.name, len(missing), steps) as progress:
                 for batch in self._finish(missing, points, width, spec, directory, keeper):
                     done |= dict(batch)
@@ -576,7 +603,7 @@ class StudyRunner:
                     keeper.check()
             keeper.sweep(set(done))
         kept = self._keep != "none"
-        like = {k: getattr(self._shapes, k) for k in ("params", "model_state")} if kept else None
+        like = self._weights._asdict() if kept else None
         extend = None
         if points.space is not None:
 
@@ -588,7 +615,7 @@ class StudyRunner:
         ) -> Any:
             block = plan.blocks_of(trial + 1, self._num_seeds, width)[seed - self._num_seeds]
             engine = self.engine(width, 1)
-            program = replay.Replayer(engine, self._workload, trial % width, per_layer)
+            program = replay.Replayer(engine, trial % width, per_layer)
             return program.run(record, block, points, trial, start, stop)
 
         return study.study_from_blocks(
@@ -627,7 +654,10 @@ class StudyRunner:
             spec=spec,
             train_blocks=lambda blocks, points: self.engine(width, 1).run(blocks, points),
             make_payload=lambda: remote.pack(
-                _rebuild, {**self._recipe, "trials_per_block": width}, self._key, spec
+                _rebuild,
+                {**self._recipe, **self._of_trainer(), "trials_per_block": width},
+                self._key,
+                spec,
             ),
             check=keeper.check,
             where=_where_finished_is(directory),
@@ -642,29 +672,28 @@ def _where_finished_is(directory: str | os.PathLike[str] | None) -> str:
     return f"What is finished is stored in {str(directory)!r}: the same call continues."
 
 
-def _rebuild(**recipe: Any) -> tuple[remote.TrainBlocks, dict[str, Any]]:
+def _rebuild(
+    workload: WorkloadLike,
+    make_optimizer: MakeOptimizer,
+    make_schedule: MakeSchedule | None,
+    fixed: Mapping[str, Any],
+    trials_per_block: int,
+    points_like: Mapping[str, Any],
+    **recipe: Any,
+) -> tuple[remote.TrainBlocks, dict[str, Any]]:
     """What trains a study's blocks in a worker, and its spec."""
-    runner = StudyRunner(**recipe, progress=False)
-    width = recipe["trials_per_block"]
-    points, _ = plan.make_points(recipe["points_like"], None, recipe["key"])
-    spec = runner._spec(points, width, fingerprints=True)
-    return runner.engine(width, 1).run, spec
-
-
-def _check_places(mesh: Any, executor: Any, worker: Any) -> None:
-    """Raises when it was said in two ways where trials are trained."""
-    if executor is not None:
-        remote.check_executor(executor)
-    group = processes.current()
-    places = {"executor": executor is not None, "worker": worker is not None}
-    places["a job of several processes (jax.distributed)"] = group is not None
-    if executor is not None:
-        places["mesh"] = mesh is not None
-    named = [name for name, given in places.items() if given]
-    if len(named) > 1:
-        raise ValueError(
-            f"{' and '.join(named)} exclude each other: each says where trials are trained."
-        )
+    trainer = Trainer(
+        workload,
+        make_optimizer,
+        make_schedule,
+        fixed=fixed,
+        trials_per_block=trials_per_block,
+        progress=False,
+    )
+    runner = StudyRunner(trainer, points_like, **recipe)
+    points, _ = plan.make_points(points_like, None, recipe["key"])
+    spec = runner._spec(points, trials_per_block, fingerprints=True)
+    return runner.engine(trials_per_block, 1).run, spec
 
 
 def _write_spec(directory: str | os.PathLike[str], spec: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from playbook_optax.records import study_set
 from playbook_optax.records.study_set import StudySet
 from playbook_optax.runner.run import run_study
 from playbook_optax.search_space import Categorical, Integer, SearchSpace
-from playbook_optax.trials import train
+from playbook_optax.trials import keys, stepper
 from playbook_optax.trials.workload import Workload, WorkloadLike, with_fixed
 
 NEEDED = ("workload", "make_optimizer", "space", "num_trials", "num_steps", "eval_every")
@@ -39,9 +39,9 @@ def run_studies(
     num_steps: int | None = None,
     eval_every: int | None = None,
     workload: WorkloadLike | None = None,
-    make_optimizer: train.MakeOptimizer | None = None,
+    make_optimizer: stepper.MakeOptimizer | None = None,
     space: SearchSpace | None = None,
-    make_schedule: train.MakeSchedule | None = None,
+    make_schedule: stepper.MakeSchedule | None = None,
     fixed: Mapping[str, Any] | None = None,
     scientific: str = study_set.SCIENTIFIC,
     num_seeds: int = 1,
@@ -119,7 +119,7 @@ def run_studies(
     Source: playbook, "Identifying scientific, nuisance, and fixed hyperparameters" and "Creating a
     set of studies".
     """
-    train.check_key("key", key)
+    keys.check_key("key", key)
     study_set.check_label("scientific", scientific)
     common = {
         "workload": workload,

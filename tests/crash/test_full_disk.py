@@ -62,16 +62,9 @@ def disk(tmp_path):
 @pytest.fixture(scope="module")
 def runner():
     """Compiled once; what `run_study` makes at every call."""
+    trainer = pbx.Trainer(tiny.quadratic(), tiny.momentum, trials_per_block=WIDTH, progress=False)
     return StudyRunner(
-        tiny.quadratic(),
-        tiny.momentum,
-        tiny.SPACE,
-        num_steps=64,
-        eval_every=8,
-        key=jax.random.key(0),
-        trials_per_block=WIDTH,
-        keep="best",
-        progress=False,
+        trainer, tiny.SPACE, num_steps=64, eval_every=8, key=jax.random.key(0), keep="best"
     )
 
 
@@ -82,7 +75,7 @@ def digest(runner):
 
 
 def test_blocks_that_do_not_fit(disk, runner, digest, monkeypatch):  # 59
-    monkeypatch.setattr(runner, "_checkpoint_seconds", float("inf"))
+    monkeypatch.setattr(runner, "_trainer", runner._trainer.replace(checkpoint_seconds=1e9))
     directory = disk.place / "study"
     disk.fill(leave=48 * 1024)  # Enough for the spec and some of the eight blocks.
     with pytest.raises(storage.NotWritable, match=r"disk is full.*Finished blocks"):
@@ -100,7 +93,7 @@ def test_blocks_that_do_not_fit(disk, runner, digest, monkeypatch):  # 59
 
 
 def test_saves_that_do_not_fit(disk, runner, digest, monkeypatch):
-    monkeypatch.setattr(runner, "_checkpoint_seconds", 0.0)
+    monkeypatch.setattr(runner, "_trainer", runner._trainer.replace(checkpoint_seconds=0.0))
     # A save after every 16 steps.
     monkeypatch.setattr(execute, "SECONDS_PER_CALL", 0.0)
     directory = disk.place / "study"

@@ -137,7 +137,9 @@ def test_points_are_retrained_with_the_same_seeds_and_compared(tmp_path):
     begun = [s.data["valid/loss"].values[..., 0] for s in verdict.studies.values()]
     np.testing.assert_array_equal(*begun)
     assert pbx.load_study(tmp_path / "candidate").num_trials == 1
-    spreads = train(old).answer, train(new).answer
+    trainer = pbx.Trainer(tiny_workloads.quadratic(), tiny_workloads.sgd)
+    spreads = tuple(retrain(trainer, p, key=KEY, **SEVERAL).answer for p in (old, new))
+    assert adopt(trainer, old, new, key=KEY, **SEVERAL).findings == verdict.findings
     again = adopt(None, None, *spreads)
     assert (again.answer, again.cost, again.studies) == (True, 0, {})
     assert again.findings == verdict.findings

@@ -79,6 +79,18 @@ def test_the_plan_for_a_larger_batch():
     assert codes(verdict) == ["batch_size_not_for_validation", "rerun_study"]
 
 
+def test_a_trainer_or_nothing_in_the_place_of_workload_and_optimizer():
+    study, arguments = made(), {"key": KEY, "batch_size": 64, "new_batch_size": 1024}
+    verdict = change_batch_size(
+        pbx.Trainer(tiny_workloads.quadratic(), tiny_workloads.sgd), study, **arguments
+    )
+    assert verdict.answer == change(study).answer
+    told = change_batch_size(None, None, study, rule="linear", **arguments)
+    assert told.answer == verdict.answer
+    with pytest.raises(ValueError, match="workload is None"):
+        change_batch_size(None, None, study, **arguments)
+
+
 def test_the_plan_for_a_smaller_batch():
     plan = change(made(), new_batch_size=16).answer
     assert plan.space["learning_rate"] == Float(0.00625, 0.4, scale="log")
@@ -107,8 +119,8 @@ def test_the_plan_for_a_smaller_batch():
     ],
 )
 def test_how_an_optimizer_scales_is_measured(name, make_optimizer, power):
-    work, point = tiny_workloads.quadratic(), {"learning_rate": np.float32(0.1)}
-    got = _gradient_power(work, make_optimizer, None, point, 100, KEY)
+    trainer = pbx.Trainer(tiny_workloads.quadratic(), make_optimizer)
+    got = _gradient_power(trainer, {"learning_rate": np.float32(0.1)}, 100, KEY)
     assert got == power, name
 
 
@@ -116,16 +128,15 @@ def test_an_optimizer_in_between_and_a_scheduled_one():
     work, point = tiny_workloads.quadratic(), {"learning_rate": np.float32(0.1)}
     # With eps as large as the root of the second moment the update grows by 2 / (3 / 2).
     eps = PROBE_NORMS[0] / np.sqrt(2) * np.sqrt(1 - 0.999**PROBE_STEPS)
-    between = _gradient_power(work, lambda p: pbx.adam(0.1, eps=eps), None, point, 100, KEY)
+    trainer = pbx.Trainer(work, lambda p: pbx.adam(0.1, eps=p["eps"]), fixed={"eps": eps})
+    between = _gradient_power(trainer, point, 100, KEY)
     assert between == pytest.approx(0.5 + 0.5 * np.log2(4 / 3), abs=0.006)
-    scheduled = _gradient_power(
+    trainer = pbx.Trainer(
         work,
         lambda p: optax.scale_by_schedule(p["learning_rate"]),
         lambda p, n: pbx.schedules.linear_decay(p["learning_rate"], n),
-        point,
-        100,
-        KEY,
     )
+    scheduled = _gradient_power(trainer, point, 100, KEY)
     assert scheduled == pytest.approx(1.0, abs=0.01)
 
 

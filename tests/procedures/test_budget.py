@@ -42,6 +42,12 @@ def test_a_study_is_judged_at_no_cost_and_the_same_in_both_directions():
     assert 0.5 < drawn.answer / verdict.answer < 2
 
 
+def test_a_trainer_in_the_place_of_workload_and_optimizer():
+    trainer = pbx.Trainer(tiny_workloads.quadratic(), tiny_workloads.sgd)
+    verdict = best_of_budget(trainer, finished(), key=KEY)
+    assert verdict.answer == best_of_budget(None, None, finished(), key=KEY).answer
+
+
 @pytest.mark.slow
 def test_a_space_is_run_first():
     verdict = best_of_budget(
@@ -66,7 +72,9 @@ def test_a_space_is_run_first():
     ("given", "arguments", "message"),
     [
         (tiny_workloads.SPACE, {}, "workload is None"),
-        ({"learning_rate": 1}, {"workload": 1, "make_optimizer": 1}, "pbx.SearchSpace or a"),
+        (tiny_workloads.SPACE, {"workload": tiny_workloads.quadratic()}, "make_optimizer is None"),
+        (tiny_workloads.SPACE, {"workload": 1}, "workload must be a pbx.Workload"),
+        ({"learning_rate": 1}, {}, "pbx.SearchSpace or a"),
         (finished(), {"min_gain": 0.0}, "min_gain must be > 0"),
         (finished(), {"key": 3}, "key"),
         (finished(), {"budget": 3}, "did you mean 'budgets'"),

@@ -9,7 +9,7 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.procedures import gradient_noise
-from playbook_optax.trials import train
+from playbook_optax.trials import keys
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def test_it_is_the_estimator_of_a_small_and_a_big_batch_on_the_very_gradients():
     _, noise = measure(workload, num_batches=num, num_repeats=repeats)
     grads = np.empty((repeats, num, 3))
     for r in range(repeats):
-        key = jax.random.fold_in(pbx.trial_key(KEY, r), train._BATCH_STREAM)
+        key = keys.batch_key(pbx.trial_key(KEY, r))
         for t in range(num):
             batch = workload.batch(workload.data, key, t)
             x, y = (np.asarray(batch[name], np.float64) for name in "xy")

@@ -93,8 +93,18 @@ def test_a_study_is_judged_at_no_cost_and_its_own_length(picked):
     assert list(again.studies) == ["given"]
 
 
-def test_the_same_key_gives_the_same_verdict(picked):
-    again = pick(space(1e-2, 1e2))
+def test_the_same_key_gives_the_same_verdict_and_so_does_a_trainer(picked):
+    def follow(point):
+        rate = point["learning_rate"]
+        return pbx.sgd(rate(0) if callable(rate) else rate)
+
+    # Whatever its schedule, the sweep is at constant rates.
+    trainer = pbx.Trainer(
+        threshold(), follow, lambda point, n: pbx.schedules.constant(0.0), progress=False
+    )
+    again = pick_num_steps(
+        trainer, space(1e-2, 1e2), key=KEY, num_steps=64, num_trials=9, eval_every=1
+    )
     assert again.studies["sweep_64"].data.identical(picked.studies["sweep_64"].data)
     assert again.findings == picked.findings
 
@@ -330,6 +340,8 @@ def test_best_steps_in_the_last_quarter_ask_for_a_longer_run():
     assert verdict.findings[0].code == "still_improving"
     assert "compute_bound" in codes(verdict)
     assert refine(curves(2 - TIME), growth=1.5).answer == 1500
+    trainer = pbx.Trainer(threshold(), tiny.sgd)
+    assert refine_num_steps(trainer, curves(2 - TIME), key=KEY).answer == 2000
     assert refine(curves(TIME), maximize=True).answer == 2000
 
 

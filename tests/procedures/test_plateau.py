@@ -139,6 +139,21 @@ def test_a_space_or_a_study_gives_the_point(tmp_path):
     assert again.answer == first.answer
 
 
+def test_a_trainer_in_the_place_of_workload_and_optimizer():
+    # Part of the point may be fixed.
+    trainer = pbx.Trainer(
+        tiny_workloads.quadratic(),
+        lambda point: pbx.momentum(point["learning_rate"], point["momentum"]),
+        fixed={"momentum": 0.0},
+    )
+    arguments = {"num_steps": 8, "eval_every": 2, "patience": 2, "rtol": 0.9, "replay": False}
+    verdict = plateau_schedule(trainer, key=KEY, point={"learning_rate": 0.2}, **arguments)
+    driven, answer = verdict.studies["driven"], verdict.answer
+    curve, steps = driven.data["valid/loss"].values[0], driven.data["step"].values
+    assert answer.boundaries == decisions(curve, steps, 2, 0.9) != ()
+    assert (answer.point, list(driven.points)) == ({}, ["learning_rate"])
+
+
 def test_refusals():
     work = tiny_workloads.quadratic()
     arguments = {"num_steps": 20, "eval_every": 5}

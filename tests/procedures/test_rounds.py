@@ -272,6 +272,27 @@ def test_with_fixed_and_a_schedule_of_all_hyperparameters():
     assert whole == {"learning_rate": 1.0, "warmup_steps": warm}
 
 
+def test_a_trainer_says_the_schedule_of_the_round_and_what_it_needs():
+    study = made(RATE, {"learning_rate": 0.5})
+
+    def ending(point, num_steps):
+        return schedules.linear_decay(point["learning_rate"], num_steps, end_value=point["end"])
+
+    trainer = pbx.Trainer(
+        tiny_workloads.quadratic(), tiny_workloads.sgd, ending, fixed={"end": 0.0}
+    )
+    verdict = plan_next_round(trainer, study, key=KEY, num_steps=1000)
+    want = plan(study, num_steps=1000, make_schedule=linear)
+    assert verdict.answer.space == want.answer.space
+    assert codes(verdict) == codes(want)
+    point, counts = {"learning_rate": 0.3, "end": 0.1}, np.arange(0, 1001, 10)
+    np.testing.assert_allclose(
+        verdict.answer.make_schedule(point, 1000)(counts),
+        schedules.linear_decay(0.3, 100, hold_steps=900, end_value=0.1)(counts),
+        rtol=1e-6,
+    )
+
+
 @pytest.mark.parametrize("family", ["linear_decay", "cosine_decay"])
 def test_schedules_are_carried_over_by_their_rules(family):
     """A linear decay keeps its length; a cosine keeps the base rate and is stretched."""
@@ -393,13 +414,12 @@ def test_a_space_gets_its_first_round_and_the_plan_runs(tmp_path):
     )
     assert again.cost == 0
     assert again.answer[:4] == answer[:4]
+    trainer = pbx.Trainer(work, tiny_workloads.sgd, answer.make_schedule, fixed=answer.fixed)
     second = pbx.run_study(
-        work,
-        answer.with_fixed(tiny_workloads.sgd),
+        trainer,
         answer.space,
         num_trials=answer.num_trials,
         num_steps=answer.num_steps,
-        make_schedule=answer.make_schedule,
         eval_every=20,
         key=KEY,
     )

@@ -7,8 +7,9 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.records import storage
-from playbook_optax.runner import devices, execute
+from playbook_optax.runner import devices, execute, plan
 from playbook_optax.runner.run import StudyRunner
+from playbook_optax.trials.stepper import Stepper
 
 ARGUMENTS = {"num_steps": 6, "eval_every": 3, "key": jax.random.key(0), "progress": False}
 RATES = {"learning_rate": np.geomspace(1e-3, 0.3, 16).astype(np.float32)}
@@ -20,9 +21,9 @@ def study(**arguments):
 
 def needed(width):
     """Bytes that one block of this width needs on a device."""
-    runner = StudyRunner(
-        tiny.noisy_quadratic(), tiny.momentum, RATES, **ARGUMENTS, trials_per_block=width
-    )
+    arguments = {name: value for name, value in ARGUMENTS.items() if name != "progress"}
+    trainer = pbx.Trainer(tiny.noisy_quadratic(), tiny.momentum, trials_per_block=width)
+    runner = StudyRunner(trainer, RATES, **arguments)
     return runner.engine(width, 1).memory
 
 
@@ -124,6 +125,7 @@ def test_free_memory_of_this_machine():
 
 def test_steps_decide_the_width_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    runner = StudyRunner(tiny.noisy_quadratic(), tiny.momentum, RATES, **ARGUMENTS)
-    monkeypatch.setattr(devices, "free_memory", lambda mesh: None)
-    assert runner._chosen_width(1) == 512
+    stepper = Stepper(tiny.noisy_quadratic(), tiny.momentum, None, False)
+    key = pbx.trial_key(jax.random.key(0))
+    point = {name: values[0] for name, values in RATES.items()}
+    assert plan.choose_width(stepper, point, key, stepper.workload.data, None) == 512

@@ -31,12 +31,12 @@ np.testing.assert_array_equal(study(mesh(3)), alone)
 cut = study(mesh(1, 4))
 np.testing.assert_allclose(cut, alone, rtol=1e-3)
 from playbook_optax.runner.run import StudyRunner
-runner = StudyRunner(tiny.mlp(), tiny.momentum, tiny.SPACE, num_steps=40, eval_every=10,
-                     key=jax.random.key(0), trials_per_block=2, mesh=mesh(2, 4), progress=False)
+trainer = pbx.Trainer(tiny.mlp(), tiny.momentum, trials_per_block=2, mesh=mesh(2, 4))
+runner = StudyRunner(trainer, tiny.SPACE, num_steps=40, eval_every=10, key=jax.random.key(0))
 both = runner.run(tiny.SPACE, num_trials=7)
 np.testing.assert_array_equal(both.data["valid/loss"].values, cut)
 # The program works on shards: gradients are added up over devices.
-print("all-reduce" in runner.engine(2, 1).compile().advance.as_text())
+print("all-reduce" in runner.engine(2, 1).programs.program("advance").as_text())
 own = {{"independent": True}}
 np.testing.assert_allclose(study(mesh(2, 4), **own), study(mesh(1), **own), rtol=1e-3)
 
@@ -48,12 +48,13 @@ host = pbx.Workload(**{{**vars(tiny.quadratic()), "batch": None, "version": "1",
                                    for i in range(10**6))}})
 np.testing.assert_allclose(study(mesh(2, 4), host), study(mesh(1), host), rtol=1e-4)
 # Each device is given its quarter of the batches that the host reads, and no more.
-fed = StudyRunner(host, tiny.momentum, tiny.SPACE, num_steps=40, eval_every=10,
-                  key=jax.random.key(0), trials_per_block=2, mesh=mesh(2, 4), progress=False)
-_, _, chunk, _ = next(fed.engine(2, 1)._segments(0, None))
-assert chunk.shape == (40, 8, 3)
+fed = StudyRunner(
+    pbx.Trainer(host, tiny.momentum, trials_per_block=2, mesh=mesh(2, 4)), tiny.SPACE,
+    num_steps=40, eval_every=10, key=jax.random.key(0))
+_, _, chunk, _ = next(fed.engine(2, 1)._segments(0, None, 0, 1))
+assert chunk.shape == (64, 8, 3)
 for shard in chunk.addressable_shards:
-    assert shard.data.shape == (40, 2, 3)
+    assert shard.data.shape == (64, 2, 3)
     assert shard.index[1].start == 2 * (shard.device.id % 4)
 
 # What has no examples goes whole to each device; so do batches that the axis does not divide.

@@ -178,15 +178,8 @@ def test_one_runner_compiles_once_for_all_its_studies(tmp_path):
         traces.append(0)
         return pbx.sgd(point["learning_rate"])
 
-    runner = StudyRunner(
-        tiny.noisy_quadratic(),
-        make_optimizer,
-        RATES,
-        num_steps=6,
-        eval_every=3,
-        key=KEY,
-        progress=False,
-    )
+    trainer = pbx.Trainer(tiny.noisy_quadratic(), make_optimizer, progress=False)
+    runner = StudyRunner(trainer, RATES, num_steps=6, eval_every=3, key=KEY)
     one = runner.run(RATES)
     traced = len(traces)
     other = {"learning_rate": np.float32([0.2, 0.3])}

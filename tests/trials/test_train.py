@@ -10,7 +10,7 @@ import pytest
 import tiny_workloads as tiny
 
 import playbook_optax as pbx
-from playbook_optax.trials import train
+from playbook_optax.trials import loop
 
 KEY = jax.random.key(0)
 NAN = np.nan
@@ -115,7 +115,7 @@ def test_chunks_of_steps_as_on_an_accelerator_change_no_bit(monkeypatch):
     points = {"learning_rate": jnp.float32([0.1, 1e30, 0.02])}
 
     def trained(steps_per_chunk, cuts):
-        monkeypatch.setattr(train, "steps_per_chunk", lambda: steps_per_chunk)
+        monkeypatch.setattr(loop, "steps_per_chunk", lambda: steps_per_chunk)
         trial = pbx.make_trial(workload, tiny.momentum, 11, 5, keep="best")
         advance = jax.jit(jax.vmap(trial.advance, (0, None, None, None)))
         state, done = jax.vmap(trial.init, (0, None, None))(points, KEY, workload.data), 0

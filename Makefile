@@ -16,7 +16,7 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10 -m 'not slow'
 
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

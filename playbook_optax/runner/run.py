@@ -624,6 +624,7 @@ class StudyRunner:
             weights_like=like,
             extend=extend,
             replay=replay_run,
+            directory=directory,
         )
 
     def _finish(

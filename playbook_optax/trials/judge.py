@@ -60,8 +60,7 @@ def result(work: Workload, state: TrialState, eval_steps: np.ndarray, keep: str)
       The result, of the kind of arrays that the state has.
     """
     xp: Any = np if isinstance(state.first_loss, (np.ndarray, np.generic)) else jnp
-    metrics = state.metrics.as_dict()
-    metrics = {name: curve[..., : len(eval_steps)] for name, curve in metrics.items()}
+    metrics = {name: curve[..., : len(eval_steps)] for name, curve in state.metrics.items()}
     # Before any update the smoothed loss is that of the first batch, known only now.
     first = xp.where(xp.isfinite(state.first_loss), state.first_loss, xp.float32(np.nan))
     metrics[PEAK_LOSS] = _with_first(xp, metrics[PEAK_LOSS], first)

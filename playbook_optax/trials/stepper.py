@@ -47,18 +47,18 @@ class Lengths(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Table:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table(Mapping[str, Any]):
     """Named numbers in one array, which compiles to one buffer where a dict makes one for each.
 
     Attributes:
-      values: (..., name) or (..., name, eval), in the widest dtype of all.
+      array: (..., name) or (..., name, eval), in the widest dtype of all.
       names: what stands in each row.
       dtypes: of each row.
       axis: of the names, counted from the end.
     """
 
-    values: chex.Array
+    array: chex.Array
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     dtypes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(default=-1, metadata={"static": True})
@@ -76,23 +76,19 @@ class Table:
 
     def stacked(self, values: Mapping[str, chex.Array]) -> chex.Array:
         """One number for each name, (name,), in the table's dtype."""
-        return jnp.stack([values[name].astype(self.values.dtype) for name in self.names])
+        return jnp.stack([values[name].astype(self.array.dtype) for name in self.names])
 
     def __getitem__(self, name: str) -> Any:
         """The row of a name, (...) or (..., eval), in its own dtype."""
         row = self.names.index(name)
         where = (..., row) if self.axis == -1 else (..., row, slice(None))
-        return self.values[where].astype(self.dtypes[row])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return self.array[where].astype(self.dtypes[row])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Each row by its name."""
-        return {name: self[name] for name in self.names}
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class TrialState(NamedTuple):
@@ -345,12 +341,12 @@ class Stepper:
         )
         norm = _saturate(norm)
         summed = {f"step/{name}": value for name, value in step_metrics.items()}
-        sums = state.sums.values + state.sums.stacked({**summed, GRADIENT_NORM: norm})
+        sums = state.sums.array + state.sums.stacked({**summed, GRADIENT_NORM: norm})
         return state._replace(
             params=params,
             model_state=model_state,
             opt_state=opt_state,
-            sums=dataclasses.replace(state.sums, values=counted(sums, state.sums.values)),
+            sums=dataclasses.replace(state.sums, array=counted(sums, state.sums.array)),
             first_loss=jnp.where(step == 0, seen, state.first_loss),
             smooth_loss=counted(smooth, state.smooth_loss),
             peak=counted(jnp.fmax(state.peak, smooth), state.peak),
@@ -368,9 +364,9 @@ class Stepper:
         values = self._evaluate(work, state.params, state.model_state, data)
         before = jnp.maximum(index - 1, 0) * lengths.eval_every
         num_summed = state.step - before
-        means = state.sums.values / jnp.maximum(num_summed, 1).astype(jnp.float32)
+        means = state.sums.array / jnp.maximum(num_summed, 1).astype(jnp.float32)
         means = jnp.where(num_summed > 0, means, jnp.float32(jnp.nan))
-        values |= dataclasses.replace(state.sums, values=means).as_dict()
+        values |= dict(dataclasses.replace(state.sums, array=means))
         values |= {PEAK_GRADIENT_NORM: state.norm_peak, PEAK_LOSS: state.peak}
         alive = state.infeasible_step < 0
         row = jnp.where(alive, state.metrics.stacked(values), jnp.nan)
@@ -384,9 +380,9 @@ class Stepper:
         nan = jnp.float32(jnp.nan)
         return state._replace(
             metrics=dataclasses.replace(
-                state.metrics, values=state.metrics.values.at[:, index].set(row)
+                state.metrics, array=state.metrics.array.at[:, index].set(row)
             ),
-            sums=dataclasses.replace(state.sums, values=jnp.zeros_like(state.sums.values)),
+            sums=dataclasses.replace(state.sums, array=jnp.zeros_like(state.sums.array)),
             peak=nan,
             norm_peak=nan,
             best=best,

@@ -168,13 +168,15 @@ def _sums(
             functools.reduce(jnp.add, [jnp.sum(function(leaf)) for leaf in leaves])
             for function in functions
         ]
-    rows = [
-        jnp.concatenate([part for leaf in leaves for part in _folded(leaf, function)])
-        for function in functions
-    ]
-    # One product for all: each costs more to compile than it takes in a step. Without the barrier
-    # XLA would take it apart again.
-    whole = jax.lax.optimization_barrier(jnp.stack(rows))
+    columns = []
+    for leaf in leaves:
+        parts = [_folded(leaf, function) for function in functions]
+        columns += [jnp.stack(same) for same in zip(*parts, strict=True)]
+    # One product for all, because each costs more to compile than it takes in a step. Without the
+    # barriers XLA would compute the parts element by element in their concatenation, and take the
+    # product apart again.
+    columns = list(jax.lax.optimization_barrier(tuple(columns)))
+    whole = jax.lax.optimization_barrier(jnp.concatenate(columns, axis=1))
     return list(jnp.dot(whole, jnp.ones((whole.shape[1],), whole.dtype)))
 
 

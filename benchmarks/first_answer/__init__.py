@@ -9,7 +9,8 @@ what is published is the median of the rounds' ratios with the least and the gre
 Rows, of the MLP 64-128-10 on digits unless it says otherwise; a ratio is of CPU seconds (user and
 system, all threads) unless it says otherwise, and wall seconds are stored beside them:
 
-- `again`: a study, called a second time in its process, over the first call.
+- `again`: a study of 8 trials of 60 steps, so that training them weighs little, called a second
+  time in its process, over the first call.
 - `other_num_steps`, `other_num_trials`, `other_num_seeds`, `other_range`, `equal_optimizer`: the
   second call with one argument changed, over the first. `equal_optimizer` has an optimizer and a
   schedule that are made anew by the same code.
@@ -19,7 +20,8 @@ system, all threads) unless it says otherwise, and wall seconds are stored besid
   with as many trial-steps. Everything counts, imports too.
 - `tune_transformer`: the same for the zoo's transformer over bytes at its default budget. One
   round, as it takes minutes, and none with --quick.
-- `programs`: how many programs `tune`'s process compiles that take XLA more than 0.1 s each.
+- `programs`: how many programs `tune`'s process compiles that take XLA more than half a second
+  each.
 - `long_mlp`: wall seconds of the loop people write, one jitted step called for each trial and step,
   its compiling included, over those of a study of as many trials and steps, in a process that has
   run one of another range and length before. The loop stops beginning trials after a minute, and

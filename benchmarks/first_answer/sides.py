@@ -22,7 +22,7 @@ EVALS = 20
 MOMENTUM = 0.9
 # Nothing diverges between them.
 RATES = (1e-3, 1e-1)
-LARGE = 0.1
+LARGE = 0.5
 
 
 def device() -> dict[str, Any]:

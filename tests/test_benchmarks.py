@@ -173,7 +173,6 @@ def test_synthetic_data_have_the_shapes_of_the_digits(name, monkeypatch):
     assert shapes(want) == shapes(got)
 
 
-@pytest.mark.slow
 def test_diverging_trials_stop_where_they_are_said_to():
     made = features.Diverging("tiny", 4, 20, 0.5)
     assert made.facts == {"fraction": 0.5, "num_infeasible": 2, "infeasible_step": 1}

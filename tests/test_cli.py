@@ -105,7 +105,6 @@ def test_tune_writes_study_report_and_plots_then_continues_and_reports_again(fol
     assert "Findings" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_sweep_is_a_grid_between_low_and_high_and_its_report_knows_the_range(folder, capsys):
     command = ["sweep", "own_workloads:build", "--optimizer", "sgd", *TINY]
     assert cli.run([*command, "--low", "0.001", "--high", "0.1", "--directory", "out"]) == 0
@@ -121,7 +120,6 @@ def test_sweep_is_a_grid_between_low_and_high_and_its_report_knows_the_range(fol
     assert again.strip() == told[: told.index("\nReport ")].strip()
 
 
-@pytest.mark.slow
 def test_stabilize_writes_its_page_and_tells_what_it_says(folder, capsys):
     command = ["stabilize", "own_workloads:square", "--optimizer", "sgd", "--directory", "out"]
     assert cli.run([*command, "--num-steps", "60", "--num-trials", "8", "--eval-every", "5"]) == 0
@@ -245,11 +243,8 @@ def test_a_missing_extra_is_named(folder, capsys, monkeypatch, module, extra):
     [
         "[" * 60000,
         json.dumps({"command": "search", "optimizer": "__import__", "space": SPACE}),
-        pytest.param(
-            json.dumps({"command": "search", "optimizer": ["sgd"], "space": SPACE}),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("not json", marks=pytest.mark.slow),
+        json.dumps({"command": "search", "optimizer": ["sgd"], "space": SPACE}),
+        "not json",
     ],
 )
 def test_a_strange_command_file_costs_the_recipe_only(folder, capsys, content):
@@ -266,7 +261,6 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
     assert "\x07" not in said
 
 
-@pytest.mark.slow
 def test_the_program_tunes_a_users_own_module(tmp_path):
     (tmp_path / "mymodule.py").write_text(textwrap.dedent(MODULE))
     code = "import sys; from playbook_optax.cli import main; sys.exit(main())"

@@ -28,10 +28,7 @@ MODULES = sorted(
 # Each compiles several programs; what they show is tested in other ways too.
 LONG_DOCTESTS = (
     "procedures.instability",
-    "procedures.remedies",
-    "procedures.stability",
     "runner.preflight",
-    "tuning",
     "zoo.blocks",
 )
 

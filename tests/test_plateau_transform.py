@@ -214,7 +214,7 @@ def test_a_state_is_found_wherever_it_is_and_only_there():
             pbx.plateau_info(bad.init(weights))
 
 
-@pytest.mark.parametrize("workload", ["quadratic", pytest.param("mlp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workload", ["quadratic", "mlp"])
 def test_the_recorded_decisions_replay_the_run_bit_for_bit(workload):
     """In its own place with any factor, and as the learning rate with a power of two."""
     work = getattr(tiny_workloads, workload)()
@@ -253,7 +253,6 @@ def test_the_recorded_decisions_replay_the_run_bit_for_bit(workload):
             jax.tree.map(close, first.params, plain.params)
 
 
-@pytest.mark.slow
 def test_a_run_study_passes_the_training_loss():
     def optimizer(point):
         return optax.chain(

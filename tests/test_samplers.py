@@ -208,7 +208,7 @@ def test_one_trace_for_all_starts(sampler):
 @ALL
 @pytest.mark.parametrize(
     ("num_points", "num_dims"),
-    [(64, 12), (1000, 12), pytest.param(64, 100, marks=pytest.mark.slow)],
+    [(64, 12), (1000, 12), (64, 100)],
 )
 def test_numpy_and_the_compiled_path_give_the_same_bits(sampler, num_points, num_dims):
     run = jax.jit(lambda key, start: sampler(key, num_points, num_dims, start=start))
@@ -281,7 +281,6 @@ def test_raw_keys_and_x64_give_the_same_bits(sampler):
     same(wide, want)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [samplers.halton, samplers.uniform])
 def test_another_generator_keeps_keys_apart_under_vmap(sampler):
     base = jax.random.key(0, impl="rbg")

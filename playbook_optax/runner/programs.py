@@ -265,7 +265,7 @@ class Programs:
         if shapes.chunk is not None or shapes.independent:
             return None
         key = shapes.key
-        make = shared_batches(self.stepper.workload, point, shapes.data, key)
+        make = shared_batches(self.stepper, point, shapes.data, key)
         if make is None:
             return None
         batch = jax.eval_shape(make, shapes.data, key, jnp.int32(0))

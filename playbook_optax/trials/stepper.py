@@ -149,6 +149,8 @@ class Stepper:
         self.make_optimizer = make_optimizer
         self.make_schedule = make_schedule
         self.keeps_best = keeps_best
+        self._init = traced_once(workload, _init)
+        self._batch = traced_once(workload, _batch)
         self.loss = traced_once(workload, _loss)
         self._evaluate = traced_once(workload, _evaluate)
 
@@ -171,23 +173,16 @@ class Stepper:
 
     def weights(self, point: Point, key: chex.PRNGKey) -> tuple[Any, Any]:
         """(params, model_state) before the first update, from a trial's `keys.init_key`."""
-        work = resolve(self.workload, point)
-        with user_code("init"):
-            made = work.init(key)
-        if not isinstance(made, tuple) or len(made) != 2:
-            raise ValueError(
-                "init must return a pair (params, model_state), with {} for no state, got "
-                f"{type(made).__name__}."
-            )
-        check_init(made[0])
-        params, model_state = jax.tree.map(jnp.asarray, made)
-        return params, model_state
+        weights: tuple[Any, Any] = self._init(resolve(self.workload, point), key)
+        return weights
 
     def batch(
         self, point: Any, data: Any, key: chex.PRNGKey, step: chex.Array, batches: Any, first: Any
     ) -> Any:
         """The batch of a step: from the data with a trial's `keys.batch_key`, or of `batches`."""
-        return _batch(resolve(self.workload, point), data, key, step, batches, first)
+        if batches is not None:
+            return jax.tree.map(lambda leaf: leaf[step - first], batches)
+        return self._batch(resolve(self.workload, point), data, key, step)
 
     def gradient(
         self, state: Any, data: Any, step: chex.Array, batches: Any, first: chex.Numeric
@@ -248,7 +243,7 @@ class Stepper:
             opt_state = self.optimizer(point, lengths.num_steps).init(params)
         opt_state = jax.tree.map(jnp.asarray, opt_state)
         batch = jax.eval_shape(
-            lambda d, k, b: _batch(work, d, k, jnp.int32(0), b, 0), data, key, batches
+            lambda d, k, b: self.batch(point, d, k, jnp.int32(0), b, 0), data, key, batches
         )
         loss = functools.partial(self.loss, work)
         _, (_, summed) = jax.eval_shape(loss, params, model_state, batch, key)
@@ -409,12 +404,12 @@ def traced_once(workload: WorkloadLike, function: Callable[..., Any]) -> Callabl
 
 
 def shared_batches(
-    workload: WorkloadLike, point: Point, data: Any, key: chex.PRNGKey
+    stepper: Stepper, point: Point, data: Any, key: chex.PRNGKey
 ) -> Callable[[Any, chex.PRNGKey, chex.Array], Any] | None:
     """A function that makes the batches of all trials with one key, if the point has no say.
 
     Args:
-      workload: a workload fed from its data.
+      stepper: of a workload fed from its data.
       point: one point.
       data: the workload's data.
       key: a trial's `keys.batch_key`.
@@ -425,7 +420,7 @@ def shared_batches(
     """
 
     def make(point: Point, data: Any, key: chex.PRNGKey, step: chex.Array) -> Any:
-        return _batch(resolve(workload, point), data, key, step, None, 0)
+        return stepper.batch(point, data, key, step, None, 0)
 
     if depends_on_point(make, point, data, key, jnp.int32(0)):
         return None
@@ -447,12 +442,22 @@ def _saturate(value: chex.Array) -> chex.Array:
     return jnp.where(jnp.isfinite(value), finite, value).astype(jnp.float32)
 
 
-def _batch(
-    work: Workload, data: Any, key: chex.PRNGKey, step: chex.Array, batches: Any, first: Any
-) -> Any:
-    """The batch of a step: from the data, or one of `batches`, which begin with step `first`."""
-    if batches is not None:
-        return jax.tree.map(lambda leaf: leaf[step - first], batches)
+def _init(work: Workload, key: chex.PRNGKey) -> tuple[Any, Any]:
+    """(params, model_state)."""
+    with user_code("init"):
+        made = work.init(key)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ValueError(
+            "init must return a pair (params, model_state), with {} for no state, got "
+            f"{type(made).__name__}."
+        )
+    check_init(made[0])
+    params, model_state = jax.tree.map(jnp.asarray, made)
+    return params, model_state
+
+
+def _batch(work: Workload, data: Any, key: chex.PRNGKey, step: chex.Array) -> Any:
+    """The batch of a step, from the data."""
     if work.batch is None:
         raise ValueError(
             f"workload {work.name!r} is fed from the host (host_batches); only run_study trains it."

@@ -37,7 +37,6 @@ def codes(verdict):
     return [finding.code for finding in verdict.findings]
 
 
-@pytest.mark.slow
 def test_the_spread_of_a_quadratic_is_that_of_its_starts():
     verdict = train({"learning_rate": 0.1})
     spread = verdict.answer
@@ -54,7 +53,6 @@ def test_the_spread_of_a_quadratic_is_that_of_its_starts():
     assert spread.point == {"learning_rate": np.float32(0.1)}
 
 
-@pytest.mark.slow
 def test_the_seeds_are_none_of_the_studys_and_repeat():
     study = pbx.run_study(
         tiny_workloads.quadratic(),
@@ -76,7 +74,6 @@ def test_the_seeds_are_none_of_the_studys_and_repeat():
     assert verdict.answer.point == best.point
 
 
-@pytest.mark.slow
 def test_a_lucky_best_and_its_ties_are_told():
     """A study of one point, many times over, in which the best is nothing but luck."""
     workload = tiny_workloads.quadratic()
@@ -98,7 +95,6 @@ def test_a_lucky_best_and_its_ties_are_told():
     assert codes(longer) == ["retrained_spread"]
 
 
-@pytest.mark.slow
 def test_a_point_that_breaks_is_a_refusal():
     verdict = train({"learning_rate": 1e9})
     assert verdict.answer is None
@@ -110,7 +106,6 @@ def test_a_point_that_breaks_is_a_refusal():
     assert adopt(None, None, train({"learning_rate": 0.1}), verdict).answer is False
 
 
-@pytest.mark.slow
 def test_runs_are_stored_and_read_again(tmp_path):
     one = train({"learning_rate": 0.1}, directory=tmp_path, keep="best")
     two = train({"learning_rate": 0.1}, directory=tmp_path, keep="best")
@@ -231,7 +226,6 @@ def test_bad_arguments(call, message):
         call()
 
 
-@pytest.mark.slow
 def test_integers_stay_integers():
     def optimizer(point):
         assert jnp.issubdtype(point["steps"].dtype, jnp.integer)

@@ -207,7 +207,6 @@ def test_refusal_and_bad_arguments():
         change(pbx.Study.from_arrays({"lr": [0.1]}, {"loss": [[1.0]]}, [0], objective="loss"))
 
 
-@pytest.mark.slow
 def test_a_space_gets_its_study():
     space = SearchSpace({"learning_rate": Float(1e-2, 1.0, scale="log")})
     verdict = change(space, num_trials=6, num_steps=20, progress=False)

@@ -48,7 +48,6 @@ def test_a_trainer_in_the_place_of_workload_and_optimizer():
     assert verdict.answer == best_of_budget(None, None, finished(), key=KEY).answer
 
 
-@pytest.mark.slow
 def test_a_space_is_run_first():
     verdict = best_of_budget(
         tiny_workloads.quadratic(),

@@ -147,7 +147,6 @@ def test_a_given_study_is_read_and_not_trained_again(swept):
     assert verdict.cost == 7 * 200
 
 
-@pytest.mark.slow
 def test_the_wanted_rate_is_by_default_the_smallest_unstable_one_above_the_best():
     rates = np.array([0.5, 1.5, 2.5, 4.0], np.float32)
     study = pbx.run_study(
@@ -241,7 +240,6 @@ def test_a_study_without_norms_has_no_threshold():
     assert verdict.cost == 0
 
 
-@pytest.mark.slow
 def test_user_functions_see_only_their_own_hyperparameters():
     seen = set()
 

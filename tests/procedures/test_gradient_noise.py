@@ -134,7 +134,6 @@ def test_small_noise_on_a_large_gradient_loses_no_digits():
     assert noise.squared_norm == pytest.approx(50 * 1e4, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_variants_are_compared_at_the_same_weights():
     verdict, base = measure(
         noisy(1.0, name="plain"),
@@ -174,7 +173,6 @@ def test_a_gradient_that_is_lost_in_noise_has_no_noise_scale():
     assert finding.evidence["least_noise_scale"] > 100
 
 
-@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_a_refusal():
     verdict = gradient_noise(noisy(1.0), key=KEY, variants={"bad": noisy(np.inf)}, num_repeats=2)
     assert verdict.answer is None
@@ -182,7 +180,6 @@ def test_a_gradient_that_is_not_finite_is_a_refusal():
     assert verdict.findings[0].evidence["variants"] == ["bad"]
 
 
-@pytest.mark.slow
 def test_a_batch_of_more_than_half_an_epoch_is_compared_across_epochs():
     verdict, noise = measure(
         regression(batch_size=16, replace=False), num_batches=4, num_repeats=1000
@@ -192,7 +189,6 @@ def test_a_batch_of_more_than_half_an_epoch_is_compared_across_epochs():
     near(noise.rows[0].variance, noise.rows[0].variance_error, SAMPLE_SPREAD / 16 * (1 - 16 / 24))
 
 
-@pytest.mark.slow
 def test_where_it_is_measured():
     workload = regression(replace=False)
     arguments = {"num_batches": 4, "num_repeats": 3}
@@ -228,7 +224,6 @@ def test_a_workload_that_is_a_function_of_the_point():
     assert made.findings[0].evidence["batch_size"] == 2
 
 
-@pytest.mark.slow
 def test_model_state_and_dropout():
     class Net(nn.Module):
         rate: float

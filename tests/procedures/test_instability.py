@@ -61,7 +61,6 @@ def test_momentum_breaks_at_its_closed_form(curvature, beta):
     check_limit(verdict, 2 * (1 + beta) / curvature)
 
 
-@pytest.mark.slow
 def test_nesterov_breaks_at_its_closed_form():
     verdict = find_unstable_learning_rate(
         tiny_workloads.quadratic((1.0, 0.1)), nesterov, key=KEY, num_steps=200, point={"beta": 0.9}
@@ -69,7 +68,6 @@ def test_nesterov_breaks_at_its_closed_form():
     check_limit(verdict, 2 * (1 + 0.9) / (1 + 2 * 0.9))
 
 
-@pytest.mark.slow
 def test_a_finer_ratio_is_reached():
     verdict = find_unstable_learning_rate(
         tiny_workloads.quadratic(), tiny_workloads.sgd, key=KEY, num_steps=1000, ratio=1.01
@@ -86,7 +84,6 @@ def test_the_range_is_widened_in_both_directions():
         check_limit(verdict, 2.0)
 
 
-@pytest.mark.slow
 def test_a_run_repeats_exactly():
     one, two = (
         find_unstable_learning_rate(
@@ -127,7 +124,6 @@ def noisy_least_squares(num_examples=512, batch_size=64, dim=8):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [4, 64])
 @pytest.mark.parametrize("with_evaluation", [True, False])
 def test_slow_and_noisy_trials_are_stable(with_evaluation, batch_size):
@@ -177,7 +173,6 @@ def test_a_study_that_brackets_the_limit_costs_nothing():
     assert verdict.answer == rates[rates > 2.0].min()
 
 
-@pytest.mark.slow
 def test_a_study_of_two_hyperparameters_counts_where_the_other_is_the_best_ones():
     points = {
         "learning_rate": np.array([0.3, 1e-4, 3.0, 5.0], np.float32),
@@ -229,7 +224,6 @@ def test_giving_up_is_a_refusal_with_the_bracket():
     assert evidence["largest_stable_learning_rate"] < 2.0 < evidence["unstable_learning_rate"]
 
 
-@pytest.mark.slow
 def test_an_unstable_island_is_the_cautious_answer():
     def island(point):
         rate = point["learning_rate"]
@@ -261,7 +255,6 @@ def test_bad_arguments(arguments, message):
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("learning_rate", "unstable"), [(0.5, False), (1.2, True)])
 def test_probe_sees_what_twice_the_best_rate_does(learning_rate, unstable):
     verdict = probe_early_instability(
@@ -312,7 +305,6 @@ def test_probe_sees_an_early_rise_that_recovers():
     assert not verdict.studies["probe"].data["infeasible"].values[0]
 
 
-@pytest.mark.slow
 def test_probe_finds_the_best_rate_by_a_sweep_or_reads_it_from_a_study():
     space = pbx.SearchSpace({"learning_rate": pbx.Float(1e-5, 1e1, scale="log")})
     swept = probe_early_instability(
@@ -340,7 +332,6 @@ def test_probe_tells_of_a_best_rate_that_is_unstable_itself():
     assert codes(verdict) == ["early_instability", "unstable_at_best_learning_rate"]
 
 
-@pytest.mark.slow
 def test_probe_refuses_without_a_best_rate():
     space = pbx.SearchSpace({"learning_rate": pbx.Float(10.0, 1e3, scale="log")})
     verdict = probe_early_instability(

@@ -109,7 +109,6 @@ def test_the_same_key_gives_the_same_verdict_and_so_does_a_trainer(picked):
     assert again.findings == picked.findings
 
 
-@pytest.mark.slow
 def test_sparse_evaluations_make_the_answer_late_and_say_so(picked):
     verdict = pick(space(1e-2, 1e2), eval_every=32)
     told = finding(verdict, "evaluations_too_sparse")
@@ -151,7 +150,6 @@ def test_a_rate_at_an_end_that_is_as_fast_as_the_best_is_a_refusal():
     assert pick(sweep_of([4, 4, 5, 6])).answer is None
 
 
-@pytest.mark.slow
 def test_no_perfect_fit_is_a_refusal_and_doubling_finds_it():
     longer = pick(space(0.03, 3.0), num_steps=8, max_doublings=3)
     lengths = [int(name.removeprefix("sweep_")) for name in longer.studies]
@@ -166,7 +164,6 @@ def test_no_perfect_fit_is_a_refusal_and_doubling_finds_it():
     assert lengths[-2] < expected <= lengths[-1]
 
 
-@pytest.mark.slow
 def test_rates_that_are_all_too_small_are_not_doubled():
     """The self-deception that the playbook warns of: a very large number of steps."""
     verdict = pick(space(1e-4, 1e-3), num_steps=4, max_doublings=5)
@@ -229,7 +226,6 @@ def test_all_seeds_must_fit():
     assert told.evidence["num_steps"] == 50
 
 
-@pytest.mark.slow
 def test_regularization_that_can_be_seen_is_told():
     study = sweep_of([6, 4, 5])
     data = study.data.assign_coords(weight_decay=("trial", [0.0, 0.1, 0.0]))
@@ -246,7 +242,6 @@ def test_regularization_that_can_be_seen_is_told():
     assert verdict.answer is not None
 
 
-@pytest.mark.slow
 def test_more_hyperparameters_and_bad_arguments():
     verdict = pick_num_steps(
         threshold(),
@@ -285,7 +280,6 @@ def test_a_workload_that_breaks_its_promise_says_so():
             pick(space(1e-2, 1.0), threshold(**fields))
 
 
-@pytest.mark.slow
 def test_host_data_a_function_of_the_point_and_a_metric_of_the_loss():
     def loss(params, state, batch, key):
         error = jnp.mean((jnp.abs(params["w"]) >= FITTED).astype(jnp.float32))
@@ -368,7 +362,6 @@ def test_what_cannot_be_judged_is_a_refusal():
     assert "early_saturation_unseen" in codes(coarse)
 
 
-@pytest.mark.slow
 def test_a_space_is_run_and_its_cost_counted():
     verdict = refine_num_steps(
         threshold(),

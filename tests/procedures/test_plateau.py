@@ -45,7 +45,6 @@ def decisions(curve, steps, patience, rtol, cooldown=0, maximize=False):
     return tuple(found)
 
 
-@pytest.mark.slow
 def test_the_plain_schedule_gives_the_same_run_to_the_bit():
     def make_optimizer(point):
         return pbx.adam(point["learning_rate"], b1=point["b1"])
@@ -80,7 +79,6 @@ def test_the_plain_schedule_gives_the_same_run_to_the_bit():
             np.testing.assert_array_equal(values, driven.data[name], err_msg=str(name))
 
 
-@pytest.mark.slow
 def test_the_objectives_direction_is_followed():
     plain = tiny_workloads.quadratic((1.0,))
     work = pbx.Workload(
@@ -110,7 +108,6 @@ def test_the_objectives_direction_is_followed():
     assert float(patient.answer.schedule(10)) == np.float32(0.01)
 
 
-@pytest.mark.slow
 def test_the_floor_and_the_room_for_reductions():
     arguments = {"point": {"learning_rate": 1e-6}, "num_steps": 20, "eval_every": 1}
     arguments |= {"patience": 1, "rtol": 0.5, "factor": 0.5, "replay": False}
@@ -124,7 +121,6 @@ def test_the_floor_and_the_room_for_reductions():
     assert few.boundaries == (1, 2)
 
 
-@pytest.mark.slow
 def test_a_space_or_a_study_gives_the_point(tmp_path):
     work = tiny_workloads.quadratic()
     space = pbx.SearchSpace({"learning_rate": pbx.Float(0.05, 1.5, scale="log")})

@@ -53,7 +53,6 @@ def codes(verdict):
     return [finding.code for finding in verdict.findings]
 
 
-@pytest.mark.slow
 def test_rows_are_in_the_playbooks_order(rescued):
     assert [row.remedy for row in rescued.answer.rows] == [
         "none",
@@ -83,7 +82,6 @@ def test_clipping_rescues_from_rare_huge_gradients(rescued):
     assert "remedy_recommended" in codes(rescued)
 
 
-@pytest.mark.slow
 def test_on_a_quadratic_no_remedy_moves_anything(quadratic):
     answer = quadratic.answer
     assert answer.recommended is None
@@ -149,7 +147,6 @@ def test_it_repeats_exactly(quadratic):
     assert again.findings == quadratic.findings
 
 
-@pytest.mark.slow
 def test_the_default_threshold_is_a_percentile_of_the_baselines_norms(rescued):
     study = rescued.studies["none"]
     norms = study.replay(study.best().trial)["gradient_norm"].values
@@ -185,7 +182,6 @@ def test_the_baseline_is_the_users_own_sweep(rescued):
     np.testing.assert_allclose(rescued.studies["none"].data["train/loss"], loss, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_warm_up_is_prepended_and_takes_its_steps_from_the_run():
     lengths = set()
 
@@ -222,7 +218,6 @@ def test_warm_up_is_prepended_and_takes_its_steps_from_the_run():
     np.testing.assert_allclose(mine, study.data["valid/loss"], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_study_gives_its_range_and_its_best_hyperparameters():
     study = pbx.run_study(
         tiny_workloads.quadratic(),

@@ -390,7 +390,6 @@ def test_a_record_without_a_space_and_with_a_constant():
     assert answer.fixed == {"depth": 3}
 
 
-@pytest.mark.slow
 def test_a_space_gets_its_first_round_and_the_plan_runs(tmp_path):
     space = SearchSpace({"learning_rate": Float(1e-2, 10.0, scale="log")})
     work = tiny_workloads.quadratic()

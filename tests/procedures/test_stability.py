@@ -31,7 +31,6 @@ def quadratic():
     return run(tiny.quadratic((1.0, 1.0)))
 
 
-@pytest.mark.slow
 def test_on_a_quadratic_nothing_helps(quadratic):
     answer = quadratic.answer
     assert list(answer.steps) == ALL_STEPS
@@ -44,7 +43,6 @@ def test_on_a_quadratic_nothing_helps(quadratic):
     assert {"no_warmup_helps", "no_remedy_helps"} <= codes
 
 
-@pytest.mark.slow
 def test_the_cost_is_that_of_every_study_that_was_run(quadratic):
     run_here = {n: s for n, s in quadratic.studies.items() if not n.endswith("/given")}
     assert len(run_here) < len(quadratic.studies)  # The sweep is handed on.
@@ -54,7 +52,6 @@ def test_the_cost_is_that_of_every_study_that_was_run(quadratic):
     )
 
 
-@pytest.mark.slow
 def test_rare_huge_gradients_are_clipped_and_the_recipe_is_the_remedy():
     workload = outliers()
     space = pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 1.0, scale="log")})

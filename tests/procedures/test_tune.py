@@ -179,7 +179,6 @@ def test_the_same_call_is_answered_from_the_directory(stored, monkeypatch):
     assert again.report == directory / "report.html"
 
 
-@pytest.mark.slow
 def test_a_killed_call_continues_bit_for_bit(stored, tmp_path, monkeypatch):
     recipe, _ = stored
     original = StudyRunner.run
@@ -203,7 +202,6 @@ def test_a_killed_call_continues_bit_for_bit(stored, tmp_path, monkeypatch):
     same(recipe, pbx.tune(tiny.mlp(), **BUDGET, directory=tmp_path))
 
 
-@pytest.mark.slow
 def test_a_call_killed_in_the_second_widening_continues_bit_for_bit(tmp_path, monkeypatch):
     from playbook_optax.runner import execute
 
@@ -241,7 +239,6 @@ def test_the_report_names_every_decision(stored):
     assert f"{sum(recipe.cost.values()):,}" in page
 
 
-@pytest.mark.slow
 def test_a_sweep_moves_while_the_best_is_at_its_end():
     low = pbx.SearchSpace({"learning_rate": pbx.Float(1e-5, 1e-3, scale="log")})
     recipe = pbx.tune(tiny.quadratic(), "sgd", low, **{**BUDGET, "num_trials": 48, "num_steps": 16})
@@ -252,7 +249,6 @@ def test_a_sweep_moves_while_the_best_is_at_its_end():
     assert recipe.point["learning_rate"] > 3e-2
 
 
-@pytest.mark.slow
 def test_divergence_everywhere_is_no_crash():  # 43
     work = tiny.quadratic()
     broken = dataclasses.replace(work, loss=lambda p, s, b, k: (jnp.nan * jnp.sum(p["w"]), (s, {})))
@@ -269,7 +265,7 @@ def test_divergence_everywhere_is_no_crash():  # 43
 
 @pytest.mark.parametrize(
     "num_trials",
-    [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)],
+    [1, 3, 6],
 )
 def test_small_budgets_leave_chapters_out(num_trials):
     recipe = pbx.tune(
@@ -312,7 +308,6 @@ def test_a_point_of_your_own_is_only_retrained():
     assert float(recipe.schedule()(16)) == pytest.approx(0.0, abs=1e-7)
 
 
-@pytest.mark.slow
 def test_a_program_never_selects_what_is_not_finite():  # 44, 45
     base = tiny.quadratic()
 
@@ -350,7 +345,6 @@ def test_a_program_never_selects_what_is_not_finite():  # 44, 45
     assert told == pytest.approx(recipe.values[0], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_workload_of_the_point_with_an_optimizer_by_name():
     base = tiny.quadratic()
 
@@ -373,7 +367,6 @@ def test_a_workload_of_the_point_with_an_optimizer_by_name():
         pbx.tune(workload, "sgd", space, **budget, overrides={"point": {"learning_rate": 0.5}})
 
 
-@pytest.mark.slow
 def test_a_run_much_longer_than_the_budget_was_counted_in():
     budget = {**BUDGET, "num_trials": 12, "num_steps": 16, "key": jax.random.key(3)}
     recipe = pbx.tune(tiny.quadratic(), "sgd", RATE, **budget, overrides={"num_steps": 96})
@@ -385,7 +378,6 @@ def test_a_run_much_longer_than_the_budget_was_counted_in():
     assert sum(recipe.cost.values()) <= recipe.total_budget
 
 
-@pytest.mark.slow
 def test_decisions_of_the_user_together(tmp_path):
     space = pbx.SearchSpace(
         {
@@ -511,7 +503,6 @@ def unstable(monkeypatch):
     monkeypatch.setattr(tune, "sweep_learning_rate", sweep)
 
 
-@pytest.mark.slow
 def test_a_budget_too_small_for_the_chapter_on_instability_says_so(unstable):
     budget = {**BUDGET, "num_trials": 8, "num_steps": 16}
     poor = pbx.tune(tiny.quadratic(), "sgd", RATE, **budget)
@@ -521,11 +512,10 @@ def test_a_budget_too_small_for_the_chapter_on_instability_says_so(unstable):
     assert "trials" in said.suggestion
 
 
-@pytest.mark.slow
 def test_what_the_chapter_on_instability_says_is_trained(monkeypatch, unstable):
     asked = {}
 
-    def stabilize(workload, make_optimizer, study, **arguments):
+    def stabilize(trainer, study, **arguments):
         asked.update(arguments)
         comparison = RemedyComparison(
             **dict.fromkeys(RemedyComparison._fields) | {"max_norm": 0.5, "warmup_steps": 2}
@@ -553,7 +543,6 @@ def own_schedule(point, num_steps):
     return pbx.schedules.linear_decay(point["learning_rate"], num_steps)
 
 
-@pytest.mark.slow
 def test_an_optimizer_and_a_schedule_of_your_own():
     space = pbx.SearchSpace(
         {
@@ -649,7 +638,6 @@ def test_a_damaged_index_is_written_again(stored, tmp_path):  # 60
     assert index.read_bytes() == (directory / tune.INDEX).read_bytes()
 
 
-@pytest.mark.slow
 def test_finished_chapters_serve_a_call_that_decides_otherwise(stored, tmp_path):
     recipe, directory = stored
     for chapter in ("learning_rate", "round_1"):

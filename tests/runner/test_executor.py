@@ -38,7 +38,6 @@ def assert_same(one, other):
         np.testing.assert_array_equal(one.data[name].values, other.data[name].values)
 
 
-@pytest.mark.slow
 def test_threads_of_this_process(tmp_path):
     alone = study(tiny.mlp(), keep="best", num_seeds=2)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
@@ -73,7 +72,6 @@ class Flaky(concurrent.futures.Executor):
         return future
 
 
-@pytest.mark.slow
 def test_lost_tasks_are_sent_again():
     executor = Flaky({1, 2, 4})
     assert_same(study(executor=executor), study())
@@ -82,7 +80,6 @@ def test_lost_tasks_are_sent_again():
         study(executor=Flaky(set(range(100))))
 
 
-@pytest.mark.slow
 def test_workers_without_the_study_get_more_tasks_before_the_first_block_is_trained():
     with_payload = []
 
@@ -150,7 +147,6 @@ def test_workers_that_compute_other_bits_are_told(monkeypatch):
         study(executor=Elsewhere(set()))
 
 
-@pytest.mark.slow
 def test_spawned_processes():
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as executor:
@@ -275,7 +271,6 @@ def start_worker(directory, index):
     )
 
 
-@pytest.mark.slow
 def test_a_worker_that_is_killed_leaves_its_blocks_to_the_other(tmp_path):  # 57, 72, 78
     workers = [start_worker(tmp_path, index) for index in (0, 1)]
     while not storage.finished_blocks(tmp_path) and workers[0].poll() is None:
@@ -290,7 +285,7 @@ def test_a_worker_that_is_killed_leaves_its_blocks_to_the_other(tmp_path):  # 57
     assert shown.strip() == alone.data["valid/loss"].values.tobytes().hex()
 
 
-@pytest.mark.parametrize("worker", [(0, 3), pytest.param((2, 3), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("worker", [(0, 3), (2, 3)])
 def test_one_worker_of_three_makes_the_study_whole(tmp_path, worker):
     found = study(directory=tmp_path, worker=worker)
     assert_same(found, study())

@@ -27,13 +27,11 @@ def needed(width):
     return runner.engine(width, 1).memory
 
 
-@pytest.mark.slow
 def test_memory_grows_with_the_width():
     assert needed(1) < needed(2) < needed(8)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the widths are those of a CPU")
-@pytest.mark.slow
 @pytest.mark.parametrize("directory", [False, True])
 def test_a_chosen_width_is_halved_until_it_fits(tmp_path, monkeypatch, directory):  # 55
     usual = study()
@@ -51,7 +49,6 @@ def test_a_chosen_width_is_halved_until_it_fits(tmp_path, monkeypatch, directory
     np.testing.assert_array_equal(narrow.data["valid/loss"], same.data["valid/loss"])
 
 
-@pytest.mark.slow
 def test_a_given_width_is_an_error_that_names_one_that_fits(tmp_path, monkeypatch):  # 55
     free = needed(2)
     monkeypatch.setattr(devices, "free_memory", lambda mesh: free)

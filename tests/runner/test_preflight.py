@@ -17,7 +17,6 @@ def codes(report):
     return [finding.code for finding in report.findings]
 
 
-@pytest.mark.slow
 def test_a_study_that_can_run():
     report = pbx.preflight(
         tiny.noisy_quadratic(), tiny.momentum, RATES, num_steps=200, eval_every=50
@@ -48,7 +47,7 @@ def test_a_study_that_can_run():
     assert set(codes(report)) <= {"other_width_faster", "idle_cores"}
 
 
-@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("width", [1, 4])
 def test_a_given_width_is_the_one_that_is_timed(width):
     space = pbx.preflight(
         tiny.noisy_quadratic(),
@@ -63,7 +62,6 @@ def test_a_given_width_is_the_one_that_is_timed(width):
     assert space.timings[0].seconds_per_evaluation == 0
 
 
-@pytest.mark.slow
 def test_host_batches_are_timed_too():
     quadratic = tiny.quadratic()
     host = pbx.Workload(
@@ -99,7 +97,6 @@ def test_what_cannot_be_traced_is_told_with_what_to_use_instead(make_optimizer, 
     assert report.findings[0].message in str(report)
 
 
-@pytest.mark.slow
 def test_what_does_not_fit_is_told(monkeypatch):
     monkeypatch.setattr(devices, "free_memory", lambda mesh: 1)
     report = pbx.preflight(tiny.noisy_quadratic(), tiny.momentum, RATES)
@@ -108,13 +105,13 @@ def test_what_does_not_fit_is_told(monkeypatch):
     assert report.bytes_available == 1
 
 
-@pytest.mark.slow
 def test_idle_cores_and_a_better_width_are_told(monkeypatch):
-    from playbook_optax.runner import plan
+    from playbook_optax.runner import plan, programs
     from playbook_optax.runner.run import StudyRunner
 
     monkeypatch.setattr(devices, "num_cores", lambda: 4)
     monkeypatch.setattr(plan, "CPU_FLOPS_PER_STEP", 0)
+    programs.forget()  # What is known of the width already.
     speeds = {1: 2.0, 8: 1.0}
     monkeypatch.setattr(StudyRunner, "rehearse", lambda self, width, *_: (0.0, speeds[width]))
     report = pbx.preflight(tiny.quadratic(), tiny.sgd, RATES, num_steps=300, eval_every=300)
@@ -122,6 +119,7 @@ def test_idle_cores_and_a_better_width_are_told(monkeypatch):
     assert report.trials_per_block == 1
     assert codes(report) == ["other_width_faster", "idle_cores"]
     assert report.findings[0].suggestion == "Give trials_per_block=8."
+    programs.forget()
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,6 @@ def test_a_directory_that_is_not_shared_is_an_error_at_the_start(tmp_path):  # 8
     assert not list(tmp_path.glob("*/study.json"))
 
 
-@pytest.mark.slow
 def test_a_process_that_raises_ends_the_others(tmp_path):
     with Job(tmp_path, 2, "broken") as raising:
         told = raising.failures()

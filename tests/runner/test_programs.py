@@ -248,10 +248,24 @@ def test_a_schedule_that_needs_the_number_has_a_program_for_each_length(counted)
     )
     report = pbx.preflight(workload, tiny.sgd, RATES, num_steps=6, eval_every=3, **space)
     assert "schedule_needs_a_number" in [finding.code for finding in report.findings]
-    fine = pbx.preflight(
-        workload, tiny.sgd, RATES, num_steps=6, eval_every=3, make_schedule=traced_schedule
+
+
+def test_the_users_functions_are_traced_once():
+    counts = dict.fromkeys(("init", "loss", "batch", "evaluate"), 0)
+
+    def counting(name, function):
+        def counted(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return counted
+
+    work = tiny.noisy_quadratic()
+    study(
+        dataclasses.replace(work, **{name: counting(name, getattr(work, name)) for name in counts})
     )
-    assert "schedule_needs_a_number" not in [finding.code for finding in fine.findings]
+    # Once for shapes, checks and the width, once inside the program over the devices.
+    assert max(counts.values()) <= 2, counts
 
 
 def test_few_programs_are_kept_unless_a_trainer_holds_them(monkeypatch, counted):

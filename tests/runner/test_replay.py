@@ -28,10 +28,10 @@ def study_of(workload=None, points=RATES, make_optimizer=tiny.momentum, **argume
 @pytest.mark.parametrize(
     ("width", "independent"),
     [
-        pytest.param(1, True, marks=pytest.mark.slow),
+        (1, True),
         (4, False),
-        pytest.param(1, False, marks=pytest.mark.slow),
-        pytest.param(4, True, marks=pytest.mark.slow),
+        (1, False),
+        (4, True),
     ],
 )
 def test_a_replay_has_the_bits_of_the_study(width, independent):
@@ -51,7 +51,6 @@ def test_a_replay_has_the_bits_of_the_study(width, independent):
         assert run["norms/max"].item() == norm.max()
 
 
-@pytest.mark.slow
 def test_a_replay_from_the_middle_is_the_end_of_the_whole():
     study = study_of(trials_per_block=2)
     whole, part = study.replay(1), study.replay(1, 7, num_steps=5)
@@ -72,7 +71,6 @@ def test_a_replay_ends_at_the_update_that_broke():
     assert study.replay(1, broken + 1).sizes["step"] == 0
 
 
-@pytest.mark.slow
 def test_norms_of_layers_are_those_of_gradient_descent():
     points = {"learning_rate": np.float32([0.25])}
     study = study_of(tiny.mlp(), points, tiny.sgd)
@@ -91,7 +89,6 @@ def test_norms_of_layers_are_those_of_gradient_descent():
     )
 
 
-@pytest.mark.slow
 def test_host_batches_are_replayed():
     (x, y), _ = tiny.blobs()
 
@@ -121,7 +118,6 @@ def test_host_batches_are_replayed():
     assert replayed.sizes["step"] == 16
 
 
-@pytest.mark.slow
 def test_an_impure_workload_is_told():
     made = []
 
@@ -163,14 +159,12 @@ def test_bad_arguments():
         study_of(num_seeds=2).replay(0)
 
 
-@pytest.mark.slow
 def test_a_stored_study_replays_when_it_is_continued(tmp_path):
     study_of(directory=tmp_path / "study")
     again = study_of(directory=tmp_path / "study")
     assert again.replay(1, 15).attrs["bit_exact"]
 
 
-@pytest.mark.slow
 def test_one_runner_compiles_once_for_all_its_studies(tmp_path):
     traces = []
 

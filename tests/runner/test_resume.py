@@ -80,9 +80,9 @@ RATES = {"learning_rate": np.float32([0.1, 1e30, 0.02, 0.3])}
 @pytest.mark.parametrize(
     ("width", "independent"),
     [
-        pytest.param(1, False, marks=pytest.mark.slow),
+        (1, False),
         (2, False),
-        pytest.param(2, True, marks=pytest.mark.slow),
+        (2, True),
     ],
 )
 def test_a_block_continues_where_it_was_saved(tmp_path, monkeypatch, width, independent):
@@ -113,7 +113,6 @@ def test_a_block_continues_where_it_was_saved(tmp_path, monkeypatch, width, inde
     assert checkpoints.groups(tmp_path) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [1, 2])
 def test_damaged_saves_cost_steps_and_no_bits(tmp_path, monkeypatch, damaged):
     arguments = {**ARGUMENTS, "trials_per_block": 2, "directory": tmp_path}
@@ -171,7 +170,7 @@ def skipping(start):
     ("host_batches", "starts"),
     [
         (lambda start: Counting(), {0}),
-        pytest.param(grain_batches, {0}, marks=pytest.mark.slow),
+        (grain_batches, {0}),
         (skipping, {0, 32}),
     ],
     ids=["state", "grain", "skip"],
@@ -273,7 +272,7 @@ def test_other_devices_continue_a_killed_run(tmp_path):  # 57, 83
     ("number", "error"),
     [
         (signal.SIGINT, KeyboardInterrupt),
-        pytest.param(signal.SIGTERM, SystemExit, marks=pytest.mark.slow),
+        (signal.SIGTERM, SystemExit),
     ],
 )
 def test_a_signal_stops_after_saving(tmp_path, monkeypatch, capfd, number, error):  # 75, 76

@@ -48,9 +48,7 @@ def rates(*values):
     return {"learning_rate": np.array(values, np.float32)}
 
 
-@pytest.mark.parametrize(
-    "width", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("width", [1, 2, 3])
 def test_bits_depend_on_the_point_and_the_width_alone(width):
     a, b, c, d, wild = 0.1, 0.02, 0.3, 0.05, 1e30
     # Whose products round differently in another width.
@@ -65,14 +63,12 @@ def test_bits_depend_on_the_point_and_the_width_alone(width):
     assert bits(alone, 0) == bits(base, 1)
 
 
-@pytest.mark.slow
 def test_the_default_width_does_not_depend_on_the_number_of_trials():
     short, long = study_of(tiny.SPACE, 3), study_of(tiny.SPACE, 9)
     assert short.spec["trials_per_block"] == long.spec["trials_per_block"]
     assert all(bits(short, i) == bits(long, i) for i in range(3))
 
 
-@pytest.mark.slow
 def test_extend_adds_points_and_keeps_bits():
     space_study = study_of(tiny.SPACE, 5, trials_per_block=2)
     longer = space_study.extend(4)
@@ -99,7 +95,6 @@ def test_a_study_reproduces_train_alone():
         assert jax.tree.structure(study.params(i)) == jax.tree.structure(alone.params)
 
 
-@pytest.mark.slow
 def test_seeds_and_independence():
     study = study_of(rates(0.1, 0.1), num_seeds=2, trials_per_block=1)
     loss = study.data["valid/loss"].values
@@ -264,7 +259,6 @@ def test_another_version_of_jax_warns(tmp_path):  # 68
         study_of(tiny.SPACE, 1, directory=tmp_path)
 
 
-@pytest.mark.slow
 def test_x64_toggled_on_resume_is_refused(tmp_path):  # 53
     study_of(tiny.SPACE, 2, workload=tiny.quadratic(), make_optimizer=tiny.sgd, directory=tmp_path)
     with jax.enable_x64(True), pytest.raises(ValueError, match="x64 is False there and True here"):
@@ -317,7 +311,7 @@ def host_workload(num_batches=None):
 
 @pytest.mark.parametrize(
     "num_steps",
-    [pytest.param(5, marks=pytest.mark.slow), 64, pytest.param(150, marks=pytest.mark.slow)],
+    [5, 64, 150],
 )
 def test_host_batches_train_as_device_batches(num_steps):
     device = tiny.quadratic()
@@ -412,7 +406,7 @@ def test_a_mesh_is_used():
         study_of(rates(0.1), mesh=4)
 
 
-@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("width", [1, 2])
 def test_trials_that_broke_cost_nothing(width):
     updates = []
     quadratic = tiny.quadratic()
@@ -438,7 +432,6 @@ def test_trials_that_broke_cost_nothing(width):
     assert bits(alone, 1) == bits(study, 2)
 
 
-@pytest.mark.slow
 def test_blocks_of_a_call_are_spread_and_seeds_are_not_mixed():
     alone = [
         study_of(tiny.SPACE, 7, trials_per_block=2, num_seeds=3).data["valid/loss"].values
@@ -449,7 +442,6 @@ def test_blocks_of_a_call_are_spread_and_seeds_are_not_mixed():
     np.testing.assert_array_equal(alone[0][:, 0], one_seed)
 
 
-@pytest.mark.slow
 def test_batches_that_depend_on_the_point_are_made_by_the_trial():
     quadratic = tiny.quadratic()
 
@@ -466,7 +458,6 @@ def test_batches_that_depend_on_the_point_are_made_by_the_trial():
     assert bits(study, 1)["valid/loss"] != bits(plain, 0)["valid/loss"]
 
 
-@pytest.mark.slow
 @on_cpu
 def test_large_steps_train_one_after_another_and_small_ones_side_by_side():
     assert study_of(rates(0.1)).spec["trials_per_block"] > 1
@@ -479,7 +470,6 @@ def test_large_steps_train_one_after_another_and_small_ones_side_by_side():
     assert study_of(rates(1e-3), workload=wide).spec["trials_per_block"] == 1
 
 
-@pytest.mark.slow
 @on_cpu
 def test_the_way_of_an_accelerator_trains_the_same(monkeypatch):
     points = {"learning_rate": np.float32([0.1, 1e30, 0.02])}
@@ -508,7 +498,6 @@ def test_flops_of_products_are_counted():
 
 
 @on_cpu
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("speeds", "fastest"),
     [({1: 1.0, 8: 3.0, 16: 2.0}, 1), ({1: 3.0, 8: 1.0, 16: 2.0}, 8), ({1: 2, 8: 2, 16: 1}, 16)],
@@ -547,7 +536,6 @@ def test_widths_worth_timing():
     assert plan.widths_to_time(64, 4000, 1) == [1, 64, 512]
 
 
-@pytest.mark.slow
 def test_widths_are_really_timed():
     arguments = {"workload": tiny.quadratic(), "make_optimizer": tiny.sgd}
     study = study_of(tiny.SPACE, 4, **arguments, trials_per_block="timed")

@@ -24,7 +24,6 @@ def study_of(directory, points, workload=None, num_trials=None):
     )
 
 
-@pytest.mark.slow
 def test_other_dtypes_are_refused_by_name(tmp_path):  # 69
     rates = np.float32([0.5, 0.25])
     study_of(tmp_path, {"learning_rate": rates})

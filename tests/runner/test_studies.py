@@ -129,7 +129,6 @@ def test_a_choice_is_fixed_by_itself_or_by_number():
             pbx.run_studies({"one": {}}, fixed=fixed, **common)
 
 
-@pytest.mark.slow
 def test_a_set_is_stored_loaded_continued_and_appended_to(tmp_path, studies):
     first = {"sgd": VARIANTS["sgd"]}
     pbx.run_studies(first, directory=tmp_path, **COMMON)

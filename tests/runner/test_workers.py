@@ -68,7 +68,6 @@ def theirs(tmp_path_factory):
     return directory, study_of(directory)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [False, True])
 def test_what_others_have_stored_is_not_trained_to_its_end(tmp_path, monkeypatch, theirs, damaged):
     monkeypatch.setattr(execute, "SECONDS_PER_CALL", 0.0)

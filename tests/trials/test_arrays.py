@@ -31,7 +31,6 @@ def test_an_epoch_visits_each_row_once(num_examples, batch, seed):
         assert flat.max() < num_examples
 
 
-@pytest.mark.slow
 def test_epochs_and_keys_differ_and_rows_are_uniform():
     def first(seed, step):
         return arrays.shuffled_rows(jax.random.key(seed), step, 60, 10)

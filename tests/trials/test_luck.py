@@ -34,7 +34,7 @@ def infeasible(first, later):
     return bool(study.data["infeasible"].values[0])
 
 
-@pytest.mark.parametrize("first", [1.0, pytest.param(0.3, marks=pytest.mark.slow), 0.01])
+@pytest.mark.parametrize("first", [1.0, 0.3, 0.01])
 def test_a_small_first_loss_by_chance_is_feasible(first):
     assert not infeasible(first, 1.0)
 

@@ -72,7 +72,6 @@ def test_stability_limit_of_a_quadratic(beta, curvature):
     assert result.infeasible.tolist() == [False, True]
 
 
-@pytest.mark.slow
 def test_evaluation_steps_and_the_last_partial_period():
     result = run(tiny.quadratic(), num_steps=7, eval_every=3)
     assert result.step.tolist() == [0, 3, 6, 7]
@@ -109,7 +108,6 @@ def test_any_cut_gives_the_same_bits(cuts):
     assert advance._cache_size() == 1
 
 
-@pytest.mark.slow
 def test_chunks_of_steps_as_on_an_accelerator_change_no_bit(monkeypatch):
     workload = tiny.mlp()
     points = {"learning_rate": jnp.float32([0.1, 1e30, 0.02])}
@@ -260,7 +258,6 @@ def test_divergence_of_one_changes_no_bit_of_another():  # 42
         assert same_bits(*(jax.tree.map(lambda a, i=i: a[i], r) for r in (calm, wild)))
 
 
-@pytest.mark.slow
 def test_high_loss_never_stops_training():
     workload = tiny.mlp()
     result = run(workload, tiny.momentum, num_steps=40, eval_every=10, lr=3.0)

@@ -78,7 +78,6 @@ def test_residual_names_what_is_wrong():
         blocks.Residual(nn.Dense(3), "pre", 1).init(key, x)
 
 
-@pytest.mark.slow
 def test_cnn_is_its_formula():
     x = np.random.default_rng(1).normal(size=(2, 4, 6, 1)).astype(np.float32)
     module = blocks.CNN((3, 5), 7)

@@ -63,7 +63,6 @@ def test_baselines_are_what_they_say():
     assert set(found) == {*order, "lzma"}
 
 
-@pytest.mark.slow
 def test_metrics_are_mean_cross_entropies_in_nats_and_bits():
     workload = zoo.bytes_transformer(**SMALL)
     params, state = workload.init(jax.random.key(0))

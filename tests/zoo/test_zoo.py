@@ -139,7 +139,6 @@ def test_resmlp_has_twelve_blocks_of_the_placement_that_was_asked_for():
     ]
 
 
-@pytest.mark.slow
 def test_cnn_sees_the_same_pixels_as_images():
     workload = zoo.digits_cnn(channels=(2, 3))
     x = workload.data["train"]["x"]

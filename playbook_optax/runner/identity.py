@@ -2,7 +2,8 @@
 
 Two functions with equal identities trace alike: the same code, closed-over values, defaults and
 globals, functions among them looked into. What may change without a trace of it, such as an object
-of a class that we do not know, has no identity, and whoever asks has to trace.
+of a class that we do not know, has no identity, and whoever asks has to trace. Installed packages
+are taken not to change within a process.
 """
 
 import dataclasses
@@ -182,8 +183,10 @@ class _Looker:
 
 
 def _names(code: types.CodeType) -> set[str]:
+    """What code names, or may look up by a string."""
     inner = [_names(one) for one in code.co_consts if isinstance(one, types.CodeType)]
-    return set(code.co_names).union(*inner)
+    strings = [one for one in code.co_consts if isinstance(one, str)]
+    return set(code.co_names).union(strings, *inner)
 
 
 def _is_library(file: str) -> bool:

@@ -13,6 +13,7 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.runner import identity, programs
+from playbook_optax.runner.run import StudyRunner
 
 KEY = jax.random.key(0)
 RATES = {"learning_rate": np.float32([0.1, 0.3])}
@@ -162,6 +163,10 @@ def changed_ways():
             lambda point: pbx.sgd(module.factor * point["learning_rate"]),
             lambda: setattr(module, "factor", 2.0),
         ),
+        "module by a string": (
+            lambda point: pbx.sgd(vars(module)["factor"] * point["learning_rate"]),
+            lambda: setattr(module, "factor", 2.0),
+        ),
         "array": (
             lambda point: pbx.sgd(box[0] * point["learning_rate"]),
             lambda: box.__setitem__(0, 2.0),
@@ -246,8 +251,18 @@ def test_a_schedule_that_needs_the_number_has_a_program_for_each_length(counted)
         values(study(workload, make_schedule=traced_schedule, num_steps=12, eval_every=3)),
         rtol=1e-6,
     )
-    report = pbx.preflight(workload, tiny.sgd, RATES, num_steps=6, eval_every=3, **space)
-    assert "schedule_needs_a_number" in [finding.code for finding in report.findings]
+
+
+@pytest.mark.parametrize("number", [int, lambda traced: traced])
+def test_preflight_says_so_of_a_schedule_that_needs_the_number(monkeypatch, number):
+    def make_schedule(point, num_steps):
+        return lambda count: point["learning_rate"] * (1 - count / number(num_steps))
+
+    monkeypatch.setattr(StudyRunner, "rehearse", lambda *_: (0.0, 1.0))
+    arguments = {"num_steps": 6, "eval_every": 3, "make_schedule": make_schedule}
+    report = pbx.preflight(tiny.noisy_quadratic(), tiny.sgd, RATES, trials_per_block=2, **arguments)
+    told = "schedule_needs_a_number" in [finding.code for finding in report.findings]
+    assert told == (number is int)
 
 
 def test_the_users_functions_are_traced_once():

@@ -107,7 +107,7 @@ def flax_workload(module):
     "module",
     [
         LinenNet(),
-        pytest.param(NnxNet, marks=pytest.mark.slow),
+        NnxNet,
         pytest.param(NnxNet(nnx.Rngs(0)), marks=pytest.mark.slow),
     ],
     ids=["linen", "class", "instance"],

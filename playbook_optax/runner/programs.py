@@ -513,13 +513,14 @@ def _compile(traced: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
         text = f"{name}\n{place}\n{nested}\n{one.as_text()}"
         digests[name] = hashlib.sha256(text.encode()).hexdigest()
     missing = [name for name in lowered if digests[name] not in _compiled]
-    # The longest first.
-    missing.sort(key=lambda name: name != "advance")
+    # The longest first, and no more at a time than there are cores.
+    missing.sort(key=lambda name: ("advance", "weights", "gather", "begin").index(name))
     if missing:
         devices.use_default_cache()
+        num_threads = min(len(missing), devices.num_cores())
         with (
             progress.stage("compiling"),
-            concurrent.futures.ThreadPoolExecutor(len(missing)) as threads,
+            concurrent.futures.ThreadPoolExecutor(num_threads) as threads,
         ):
             programs = list(
                 threads.map(lambda name: lowered[name].compile(_options(name)), missing)

@@ -361,11 +361,6 @@ def with_fixed(function: Callable[..., Any], fixed: Mapping[str, Any]) -> Callab
     return lambda point, *rest: function({**fixed, **point}, *rest)
 
 
-def with_fixed_workload(workload: WorkloadLike, fixed: Mapping[str, Any]) -> WorkloadLike:
-    """The workload; if it is a function of the point, one that is given the fixed part of it."""
-    return workload if isinstance(workload, Workload) else with_fixed(workload, fixed)
-
-
 def _mean_over_rest(values: chex.Array) -> chex.Array:
     """One value per example: (batch, ...) -> (batch,)."""
     return jnp.mean(values, axis=tuple(range(1, values.ndim)))

@@ -177,6 +177,8 @@ class StudyRunner:
             raise _checks.ArgumentTypeError(
                 f"independent must be True or False, got {independent!r}."
             )
+        # Again, because only a call knows whether it is one of a job of several processes.
+        trainer.check_places()
         self._trainer = trainer
         width = trainer.trials_per_block
         self._timed = width == TIMED

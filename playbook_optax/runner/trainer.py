@@ -118,7 +118,7 @@ class Trainer:
         if self.worker is not None:
             workers.check_worker(self.worker)
         devices.trial_mesh(self.mesh)
-        self._check_places()
+        self.check_places()
 
     def replace(self, **changes: Any) -> "Trainer":
         """This trainer with other attributes; the programs are shared.
@@ -151,8 +151,12 @@ class Trainer:
         """The programs that studies of this trainer, and of those made from it, have used."""
         return self._used
 
-    def _check_places(self) -> None:
-        """Raises when it was said in two ways where trials are trained."""
+    def check_places(self) -> None:
+        """Raises when it was said in two ways where trials are trained.
+
+        Raises:
+          ValueError: such as an executor inside a job of several processes.
+        """
         if self.executor is not None:
             remote.check_executor(self.executor)
         group = processes.current()

@@ -15,7 +15,8 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.records import storage
-from playbook_optax.runner import remote
+from playbook_optax.runner import processes, remote
+from playbook_optax.runner.run import StudyRunner
 
 ARGUMENTS = {
     "num_steps": 40,
@@ -294,3 +295,18 @@ def test_one_worker_of_three_makes_the_study_whole(tmp_path, worker):
     path = sorted((tmp_path / "blocks").iterdir())[1]
     path.write_bytes(path.read_bytes()[:-7])
     assert_same(study(directory=tmp_path, worker=worker), found)
+
+
+def test_an_executor_inside_a_job_of_several_processes_is_refused(monkeypatch):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        trainer = pbx.Trainer(tiny.quadratic(), tiny.sgd, executor=pool)
+        # Known inside the call only, which every process of the job makes together.
+        monkeypatch.setattr(processes, "_active", object())
+        with pytest.raises(ValueError, match="exclude each other"):
+            StudyRunner(
+                trainer,
+                {"learning_rate": np.float32([0.1])},
+                num_steps=2,
+                eval_every=1,
+                key=jax.random.key(0),
+            )

@@ -9,16 +9,17 @@ import numpy as np
 from playbook_optax import _checks
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
+from playbook_optax.procedures.given import trains_if_needed
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import NoFeasibleTrial, Study
 from playbook_optax.runner.run import run_study
-from playbook_optax.runner.trainer import Trainer, takes_trainer
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Float, SearchSpace
 
 LEARNING_RATE = "learning_rate"
 
 
-@takes_trainer
+@trains_if_needed
 def sweep_learning_rate(
     trainer: Trainer,
     space_or_study: SearchSpace | Study | None = None,

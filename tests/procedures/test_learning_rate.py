@@ -71,6 +71,14 @@ def test_a_study_is_judged_at_no_cost():
     assert again.cost == 0
 
 
+def test_who_only_judges_needs_no_workload():
+    finished = sweep(space(1e-2, 1e2)).studies["learning_rate_sweep"]
+    judged = pbx.procedures.sweep_learning_rate(None, None, finished, key=None)
+    assert (judged.answer, judged.cost) == (sweep(finished).answer, 0)
+    with pytest.raises(ValueError, match="workload is None"):
+        pbx.procedures.sweep_learning_rate(None, None, key=jax.random.key(0))
+
+
 def test_a_sweep_repeats_exactly_and_counts_its_seeds():
     one, two = (sweep(space(1e-2, 1e2), num_seeds=2) for _ in range(2))
     assert one.cost == 2 * 9 * 20

@@ -221,6 +221,8 @@ class Engine:
             units = self._packed(group, parked)
             begin = (saved.step, saved.position)
         for start, stop, chunk, position in self._segments(*begin, seed, len(units)):
+            if not units:  # All have broken, perhaps before they were saved.
+                break
             units = self._advance(units, start, stop, chunk)
             if stop < self._num_steps:
                 yield None
@@ -228,8 +230,6 @@ class Engine:
                 now = functools.partial(self._arrays_of, group, units, parked)
                 keeper.between_calls(group.indices, stop, now, position)
                 units, parked = self._without_broken(group, units, parked)
-                if not units:
-                    break
         yield units, parked
 
     def _segments(

@@ -113,6 +113,21 @@ def test_a_block_continues_where_it_was_saved(tmp_path, monkeypatch, width, inde
     assert checkpoints.groups(tmp_path) == []
 
 
+def test_a_save_of_which_all_trials_have_broken_is_continued(tmp_path, monkeypatch):
+    rates = {"learning_rate": np.float32([1e30, 1e30, 1e30])}
+    arguments = {**ARGUMENTS, "trials_per_block": 2}
+    whole = pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, rates, **arguments)
+    assert whole.data["infeasible"].all()
+    where = {"directory": tmp_path, "checkpoint_seconds": 0.0}
+    with monkeypatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(Killed):
+            pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, rates, **arguments, **where)
+    assert len(checkpoints.groups(tmp_path)) == 1
+    resumed = pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, rates, **arguments, **where)
+    assert content(resumed) == content(whole)
+
+
 @pytest.mark.parametrize("damaged", [1, 2])
 def test_damaged_saves_cost_steps_and_no_bits(tmp_path, monkeypatch, damaged):
     arguments = {**ARGUMENTS, "trials_per_block": 2, "directory": tmp_path}

@@ -209,8 +209,13 @@ def _name(record: NormRecordState) -> str:
     return next(iter(record.norm_name))
 
 
-def _is_record(node: Any) -> bool:
-    return isinstance(node, NormRecordState)
+def records_in(tree: chex.ArrayTree) -> list[NormRecordState]:
+    """The records of gradient norms in an optimizer state, in its order."""
+
+    def is_record(node: Any) -> bool:
+        return isinstance(node, NormRecordState)
+
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_record) if is_record(node)]
 
 
 @named_arguments
@@ -244,7 +249,7 @@ def norm_info(opt_state: chex.ArrayTree, name: str | None = None) -> NormInfo:
       >>> float(info.last_norm), float(info.clipped_fraction), float(info.threshold)
       (5.0, 1.0, 1.0)
     """
-    records = [r for r in jax.tree.leaves(opt_state, is_leaf=_is_record) if _is_record(r)]
+    records = records_in(opt_state)
     if not records:
         raise ValueError(
             "opt_state holds no record of gradient norms. Put monitor_norms() first in the "

@@ -419,14 +419,9 @@ class Engine:
 
     def _of_result(self, states: TrialState) -> TrialState:
         """What of the states is judged or kept; the rest need not be fetched."""
-
-        def is_record(node: Any) -> bool:
-            return isinstance(node, norms.NormRecordState)
-
-        found = jax.tree.leaves(states.opt_state, is_leaf=is_record)
         final = self._keep == "final"
         return states._replace(
-            opt_state=[record for record in found if is_record(record)],
+            opt_state=norms.records_in(states.opt_state),
             params=states.params if final else None,
             model_state=states.model_state if final else None,
             best_params=states.best_params if self._keep == "best" else None,

@@ -4,7 +4,6 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -101,13 +100,8 @@ def _with_first(xp: Any, curve: chex.Array, first: chex.Array) -> chex.Array:
 
 def _norm_info(xp: Any, state: TrialState) -> norms.NormInfo:
     """The norms of the gradient; threshold and count of the clipper in the optimizer's state."""
-
-    def is_record(node: Any) -> bool:
-        return isinstance(node, norms.NormRecordState)
-
-    found = jax.tree.leaves(state.opt_state, is_leaf=is_record)
     # A monitor among them never clips: its threshold is infinite and its count 0.
-    records = [record for record in (state.norms, *found) if is_record(record)]
+    records = [state.norms, *norms.records_in(state.opt_state)]
     thresholds = [
         xp.where(one.clip_threshold > 0, one.clip_threshold, xp.float32(np.inf)) for one in records
     ]

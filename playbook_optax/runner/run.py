@@ -198,6 +198,12 @@ class StudyRunner:
         member: Mapping[str, Any] | None = None,
     ) -> None:
         keys.check_key("key", key)
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            raise ValueError(
+                "jax_disable_jit is on, and a study is a compiled program. Turn it off, "
+                'jax.config.update("jax_disable_jit", False); pbx.make_train trains one trial '
+                "without it."
+            )
         num_seeds = _checks.check_count("num_seeds", num_seeds)
         _checks.check_flag("independent", independent)
         # Again, because only a call knows whether it is one of a job of several processes.

@@ -178,7 +178,7 @@ def _categorical(name: str, raw: np.ndarray, choices: Any) -> Axis:
     if choices is None:
         choices = sorted({str(v) for v in raw})
         index = np.asarray([choices.index(str(v)) for v in raw], np.float64)
-    elif all(isinstance(c, (int, float)) and not isinstance(c, bool) for c in choices):
+    elif raw.dtype.kind in "iuf" and _are_numbers(choices):
         numbers = np.asarray(choices, np.float64)
         index = np.abs(raw.astype(np.float64)[:, None] - numbers[None, :]).argmin(axis=1)
         index = index.astype(np.float64)
@@ -201,6 +201,12 @@ def _categorical(name: str, raw: np.ndarray, choices: Any) -> Axis:
         True,
         tuple(map(str, choices)),
     )
+
+
+def _are_numbers(choices: Any) -> bool:
+    """Whether points hold the choices themselves, not their indices."""
+    booleans = [isinstance(c, bool) for c in choices]
+    return all(isinstance(c, (int, float)) for c in choices) and len(set(booleans)) == 1
 
 
 class AxisPlot(NamedTuple):

@@ -239,7 +239,8 @@ class Engine:
         if self._host_batches is not None:
             length = chunk_length_of(self.programs.shapes.chunk)
             batches = host_data.batches_from(self._host_batches, start, position)
-            for chunk, at in prefetch(batches, self._num_steps - start, length, start):
+            like = self.programs.shapes.chunk
+            for chunk, at in prefetch(batches, self._num_steps - start, length, start, like):
                 stop = min(start + length, self._num_steps)
                 yield start, stop, self._put_chunk(chunk), at
                 start = stop
@@ -693,8 +694,31 @@ def _stack(batches: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *batches)
 
 
+def _check_batch(batch: Any, like: Any, number: int) -> None:
+    """Raises if a batch is not of the structure, shapes and dtypes of the first one."""
+    trees = [jax.tree.structure(tree) for tree in (batch, like)]
+    if trees[0] != trees[1]:
+        raise ValueError(
+            f"host_batches: batch {number} has the structure {trees[0]}, the first one {trees[1]}."
+        )
+    for (path, leaf), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(batch), jax.tree.leaves(like), strict=True
+    ):
+        array = np.asarray(leaf)
+        shape, dtype = tuple(wanted.shape[1:]), np.dtype(wanted.dtype)
+        found = jax.dtypes.canonicalize_dtype(array.dtype)
+        if array.shape != shape or found != dtype:
+            where = jax.tree_util.keystr(path) or "the array"
+            raise ValueError(
+                f"host_batches: {where} of batch {number} has shape {array.shape} and dtype "
+                f"{array.dtype}, that of the first batch {shape} and {dtype}. All batches of a "
+                "study are alike: drop the last batch of an epoch where it is short (the drop_last "
+                "or drop_remainder of most loaders), or fill it up."
+            )
+
+
 def prefetch(
-    batches: Iterator[Any], num_steps: int, length: int, first: int = 0
+    batches: Iterator[Any], num_steps: int, length: int, first: int = 0, like: Any = None
 ) -> Iterator[tuple[Any, Any]]:
     """Chunks of host batches, read ahead in a thread; the last one is padded to the same shape.
 
@@ -703,12 +727,13 @@ def prefetch(
       num_steps: how many of them.
       length: batches in a chunk.
       first: the step of the first batch.
+      like: a chunk's shapes and dtypes, which every batch must fit; None takes any.
 
     Yields:
       Chunks, leaves (step, ...), and where the iterator stands after each.
 
     Raises:
-      ValueError: the batches ended before.
+      ValueError: the batches ended before, or one is not like the others.
     """
     ready: queue.Queue[Any] = queue.Queue(PREFETCHED_CHUNKS)
     stopped = threading.Event()
@@ -726,7 +751,11 @@ def prefetch(
         try:
             for start in range(0, num_steps, length):
                 wanted = min(length, num_steps - start)
-                chunk = list(itertools.islice(batches, wanted))
+                chunk = []
+                for number, batch in enumerate(itertools.islice(batches, wanted), first + start):
+                    if like is not None:
+                        _check_batch(batch, like, number)
+                    chunk.append(batch)
                 if len(chunk) < wanted:
                     raise ValueError(
                         f"host_batches ended after {first + start + len(chunk)} batches; the run "

@@ -274,15 +274,17 @@ class Workload:
         test: tuple[Any, Any] | None = None,
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
+        train_switch: str | Mapping[str, bool] | None = None,
     ) -> "Workload":
         """Builds a workload from a Flax module (linen or nnx) and arrays of examples.
 
         Batch statistics are carried in the model state; dropout gets a key in training and is off
-        in evaluation. A linen module whose ``__call__`` has an argument ``train``, ``training``,
-        ``is_training``, ``deterministic`` or ``use_running_average`` is told which of the two it is
-        in. Of nnx give the module's class or any function ``rngs -> nnx.Module``, so that seeds
-        differ in their initialization; from an nnx instance every trial and seed starts with the
-        instance's own weights.
+        in evaluation. A module whose ``__call__`` has an argument ``train``, ``is_training``,
+        ``deterministic``, ``inference`` or the like, or a linen module with such an attribute, is
+        told which of the two it is in; a linen module with batch statistics or dropout and no such
+        switch is refused, unless `train_switch` says what it is. Of nnx give the module's class or
+        any function ``rngs -> nnx.Module``, so that seeds differ in their initialization; from an
+        nnx instance every trial and seed starts with the instance's own weights.
 
         Args:
           module: a linen module, an nnx module class or factory, or an nnx module.
@@ -297,12 +299,15 @@ class Workload:
           test: (x, y), never touched but by `final_evaluate`.
           eval_batch_size: examples evaluated at a time.
           num_train_eval: evaluate on that many of the first training examples; None means all.
+          train_switch: the argument or attribute that is True in training; or name to value in
+            training, such as ``{"frozen": False}``; ``{}`` if there is none. Looked for if None.
 
         Returns:
           The workload.
 
         Raises:
-          ValueError: as `from_arrays`, or `module` is neither linen nor nnx.
+          ValueError: as `from_arrays`, `module` is neither linen nor nnx, or it is not known what
+            tells it that it trains.
 
         Example:
           >>> import flax.linen as nn, numpy as np
@@ -318,7 +323,7 @@ class Workload:
         """
         from playbook_optax.trials import flax_models  # Importing flax takes a second.
 
-        model_name, init, apply = flax_models.functions(module, train)
+        model_name, init, apply = flax_models.functions(module, train, train_switch)
         return cls.from_arrays(
             init,
             apply,

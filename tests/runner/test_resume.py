@@ -361,3 +361,20 @@ def test_others_handlers_and_threads_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(None, signal.default_int_handler)]
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"x": np.ones((4, 3), np.float32)}, r"\['x'\] of batch 5 has shape \(4, 3\).*drop_last"),
+        ({"x": np.ones((8, 3), np.int32)}, r"batch 5 has shape \(8, 3\) and dtype int32"),
+        ({"x": np.ones((8, 3), np.float32), "y": 0}, "batch 5 has the structure"),
+    ],
+)
+def test_a_batch_unlike_the_others_is_told_when_it_arrives(odd, message):
+    good = {"x": np.ones((8, 3), np.float32)}
+    like = {"x": jax.ShapeDtypeStruct((4, 8, 3), np.float32)}
+    chunks = execute.prefetch(iter([good, good, odd, good]), 4, 2, first=3, like=like)
+    next(chunks)
+    with pytest.raises(ValueError, match=message):
+        next(chunks)

@@ -16,6 +16,7 @@ FLOORS = {
     "_checks": 0,
     "_feasibility": 0,
     "_histogram": 0,
+    "_portable": 0,
     "_tree": 0,
     "optimizers": 1,
     "schedules": 1,

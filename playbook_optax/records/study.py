@@ -8,7 +8,7 @@ Analysis reads this record and nothing else. Our runner assembles it from the bl
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ _DIMENSIONS = ("trial", "seed", "eval", "norm_bin")
 _COORDINATES = (*_DIMENSIONS, "step", "norm_low", "norm_high")
 _RISING_WORDS = ("accuracy", "score", "auc", "precision", "recall", "reward", "return")
 _FINAL = "final/"
+
+# What trains: it holds programs and devices, and stays in its process.
+_TRAINING = ("_extend", "_replay")
 
 Block = Mapping[str, np.ndarray]
 
@@ -94,6 +97,8 @@ class Study:
     Source: playbook, "Why use quasi-random search instead of more sophisticated black box
     optimization algorithms during the exploration phase of tuning?" (post hoc analysis of all
     trials, without running them again).
+
+    It can be copied and pickled; a copy from another process is a record, which cannot train.
     """
 
     data: "xarray.Dataset"
@@ -104,6 +109,20 @@ class Study:
     _extend: "Callable[[int], Study] | None" = None
     _replay: "Callable[..., xarray.Dataset] | None" = None
     _directory: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The record alone: a copy in another process cannot train."""
+        state = {name: value for name, value in vars(self).items() if name not in _TRAINING}
+        return {**state, "spec": dict(self.spec)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(
+            {**dict.fromkeys(_TRAINING), **state, "spec": MappingProxyType(state["spec"])}
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Study":
+        spec = MappingProxyType(copy.deepcopy(dict(self.spec), memo))
+        return dataclasses.replace(self, data=self.data.copy(deep=True), spec=spec)
 
     @property
     def num_trials(self) -> int:
@@ -850,6 +869,33 @@ def _gather(blocks: Sequence[Block], rows: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.concatenate([block[name] for block in blocks])[order] for name in names}
 
 
+def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
+    """Checks that names can stand beside each other, and beside the record's own, in a study.
+
+    Args:
+      hyperparameters: names of hyperparameters.
+      metrics: names of metrics.
+
+    Raises:
+      ValueError: the record itself uses a name, or a metric and a hyperparameter share one.
+    """
+    own, hyperparameters, metrics = (
+        (*_COORDINATES, *_OUTCOMES, *_NORMS),
+        [*hyperparameters],
+        {*metrics},
+    )
+    for what, names in (("hyperparameter", hyperparameters), ("metric", metrics)):
+        for name in names:
+            if name in own:
+                raise ValueError(
+                    f"the {what} name {name!r} is used by the record itself: rename it. So are "
+                    f"{', '.join(other for other in own if other != name)}."
+                )
+    for name in hyperparameters:
+        if name in metrics:
+            raise ValueError(f"{name!r} is both a metric and a hyperparameter: rename one of them.")
+
+
 def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarray.Dataset":
     import xarray
 
@@ -862,6 +908,12 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         shaped.setflags(write=False)
         return (*runs, *more), shaped
 
+    check_names(
+        *(
+            [name.removeprefix(kind) for name in arrays if name.startswith(kind)]
+            for kind in (_POINT, _METRIC)
+        )
+    )
     num_evals = len(plan["step"])
     data_vars: dict[str, Any] = {}
     for name, array in arrays.items():
@@ -873,8 +925,6 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
                 f"metric {metric!r} has shape {array.shape[1:]} per run, but there are {num_evals} "
                 "evaluation steps."
             )
-        if metric in (*_COORDINATES, *_OUTCOMES, *_NORMS):
-            raise ValueError(f"the metric name {metric!r} is used by the record itself: rename it.")
         data_vars[metric] = variable(array, "eval")
     if arrays and plan["objective"] not in data_vars:
         raise ValueError(
@@ -892,14 +942,6 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         if not name.startswith(_POINT):
             continue
         parameter = name.removeprefix(_POINT)
-        if parameter in (*_COORDINATES, *_OUTCOMES, *_NORMS):
-            raise ValueError(
-                f"the hyperparameter name {parameter!r} is used by the record itself: rename it."
-            )
-        if parameter in data_vars:
-            raise ValueError(
-                f"{parameter!r} is both a metric and a hyperparameter: rename one of them."
-            )
         values = array[::num_seeds]
         if parameter in labels:
             values = np.asarray(labels[parameter])[values]

@@ -696,18 +696,17 @@ def _stack(batches: list[Any]) -> Any:
 
 def _check_batch(batch: Any, like: Any, number: int) -> None:
     """Raises if a batch is not of the structure, shapes and dtypes of the first one."""
-    trees = [jax.tree.structure(tree) for tree in (batch, like)]
-    if trees[0] != trees[1]:
+    found, wanted = (str(jax.tree.structure(tree)) for tree in (batch, like))
+    if found != wanted:
         raise ValueError(
-            f"host_batches: batch {number} has the structure {trees[0]}, the first one {trees[1]}."
+            f"host_batches: batch {number} has the structure {found}, the first one {wanted}."
         )
-    for (path, leaf), wanted in zip(
+    for (path, leaf), steps in zip(
         jax.tree_util.tree_leaves_with_path(batch), jax.tree.leaves(like), strict=True
     ):
         array = np.asarray(leaf)
-        shape, dtype = tuple(wanted.shape[1:]), np.dtype(wanted.dtype)
-        found = jax.dtypes.canonicalize_dtype(array.dtype)
-        if array.shape != shape or found != dtype:
+        shape, dtype = tuple(steps.shape[1:]), np.dtype(steps.dtype)
+        if array.shape != shape or jax.dtypes.canonicalize_dtype(array.dtype) != dtype:
             where = jax.tree_util.keystr(path) or "the array"
             raise ValueError(
                 f"host_batches: {where} of batch {number} has shape {array.shape} and dtype "

@@ -264,6 +264,7 @@ class StudyRunner:
         # Traced before anything is compiled or written, so that a bad workload says so first.
         with telling(trainer.progress, self._work.name):
             found = self._programs(self._trials_per_block or self._auto_width)
+            study.check_names(self._like, found.state_shapes.metrics.names)
         self._arrays = execute.describe_block(found, self._work, self._eval_steps, keep, self._like)
 
     def _sketched(self) -> programs.Outline:

@@ -31,6 +31,47 @@ def labels_of(space: SearchSpace | None) -> dict[str, tuple[str, ...]]:
     }
 
 
+def check_points(what: str, values: np.ndarray) -> None:
+    """Checks the values of a hyperparameter.
+
+    Args:
+      what: whose they are, the subject of a sentence.
+      values: numbers (trial,).
+
+    Raises:
+      ValueError: one is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
+    if len(bad):
+        raise ValueError(
+            f"{what} is not finite in {len(bad)} trials, the first {bad[0]}. A "
+            "hyperparameter that only some trials have makes two studies."
+        )
+
+
+def check_indices(what: str, values: np.ndarray, labels: Sequence[str]) -> None:
+    """Checks that values are indices of labels.
+
+    Args:
+      what: whose they are, the subject of a sentence.
+      values: numbers (trial,).
+      labels: what the indices mean.
+
+    Raises:
+      ValueError: they are no integers, or there is no such label.
+    """
+    if values.dtype.kind not in "iu":
+        raise ValueError(
+            f"{what} must hold indices of choices, which are integers, not {values.dtype}."
+        )
+    bad = np.flatnonzero((values < 0) | (values >= len(labels)))
+    if len(bad):
+        raise ValueError(
+            f"{what} is {values[bad[0]]} in trial {bad[0]}, but its choices are 0 to "
+            f"{len(labels) - 1}."
+        )
+
+
 def _numbers(what: str, values: Any) -> np.ndarray:
     array = np.asarray(values)
     # Names such as bfloat16 have kind "V" in NumPy but are floats all the same.
@@ -113,16 +154,13 @@ class Imported:
                     f"points[{name!r}] has {len(values)} trials but points[{first!r}] has "
                     f"{shape[0]}."
                 )
-            bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
-            if len(bad):
-                raise ValueError(
-                    f"points[{name!r}] is not finite in {len(bad)} trials, the first {bad[0]}. A "
-                    "hyperparameter that only some trials have makes two studies."
-                )
+            check_points(f"points[{name!r}]", values)
         if space is not None:
             absent = [name for name in space if name not in checked_points]
             if absent:
                 raise ValueError(f"points lacks {', '.join(absent)}, which space has.")
+        for name, labels in labels_of(space).items():
+            check_indices(f"points[{name!r}]", checked_points[name], labels)
         checked_metrics = {}
         leading: tuple[int, ...] | None = None
         for name, values in metrics.items():

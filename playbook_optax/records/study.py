@@ -17,7 +17,7 @@ import numpy as np
 
 from playbook_optax import _feasibility
 from playbook_optax._checks import ArgumentTypeError, check_count, named_arguments, nearest
-from playbook_optax.records import storage, summary, weights
+from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
 
@@ -673,7 +673,8 @@ def load_study(
 
     Raises:
       NoStudy: there is no study.
-      CorruptSpec, CorruptBlock: a file is damaged; nothing is read silently wrong.
+      CorruptSpec, CorruptBlock: a file is damaged or holds what no study has; the message names
+        the file and the field. Nothing is read silently wrong.
       NewerFormat: a newer version of this package wrote it.
 
     Example:
@@ -691,11 +692,12 @@ def load_study(
     Source: playbook, "How many trials are needed to get good results with quasi-random search?" (a
     finished study is read again and again).
     """
-    spec = storage.read_spec(directory)
-    blocks = [storage.read_block(directory, index) for index in storage.finished_blocks(directory)]
+    spec = schema.read_spec(directory)
+    read = schema.block_reader(directory, spec)
+    blocks = [read(index) for index in storage.finished_blocks(directory)]
     try:
         return study_from_blocks(spec, blocks, weights_like=weights_like, directory=directory)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise storage.StorageError(
             f"{os.fspath(Path(directory))!r} is not a consistent study: {error}"
         ) from error
@@ -870,7 +872,8 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
             )
         values = array[::num_seeds]
         if parameter in labels:
-            values = np.asarray(labels[parameter])[values]
+            # Of objects: an array of text gives each element the room of the longest.
+            values = np.asarray(labels[parameter], object)[values]
         values.setflags(write=False)
         coords[parameter] = ("trial", values)
     for name in _OUTCOMES:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from playbook_optax.records import storage
+from playbook_optax.records import schema, storage
 
 # A block's index and its arrays, as `records.study_from_blocks` takes them.
 Finished = list[tuple[int, dict[str, np.ndarray]]]
@@ -41,11 +41,15 @@ def read(
 
     Returns:
       Index to arrays; a damaged block is left out, to be trained again and replaced.
+
+    Raises:
+      CorruptSpec: the spec is none that this package writes.
     """
     found = {}
+    read_block = schema.block_reader(directory, schema.read_spec(directory))
     for index in sorted(set(wanted) & set(storage.finished_blocks(directory))):
         try:
-            found[index] = storage.read_block(directory, index)
+            found[index] = read_block(index)
         except (storage.CorruptBlock, storage.NoStudy):
             continue
     return found

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,27 +123,28 @@ class Keeper:
         left, found = set(missing), []
         for name in checkpoints.groups(self._directory):
             saves = checkpoints.Checkpoints(self._directory, name)
-            meta = saves.meta()
-            blocks = tuple((meta or {}).get("blocks", ()))
+            blocks = _blocks(saves.meta())
             if blocks and left.issuperset(blocks):
                 left.difference_update(blocks)
                 found.append(blocks)
         return found
 
-    def load(self, blocks: Sequence[int], like: Sequence[Any]) -> Saved | None:
+    def load(self, blocks: Sequence[int], like: Sequence[Any], num_steps: int) -> Saved | None:
         """The newest sound save of a group, or None.
 
         Args:
           blocks: one of `groups`.
           like: dtype and shape of each array.
+          num_steps: updates of a run, all of which no save has behind it.
         """
         if self._directory is None:
             return None
-        found = checkpoints.Checkpoints(self._directory, _name(blocks)).read_newest(like)
-        if found is None:
+        saves = checkpoints.Checkpoints(self._directory, _name(blocks))
+        found = saves.read_newest(like, num_steps - 1)
+        if found is None or _blocks(found[2]) != tuple(blocks):
             return None
         step, arrays, meta = found
-        return Saved(tuple(meta["blocks"]), step, arrays, meta["position"])
+        return Saved(tuple(blocks), step, arrays, meta.get("position"))
 
     def sweep(self, finished: set[int]) -> None:
         """Removes saves of which nothing is needed: all their blocks are stored."""
@@ -152,13 +153,21 @@ class Keeper:
         for name in checkpoints.groups(self._directory):
             saves = checkpoints.Checkpoints(self._directory, name)
             meta = saves.meta()
-            if meta is not None and finished.issuperset(meta.get("blocks", ())):
+            if meta is not None and finished.issuperset(_blocks(meta)):
                 saves.remove()
 
     def drop(self, blocks: Sequence[int]) -> None:
         """Removes the saves of blocks that are stored by now."""
         if self._directory is not None:
             checkpoints.Checkpoints(self._directory, _name(blocks)).remove()
+
+
+def _blocks(meta: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """The blocks that a save says it is of; none where it says nothing that makes sense."""
+    blocks = (meta or {}).get("blocks")
+    if type(blocks) is not list or not all(type(index) is int for index in blocks):
+        return ()
+    return tuple(blocks) if len(set(blocks)) == len(blocks) else ()
 
 
 def _name(blocks: Sequence[int]) -> str:

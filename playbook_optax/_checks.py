@@ -208,6 +208,20 @@ def check_eps(name: str, eps: Any, dtype: Any) -> None:
         )
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Checks that `value` is True or False.
+
+    Args:
+      name: the argument's name.
+      value: what was given.
+
+    Raises:
+      ArgumentTypeError: it is something else, 0 and 1 included.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Checks that `value` is one of a few.
 

@@ -12,6 +12,7 @@ from playbook_optax._checks import (
     MAX_STEPS,
     ArgumentTypeError,
     check_count,
+    check_flag,
     check_number,
     check_steps,
     is_traced,
@@ -320,8 +321,7 @@ def reduce_on_plateau(
         "accumulation_size", accumulation_size, at_least=1, fix="Use 1 to judge each value."
     )
     check_number("min_scale", min_scale, at_least=0.0, at_most=1.0, fix="Use 0 for no floor.")
-    if not isinstance(maximize, bool):
-        raise ArgumentTypeError(f"maximize must be True or False, got {maximize!r}.")
+    check_flag("maximize", maximize)
     max_reductions = check_count("max_reductions", max_reductions)
 
     def init(params: chex.ArrayTree) -> ReduceOnPlateauState:

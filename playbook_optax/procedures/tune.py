@@ -546,6 +546,7 @@ class _Tuner:
         content = {
             "num_trials": self._num_trials,
             "num_steps": self._num_steps,
+            "key": keys.describe_key(self._key),
             "overrides": dict(sorted(overrides.items())),
             "optimizer": self._name,
             "space": self._space.to_dict(),
@@ -557,7 +558,7 @@ class _Tuner:
         if self._directory is None:
             return
         try:
-            stored = storage.read_document(pathlib.Path(self._directory) / INDEX)
+            stored = storage.read_document(storage.root(self._directory) / INDEX)
         except (storage.NoStudy, storage.CorruptSpec):
             return  # A damaged one is written anew; the studies check themselves.
         for name, now in self._index().items():
@@ -1106,7 +1107,7 @@ class _Tuner:
         self._chapters.append(Chapter(name, decision, verdict or Verdict(None, (), {}, 0)))
         if self._directory is not None and self._spent() and not self._is_indexed:
             # Not before the first study, which may yet be refused.
-            storage.write_document(pathlib.Path(self._directory) / INDEX, self._index())
+            storage.write_document(storage.root(self._directory) / INDEX, self._index())
             self._is_indexed = True
 
     def _spent(self) -> int:

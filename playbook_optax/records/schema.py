@@ -444,10 +444,10 @@ def block_reader(
       A function of a block's index that returns its arrays. It raises as `storage.read_block`; a
       block that `layout_of` or `check_values` refuses is a CorruptBlock.
     """
-    check = layout_of(spec)
+    owner, check = storage.owner_of(spec), layout_of(spec)
 
     def read(index: int) -> dict[str, np.ndarray]:
-        arrays = storage.read_block(directory, index, check)
+        arrays = storage.read_block(directory, index, owner, check)
         try:
             check_values(spec, arrays)
         except ValueError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from playbook_optax import _feasibility
-from playbook_optax._checks import ArgumentTypeError, check_count, named_arguments, nearest
+from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
 from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
@@ -331,8 +331,7 @@ class Study:
                 f"from_step = {first} is not in the run, whose updates are 0 to {total - 1}."
             )
         count = total - first if num_steps is None else check_count("num_steps", num_steps)
-        if not isinstance(per_layer, bool):
-            raise ArgumentTypeError(f"per_layer must be True or False, got {per_layer!r}.")
+        check_flag("per_layer", per_layer)
         return self._replay(self, index, chosen, first, min(first + count, total), per_layer)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -346,19 +345,25 @@ class Study:
         """
         storage.check_writable(directory)
         occupied = f"{os.fspath(directory)!r} holds another study: choose an empty directory."
-        try:
+        mine = dict(self.spec)
+        if not storage.write_spec(directory, mine):
             there = storage.read_spec(directory)
-        except storage.NoStudy:
-            there = None
-        if there is not None:
-            mine = storage.as_stored(self.spec)
-            if there["num_trials"] > self.num_trials or _identity(there) != _identity(mine):
+            if there["schema_version"] == 1:  # Begun before these were recorded.
+                mine = {name: mine[name] for name in mine if name not in ("arrays", "member")}
+            known = storage.study_identity(there) == storage.study_identity(mine)
+            if not known or there["num_trials"] > self.num_trials:
                 raise storage.StorageError(occupied)
+            mine = there
+        owner = storage.owner_of(mine)
         for index, block in enumerate(self._blocks):
-            written = storage.write_block(directory, index, block)
-            if not written and not _same_arrays(storage.read_block(directory, index), block):
-                raise storage.StorageError(occupied)
-        storage.write_spec(directory, self.spec)
+            written = storage.write_block(directory, index, block, owner)
+            if not written:
+                stored = storage.read_block(directory, index, owner)
+                if not _same_arrays(stored, block):
+                    raise storage.StorageError(occupied)
+        if mine["num_trials"] < self.num_trials:
+            longer = {name: self.spec.get(name) for name in ("num_trials", "points")}
+            storage.extend_spec(directory, {**mine, **longer})
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A tidy table for people and other tools: one row per trial (and seed).
@@ -696,11 +701,34 @@ def load_study(
     read = schema.block_reader(directory, spec)
     blocks = [read(index) for index in storage.finished_blocks(directory)]
     try:
+        blocks = [block for block in blocks if _is_of_table(spec, block)]
         return study_from_blocks(spec, blocks, weights_like=weights_like, directory=directory)
     except ValueError as error:
         raise storage.StorageError(
             f"{os.fspath(Path(directory))!r} is not a consistent study: {error}"
         ) from error
+
+
+def _is_of_table(spec: Mapping[str, Any], block: Block) -> bool:
+    """Whether a block has the points of the spec's table; False of one to be trained again.
+
+    Raises:
+      ValueError: its points are neither those of the table nor the padding of a shorter one.
+    """
+    if spec.get("points") is None:
+        return True
+    rows = np.flatnonzero(block["trial"] < spec["num_trials"])
+    arrays = {name: array[rows] for name, array in block.items()}
+    expected = {
+        f"{_POINT}{name}": np.asarray(values)[arrays["trial"]].astype(spec["dtypes"][name])
+        for name, values in spec["points"].items()
+    }
+    wrong = storage.wrong_rows(arrays, expected)
+    if wrong is not None and not wrong.any():
+        return True
+    if wrong is None or not storage.is_padding(wrong, arrays):
+        raise ValueError("the points of a block are not those of study.json.")
+    return False
 
 
 def study_from_blocks(
@@ -749,6 +777,8 @@ def study_from_blocks(
         plan = {**plan, "num_trials": num_trials, "planned_trials": plan["num_trials"]}
     else:
         plan.pop("planned_trials", None)
+    if blocks:
+        plan.setdefault("arrays", storage.describe_arrays(blocks[0]))
     data = _dataset(plan, _gather(blocks, rows))
     stored = None if directory is None else os.fsdecode(directory)
     return Study(data, MappingProxyType(plan), blocks, rows, weights_like, extend, replay, stored)

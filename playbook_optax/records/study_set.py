@@ -1,5 +1,6 @@
 """Several studies that belong together: one for each value of a scientific hyperparameter."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -200,7 +201,9 @@ class StudySet(Mapping[str, Study]):
         labels = list(self.fixed)
         write_index(directory, self.scientific, labels, self.fixed)
         for label, study in self.items():
-            study.save(folder(directory, labels.index(label)))
+            index = labels.index(label)
+            bound = {**study.spec, "member": member(self.scientific, label, index)}
+            dataclasses.replace(study, spec=bound).save(folder(directory, index))
 
 
 def check_label(name: str, label: Any) -> str:
@@ -225,6 +228,20 @@ def check_label(name: str, label: Any) -> str:
     return label
 
 
+def member(scientific: str, label: str, index: int) -> dict[str, Any]:
+    """What a study's spec says of the set that it belongs to.
+
+    Args:
+      scientific: what the labels are values of.
+      label: of the study.
+      index: of its folder.
+
+    Returns:
+      An entry of the spec, and so part of the study's identity.
+    """
+    return {"scientific": scientific, "label": label, "index": index}
+
+
 def folder(directory: str | os.PathLike[str], index: int) -> Path:
     """The folder of one study of a set, named by its index only.
 
@@ -235,7 +252,7 @@ def folder(directory: str | os.PathLike[str], index: int) -> Path:
     Returns:
       The path.
     """
-    return Path(directory) / f"study-{index:04d}"
+    return storage.root(directory) / f"study-{index:04d}"
 
 
 def write_index(
@@ -269,7 +286,7 @@ def write_index(
             for label in labels
         ],
     }
-    path = Path(directory) / INDEX
+    path = storage.root(directory) / INDEX
     try:
         stored = _read_index(path)
     except storage.NoStudy:
@@ -351,12 +368,20 @@ def load_study_set(
 
     Source: playbook, "Identifying scientific, nuisance, and fixed hyperparameters".
     """
-    index = _read_index(Path(directory) / INDEX)
+    index = _read_index(storage.root(directory) / INDEX)
     studies, missing = {}, []
     for i, label in enumerate(index["labels"]):
         try:
-            studies[label] = load_study(folder(directory, i), weights_like=weights_like)
+            study = load_study(folder(directory, i), weights_like=weights_like)
         except storage.NoStudy:
             missing.append(label)
+            continue
+        bound = study.spec["schema_version"] > 1
+        if bound and study.spec.get("member") != member(index["scientific"], label, i):
+            raise storage.CorruptSpec(
+                f"{str(folder(directory, i))!r} holds another study than the {label!r} of this "
+                "set: it was copied here, or the index was. Restore it from a copy."
+            )
+        studies[label] = study
     fixed = dict(zip(index["labels"], index["fixed"], strict=True))
     return StudySet(studies, index["scientific"], fixed, tuple(missing))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from playbook_optax import norms
-from playbook_optax.records import weights
+from playbook_optax.records import storage, weights
 from playbook_optax.runner.plan import Block, Columns, Points
 from playbook_optax.runner.programs import (
     Numbers,
@@ -229,7 +229,7 @@ class Engine:
                 yield None
                 jax.block_until_ready([unit.states.step for unit in units])
                 now = functools.partial(self._arrays_of, group, units, parked)
-                keeper.between_calls(group.indices, stop, now, position)
+                keeper.between_calls(group.blocks, stop, now, position)
                 units, parked = self._without_broken(group, units, parked)
         yield units, parked
 
@@ -400,7 +400,7 @@ class Engine:
         numbered = jax.tree.unflatten(
             jax.tree.structure(shapes), range(len(jax.tree.leaves(shapes)))
         )
-        needed = self._of_result(numbered)
+        needed = _of_result(numbered, self._keep)
         places = jax.tree.leaves(needed)
         data = []
         for unit in units:
@@ -417,16 +417,6 @@ class Engine:
             points = {name: values[rows] for name, values in group.points.items()}
             found.append((block.index, block_arrays(block, points, own)))
         return sorted(found, key=lambda item: item[0])
-
-    def _of_result(self, states: TrialState) -> TrialState:
-        """What of the states is judged or kept; the rest need not be fetched."""
-        final = self._keep == "final"
-        return states._replace(
-            opt_state=norms.records_in(states.opt_state),
-            params=states.params if final else None,
-            model_state=states.model_state if final else None,
-            best_params=states.best_params if self._keep == "best" else None,
-        )
 
     # Rehearsals --------------------------------------------------------------------------------
 
@@ -510,7 +500,7 @@ class Engine:
 
     def result(self, state: TrialState) -> judge.TrialResult:
         """The result of one trial's state so far, on the host."""
-        host = jax.device_get(self._of_result(state._replace(point=None, key=None)))
+        host = jax.device_get(_of_result(state._replace(point=None, key=None), self._keep))
         rows = jax.tree.map(lambda leaf: np.asarray(leaf)[None], host)
         result = judge.result(self._work, rows, self._eval_steps, self._keep)
         return jax.tree.map(lambda leaf: leaf[0], result._replace(step=None))
@@ -531,6 +521,45 @@ class Engine:
         length = chunk_length_of(self.programs.shapes.chunk)
         for batch in itertools.islice(self._host_batches(0), num_steps):
             yield self._put_chunk(_stack([batch] * length))
+
+
+def _of_result(states: TrialState, keep: str) -> TrialState:
+    """What of the states is judged or kept; the rest need not be fetched."""
+    final = keep == "final"
+    return states._replace(
+        opt_state=norms.records_in(states.opt_state),
+        params=states.params if final else None,
+        model_state=states.model_state if final else None,
+        best_params=states.best_params if keep == "best" else None,
+    )
+
+
+def describe_block(
+    programs: Programs,
+    work: Workload,
+    eval_steps: np.ndarray,
+    keep: str,
+    points: Mapping[str, np.ndarray],
+) -> dict[str, list[Any]]:
+    """What a finished block will hold, before anything is trained.
+
+    Args:
+      programs: the study's.
+      work: the workload at one point.
+      eval_steps: updates done before each evaluation.
+      keep: which weights are kept.
+      points: one point, name to array (1,).
+
+    Returns:
+      See `storage.describe_arrays`.
+    """
+    shapes = jax.eval_shape(_as_data, programs.state_shapes)
+    one_run = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), (1, *leaf.shape[1:])), shapes
+    )
+    result = judge.result(work, _of_result(one_run, keep), eval_steps, keep)
+    block = Block(0, np.zeros(1, np.int32), 0)
+    return storage.describe_arrays(block_arrays(block, points, result._replace(step=None)))
 
 
 def _group(blocks: Sequence[Block], points: Points, saved: tuple[int, ...] = ()) -> Group:

@@ -473,6 +473,18 @@ def _kept(
     return found
 
 
+def digest_of(functions: tuple[Any, ...]) -> str | None:
+    """What the user's functions are made of, whatever the versions that trace them.
+
+    Args:
+      functions: workload, make_optimizer, make_schedule.
+
+    Returns:
+      A digest; None if something in them could change unseen.
+    """
+    return identity.digest(*functions, skip=_not_traced)
+
+
 def forget() -> None:
     """Drops all compiled programs."""
     with _lock:

@@ -172,7 +172,8 @@ def _unpack(payload: bytes) -> TrainBlocks:
     environment = ("versions", "device_kind")
     same = all(theirs[name] == ours[name] for name in environment)
     # Another version or device traces another program: warned of by the driver, not compared.
-    ignore = ("num_trials", "points", "space", *environment, *(() if same else ("program",)))
+    progress = ("num_trials", "points", "space", "code")
+    ignore = (*progress, *environment, *(() if same else ("program",)))
     found = agreement.differences(
         theirs, ours, there="in the driver", here="in the worker", ignore=ignore
     )
@@ -262,7 +263,7 @@ def pack(build: Build, arguments: Mapping[str, Any], key: Any, spec: Mapping[str
 
 def digest(spec: Mapping[str, Any]) -> str:
     """A name for what is computed, whatever the points."""
-    kept = {k: v for k, v in spec.items() if k not in ("num_trials", "points", "space")}
+    kept = {k: v for k, v in spec.items() if k not in ("num_trials", "points", "space", "code")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -51,6 +51,8 @@ class Trainer:
       worker: ``(i, n)``: this process is worker i of n that make the same call with the same
         `directory`. It trains its share and then whatever is still missing, so that the study gets
         whole though other workers die.
+      accept_changed_program: continue a stored study though the program that trains it is not the
+        one that began it: you vouch that it is the same study.
       checkpoint_seconds: with a directory, how long to train between saves of blocks that are not
         finished; a killed run loses no more than that.
       progress: show what is done, on a terminal.
@@ -87,6 +89,7 @@ class Trainer:
     mesh: jax.sharding.Mesh | None = None
     executor: concurrent.futures.Executor | None = None
     worker: tuple[int, int] | None = None
+    accept_changed_program: bool = False
     checkpoint_seconds: float = 60.0
     progress: bool = True
     # Programs that studies have used, kept from being forgotten.
@@ -114,6 +117,7 @@ class Trainer:
                 )
         elif self.trials_per_block is not None:
             _checks.check_count("trials_per_block", self.trials_per_block)
+        _checks.check_flag("accept_changed_program", self.accept_changed_program)
         _checks.check_number("checkpoint_seconds", self.checkpoint_seconds, at_least=0.0)
         if self.worker is not None:
             workers.check_worker(self.worker)

@@ -250,15 +250,6 @@ def test_other_data_are_another_study(tmp_path):
         study_of(tiny.SPACE, 1, workload=changed, directory=tmp_path)
 
 
-def test_another_version_of_jax_warns(tmp_path):  # 68
-    study_of(tiny.SPACE, 1, directory=tmp_path)
-    spec = storage.read_spec(tmp_path)
-    spec["versions"]["jax"] = "0.0.1"
-    storage.write_spec(tmp_path, spec)
-    with pytest.warns(UserWarning, match="not bit-exact"):
-        study_of(tiny.SPACE, 1, directory=tmp_path)
-
-
 def test_x64_toggled_on_resume_is_refused(tmp_path):  # 53
     study_of(tiny.SPACE, 2, workload=tiny.quadratic(), make_optimizer=tiny.sgd, directory=tmp_path)
     with jax.enable_x64(True), pytest.raises(ValueError, match="x64 is False there and True here"):

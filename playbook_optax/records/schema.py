@@ -24,6 +24,8 @@ _MAX_SEED = 2**32 - 1
 _KEY_WORDS = 16
 _TREES = ("params", "model_state")
 _KEPT = ("none", "best", "final")
+# What of `run_study`'s question beside the points only its own specs answer.
+_QUESTION = ("eval_every", "independent", "keep", "key", "dtypes")
 _NEEDED_ARRAYS = ("trial", "seed", "infeasible", "infeasible_step", "infeasible_reason")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
@@ -86,6 +88,16 @@ def _is_table(value: Any) -> bool:
     return (
         _is_dict(value, lambda column: _is_list(column, _is_finite))
         and len(set(map(len, value.values()))) == 1
+    )
+
+
+def _is_member(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and set(value) == {"scientific", "label", "index"}
+        and _is_text(value["scientific"])
+        and _is_text(value["label"])
+        and _is_whole(value["index"], 0)
     )
 
 
@@ -167,8 +179,11 @@ _FIELDS = {
     "version": _optional(lambda v: _is_text(v) or is_number(v), "text or a number"),
     "versions": _Field(lambda v: _is_dict(v, _is_text), "texts by name"),
     "device_kind": _Field(_is_text, "text"),
-    "data": _Field(_is_text, "text"),
-    "program": _Field(_is_text, "text"),
+    "data": _optional(_is_text, "text"),
+    "program": _optional(_is_text, "text"),
+    "code": _optional(_is_text, "text"),
+    "contents": _Field(_is_text, "text"),
+    "member": _Field(_is_member, "scientific and label, which are texts, and an index"),
     "x64": _Field(lambda v: type(v) is bool, "true or false"),
     "unchecked": _Field(lambda v: _is_dict(v, _is_text), "texts by name"),
     "source": _Field(_is_text, "text"),
@@ -213,6 +228,9 @@ def check_spec(spec: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{what} has {len(one_per_trial)} entries, 'num_trials' is {spec['num_trials']}"
             )
+    for name in spec.get("points") or {}:
+        if name not in spec.get("dtypes", {}):
+            raise ValueError(f"'dtypes' lacks {_REPR.repr(name)}, which 'points' has")
     space = _space(spec)
     for name in spec.get("labels") or {}:
         if space is not None and name in space:
@@ -339,7 +357,7 @@ def layout_of(spec: Mapping[str, Any]) -> storage.CheckLayout:
     width = spec["trials_per_block"]
     most = -(-spec["num_trials"] // width) * width * spec["num_seeds"]
     # Our runner pads each block to its width. Records from elsewhere are one block as it came.
-    exact = width if told is not None and "source" not in spec else None
+    exact = None if "source" in spec else width
 
     def check(declared: Sequence[storage.Declared]) -> None:
         names = {name for name, _, _ in declared}
@@ -396,13 +414,16 @@ def check_values(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> N
         array = arrays.get(name, np.empty(0))
         if array.size and not low <= array.min() <= array.max() <= high:
             raise ValueError(f"the array {name!r} has numbers that are not in {low} to {high}")
-    labels = {**imported.labels_of(_space(spec)), **(spec.get("labels") or {})}
+    space = _space(spec)
+    labels = {**imported.labels_of(space), **(spec.get("labels") or {})}
     for name, array in arrays.items():
         if name.startswith("point/"):
             imported.check_points(f"the array {_REPR.repr(name)}", array)
             point = name.removeprefix("point/")
             if point in labels:
                 imported.check_indices(f"the array {_REPR.repr(name)}", array, labels[point])
+            if space is not None and point in space:
+                imported.check_scale(f"the array {_REPR.repr(name)}", array, space[point])
 
 
 # Reading ----------------------------------------------------------------------------------------
@@ -429,6 +450,31 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
             f"{str(Path(directory) / 'study.json')!r} does not describe a study: {error}."
         ) from error
     return spec
+
+
+def read_trainable_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads and checks the ``study.json`` of a study that can be trained on.
+
+    Args:
+      directory: the study directory.
+
+    Returns:
+      The spec, which says all that `run_study` was asked.
+
+    Raises:
+      NoStudy, CorruptSpec, NewerFormat: as `read_spec`.
+      StorageError: it is a record of trials from elsewhere.
+    """
+    spec = read_spec(directory)
+    lacking = [name for name in _QUESTION if name not in spec or spec[name] is None]
+    if spec.get("space") is None and spec.get("points") is None:
+        lacking.append("space")
+    if lacking:
+        raise storage.StorageError(
+            f"{os.fspath(directory)!r} holds a study that cannot be trained on: its study.json "
+            f"lacks {', '.join(lacking)}. Trials from elsewhere are a record."
+        )
+    return {"space": None, "points": None, **spec}
 
 
 def block_reader(

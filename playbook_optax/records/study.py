@@ -379,7 +379,7 @@ class Study:
         seeds = self.num_seeds
         columns: dict[str, Any] = {"trial": np.repeat(np.arange(self.num_trials), seeds)}
         if seeds > 1:
-            columns["seed"] = np.tile(np.arange(seeds), self.num_trials)
+            columns["seed"] = np.arange(self.num_trials * seeds) % seeds
         labels = labels_of(self.space)
         for name, values in self.points.items():
             if name in labels:
@@ -390,7 +390,7 @@ class Study:
                 columns[name] = self._with_seeds(name).reshape(-1)
         for name in _metric_names(self.data):
             columns[_FINAL + name] = self._with_seeds(name)[..., -1].reshape(-1)
-        return pandas.DataFrame(columns)
+        return pandas.DataFrame({name: _for_pandas(array) for name, array in columns.items()})
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dataframe` as CSV; text that a spreadsheet would run as a formula is quoted.
@@ -643,6 +643,11 @@ def infeasible_text(study: Study) -> str:
     return f"{infeasible.sum()} of {infeasible.size} {unit}: {told}" if told else "none"
 
 
+def _for_pandas(array: np.ndarray) -> np.ndarray:
+    """A column that pandas knows: float32 for bfloat16 and its like, which it holds exactly."""
+    return array.astype(np.float32) if array.dtype.isbuiltin == 2 else array
+
+
 def escape_cell(value: Any) -> Any:
     """Puts an apostrophe before text that a spreadsheet would run as a formula.
 
@@ -885,7 +890,7 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         "trial": np.arange(num_trials),
         "step": ("eval", np.asarray(plan["step"], np.int32)),
     }
-    if num_seeds > 1:
+    if num_seeds > 1 and num_trials:
         coords["seed"] = np.arange(num_seeds)
     labels = plan.get("labels") or {}
     for name, array in arrays.items():

@@ -1,5 +1,6 @@
 """Random changes of JSON documents, of arrays and of files, as a stranger might make them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,8 +61,10 @@ def _near(rng, value):
         changes = (value + 1, value - 1, -value, value * 2, value * 10**6, float(value), str(value))
         return rng.choice((*changes, bool(value)))
     if isinstance(value, float):
+        if not np.isfinite(value):
+            return 0.0
         changes = (value * 1e3, -value, value * 1e300, value * 1e-320, int(value), repr(value))
-        return rng.choice(changes) if np.isfinite(value) else 0.0
+        return rng.choice(changes)
     if isinstance(value, str):
         return rng.choice(
             (value + "x", value[:-1], value.upper(), [value], value * 3, value + "\0")
@@ -124,6 +127,8 @@ def write_document(rng, path, document):
             pass
     content.pop("sha256", None)
     content.setdefault("schema_version", 1)
+    with contextlib.suppress(ValueError, RecursionError):
+        content = storage._encode(content, "content")
     text = as_json(content)
     if rng.random() < 0.03:  # A key twice.
         text = text.replace('"schema_version"', '"schema_version": 1, "schema_version"', 1)
@@ -202,7 +207,7 @@ def change_arrays(rng, arrays):
 
 
 def write_header(rng, path, change_header):
-    """Rewrites a block's header, with a checksum that fits or a size that is declared but not there.
+    """Rewrites a block's header, with a checksum that fits.
 
     Args:
       rng: random numbers.

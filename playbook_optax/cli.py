@@ -29,7 +29,8 @@ from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.stability import Stabilization, stabilize
 from playbook_optax.procedures.tune import find_recipe
 from playbook_optax.procedures.verdict import Verdict
-from playbook_optax.records.storage import StorageError, read_spec
+from playbook_optax.records.schema import read_trainable_spec
+from playbook_optax.records.storage import StorageError
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
 from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.run import StudyRunner, run_study
@@ -365,7 +366,7 @@ class Run:
 
     def run(self) -> int:
         """Trains until the study is whole, by whomever."""
-        spec = read_spec(self.study)
+        spec = read_trainable_spec(self.study)
         name, optimizer = _stored_command(self.study)
         if self.workload is None and not _is_zoo(name):
             # What a directory names may be anybody's: only the person at the terminal imports it.

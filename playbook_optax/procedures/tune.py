@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import pathlib
+import reprlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -592,9 +593,10 @@ class _Tuner:
             before = stored.get(name)
             if before != now:
                 raise storage.StorageError(
-                    f"{os.fspath(self._directory)!r} holds another tuning: {name} is {before!r} "
-                    f"there and {now!r} here. Choose an empty directory. Copy into it the folders "
-                    "of the chapters before the one that changes, and they are not trained again."
+                    f"{os.fspath(self._directory)!r} holds another tuning: {name} is "
+                    f"{reprlib.repr(before)} there and {now!r} here. Choose an empty directory. "
+                    "Copy into it the folders of the chapters before the one that changes, and "
+                    "they are not trained again."
                 )
 
     # Chapters -----------------------------------------------------------------------------------

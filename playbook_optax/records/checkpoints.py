@@ -158,12 +158,13 @@ class Checkpoints:
         return bool(manifests) and not any(self._owns(manifest) for manifest in manifests)
 
     def read_newest(
-        self, like: Sequence[Any]
+        self, like: Sequence[Any], last: int = _checks.MAX_STEPS
     ) -> tuple[int, list[np.ndarray], dict[str, Any]] | None:
         """The newest save that is what was written, and of these dtypes and shapes.
 
         Args:
           like: what has ``dtype`` and ``shape``, one for each array.
+          last: saves of later steps are passed over.
 
         Returns:
           (step, arrays, meta); None if there is no sound save.
@@ -171,7 +172,7 @@ class Checkpoints:
         wanted = [[str(np.dtype(one.dtype)), list(one.shape)] for one in like]
         for save in self._saves():
             manifest = self._manifest(save)
-            if manifest is None or manifest["arrays"] != wanted:
+            if manifest is None or manifest["step"] > last or manifest["arrays"] != wanted:
                 continue
             if not _intact(save, manifest["files_sha256"]):
                 continue
@@ -332,9 +333,9 @@ def _manifest(save: Path) -> dict[str, Any] | None:
         manifest = storage.read_document(save / _MANIFEST)
     except (storage.StorageError, OSError):
         return None
-    if not all(isinstance(manifest.get(field), kind) for field, kind in _FIELDS.items()):
+    if not all(type(manifest.get(field)) is kind for field, kind in _FIELDS.items()):
         return None
-    return manifest
+    return manifest if manifest["step"] == _step(save) else None
 
 
 def _write_arrays(folder: Path, arrays: Sequence[np.ndarray]) -> None:

@@ -1,15 +1,15 @@
 """Trials from elsewhere, the user's own loop or another tool's table, as one block of a study."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from playbook_optax import _feasibility
-from playbook_optax._checks import check_count, nearest
+from playbook_optax._checks import MAX_STEPS, ArgumentTypeError, check_count, nearest
 from playbook_optax.records import storage
-from playbook_optax.search_space import Categorical, SearchSpace
+from playbook_optax.search_space import Categorical, Parameter, SearchSpace
 
 if TYPE_CHECKING:
     import pandas
@@ -31,8 +31,74 @@ def labels_of(space: SearchSpace | None) -> dict[str, tuple[str, ...]]:
     }
 
 
+def check_points(what: str, values: np.ndarray) -> None:
+    """Checks the values of a hyperparameter.
+
+    Args:
+      what: whose they are, the subject of a sentence.
+      values: numbers (trial,).
+
+    Raises:
+      ValueError: one is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
+    if len(bad):
+        raise ValueError(
+            f"{what} is not finite in {len(bad)} trials, the first {bad[0]}. A "
+            "hyperparameter that only some trials have makes two studies."
+        )
+
+
+def check_indices(what: str, values: np.ndarray, labels: Sequence[str]) -> None:
+    """Checks that values are indices of labels.
+
+    Args:
+      what: whose they are, the subject of a sentence.
+      values: numbers (trial,).
+      labels: what the indices mean.
+
+    Raises:
+      ValueError: they are no integers, or there is no such label.
+    """
+    if values.dtype.kind not in "iu":
+        raise ValueError(
+            f"{what} must hold indices of choices, which are integers, not {values.dtype}."
+        )
+    bad = np.flatnonzero((values < 0) | (values >= len(labels)))
+    if len(bad):
+        raise ValueError(
+            f"{what} is {values[bad[0]]} in trial {bad[0]}, but its choices are 0 to "
+            f"{len(labels) - 1}."
+        )
+
+
+def check_scale(what: str, values: np.ndarray, parameter: Parameter) -> None:
+    """Checks that values have a place on the scale of their range, inside it or not.
+
+    Args:
+      what: whose they are, the subject of a sentence.
+      values: finite numbers (trial,).
+      parameter: of the search space.
+
+    Raises:
+      ValueError: one has none.
+    """
+    scale = getattr(parameter, "scale", "linear")
+    numbers = values.astype(np.float64)
+    # 0 is drawn where a log scale begins.
+    bad = np.flatnonzero((numbers < 0) if scale == "log" else (numbers >= 1))
+    if len(bad) and scale != "linear":
+        raise ValueError(
+            f"{what} is {values[bad[0]]} in trial {bad[0]}, which the scale {scale!r} of its range "
+            "does not have."
+        )
+
+
 def _numbers(what: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # Lists of different lengths.
+        raise ValueError(f"{what} must be an array of numbers: {error}.") from error
     # Names such as bfloat16 have kind "V" in NumPy but are floats all the same.
     if array.dtype.kind not in "biuf" and "float" not in array.dtype.name:
         raise ValueError(f"{what} must be an array of numbers, got dtype {array.dtype}.")
@@ -113,16 +179,15 @@ class Imported:
                     f"points[{name!r}] has {len(values)} trials but points[{first!r}] has "
                     f"{shape[0]}."
                 )
-            bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
-            if len(bad):
-                raise ValueError(
-                    f"points[{name!r}] is not finite in {len(bad)} trials, the first {bad[0]}. A "
-                    "hyperparameter that only some trials have makes two studies."
-                )
+            check_points(f"points[{name!r}]", values)
         if space is not None:
             absent = [name for name in space if name not in checked_points]
             if absent:
                 raise ValueError(f"points lacks {', '.join(absent)}, which space has.")
+        for name, labels in labels_of(space).items():
+            check_indices(f"points[{name!r}]", checked_points[name], labels)
+        for name, parameter in (space or {}).items():
+            check_scale(f"points[{name!r}]", checked_points[name], parameter)
         checked_metrics = {}
         leading: tuple[int, ...] | None = None
         for name, values in metrics.items():
@@ -294,6 +359,8 @@ class Table:
             raise ValueError(
                 "trial must name the column that tells trials apart, because step= is."
             )
+        if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+            raise ArgumentTypeError(f"metrics must be a list of columns, got {metrics!r}.")
         self.frame, self.objective, self.metrics = frame, objective, [objective]
         self.metrics += [name for name in metrics if name != objective]
         self.trial, self.step = trial, step
@@ -303,23 +370,28 @@ class Table:
             ("step", step),
             ("state", state),
             ("infeasible", infeasible),
-            ("objective", objective),
-            *(("metrics", name) for name in self.metrics),
         ):
             if name is not None:
                 self._require(what, name)
+        for name in self.metrics:
+            self._require("objective" if name == objective else "metrics", name)
         rows, failed = self._rows(state, infeasible)
         self.rows, self.failed = rows, failed
         if not len(rows):
             raise ValueError("frame has no finished trial.")
         self.ids, self.index = self._trials()
 
-    def _require(self, what: str, column: str) -> None:
-        if column not in self.frame.columns:
+    def _require(self, what: str, column: Any) -> None:
+        if not isinstance(column, Hashable):
+            raise ArgumentTypeError(f"{what} must be the name of a column, got {column!r}.")
+        found = int((self.frame.columns == column).sum())
+        if not found:
             raise ValueError(
                 f"{what} = {column!r} is not a column of frame: "
                 f"{nearest(column, self.frame.columns)}"
             )
+        if found > 1:
+            raise ValueError(f"{what} = {column!r} is {found} columns of frame. Rename them.")
 
     def _parameter_columns(
         self, parameters: Sequence[str] | Mapping[str, str] | None, space: SearchSpace | None
@@ -327,9 +399,12 @@ class Table:
         if isinstance(parameters, Mapping):
             columns = dict(parameters)
         elif parameters is not None or space is not None:
-            if isinstance(parameters, str):
-                raise ValueError(f"parameters must be a list of names, got {parameters!r}.")
+            if isinstance(parameters, str) or not isinstance(parameters, Sequence | None):
+                raise ArgumentTypeError(f"parameters must be a list of names, got {parameters!r}.")
             names = list(parameters if parameters is not None else space)  # type: ignore[arg-type]
+            for name in names:
+                if not isinstance(name, str):
+                    raise ArgumentTypeError(f"parameters must be text, got {name!r}.")
             known = set(self.frame.columns)
             columns = {
                 n: f"params_{n}" if n not in known and f"params_{n}" in known else n for n in names
@@ -371,6 +446,12 @@ class Table:
         if self.trial is None:
             return list(range(len(self.rows))), np.arange(len(self.rows))
         names = self.frame[self.trial].to_numpy()[self.rows]
+        for row, name in zip(self.rows, names, strict=True):
+            if not isinstance(name, Hashable) or _is_missing(name):
+                raise ValueError(
+                    f"trial = {self.trial!r} tells nothing in row {row}: {name!r}. Every row needs "
+                    "the number or the name of its trial."
+                )
         ids = list(dict.fromkeys(names.tolist()))
         if self.step is None and len(ids) < len(names):
             raise ValueError(
@@ -386,6 +467,13 @@ class Table:
     def _parameter(self, name: str, column: str, labels: Sequence[Any] | None) -> Any:
         """One hyperparameter by trial, constant within each; text as the index of its label."""
         values = self._column(column)
+        if values.dtype.kind == "O":
+            odd = [value for value in values if not _is_plain(value)]
+            if odd:
+                raise ValueError(
+                    f"parameters: column {column!r} holds {odd[0]!r}; a hyperparameter is a number "
+                    "or text."
+                )
         if values.dtype.kind == "O" and all(type(v) in (int, float) for v in values):
             values = np.asarray([float(v) for v in values])
         by_trial = values[np.unique(self.index, return_index=True)[1]]
@@ -443,8 +531,10 @@ class Table:
             steps, place = np.asarray([num_steps or 0], np.int64), np.zeros(len(self.rows), int)
         else:
             raw = _numbers(f"the column {self.step!r}", self._column(self.step)).astype(np.float64)
-            if not np.all(np.isfinite(raw) & (raw == np.floor(raw))):
-                raise ValueError(f"step = {self.step!r} must be a column of whole numbers.")
+            if not np.all((raw >= 0) & (raw <= MAX_STEPS) & (raw == np.floor(raw))):
+                raise ValueError(
+                    f"step = {self.step!r} must be a column of whole numbers from 0 to 2**31 - 1."
+                )
             steps, place = np.unique(raw.astype(np.int64), return_inverse=True)
         shape = (len(self.ids), len(steps))
         present = np.zeros(shape, bool)
@@ -458,7 +548,7 @@ class Table:
         for metric in self.metrics:
             values = self._column(metric)
             if values.dtype.kind == "O":
-                values = np.asarray([np.nan if _is_missing(v) else v for v in values])
+                values = [np.nan if _is_missing(v) else v for v in values]
             values = _numbers(f"the column {metric!r}", values)
             values = values if values.dtype.kind == "f" else values.astype(np.float64)
             curves[metric] = np.full(shape, np.nan, values.dtype)
@@ -484,7 +574,12 @@ class Table:
         )
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a cell holds one number or text, or nothing."""
+    return isinstance(value, (str, int, float, np.generic)) or _is_missing(value)
+
+
 def _is_missing(value: Any) -> bool:
     import pandas
 
-    return bool(pandas.isna(value))
+    return pandas.isna(value) is True  # Of a list it is an array.

@@ -39,7 +39,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,15 +69,22 @@ _ALIGNMENT = 64
 # A drive's letter is no scheme.
 _ADDRESS_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
-_MAX_JSON_BYTES = 64 * 2**20
+# Looked at before anything is parsed. A document of many points has some MB. Parsed, numbers take 5
+# times their size, text of a letter or two 20 times, and empty lists so much that their number is
+# limited as well.
+_MAX_JSON_BYTES = 32 * 2**20
+_MAX_JSON_CONTAINERS = 10**6
 _MAX_JSON_DEPTH = 64
+# Some 100 bytes describe an array: this is room for 40,000 of them in one block.
+_MAX_HEADER_BYTES = 4 * 2**20
 _MAX_DIMENSIONS = 32
 _STALE_SECONDS = 3600.0
 _COMMIT_ATTEMPTS = 3
 
 _ENTRY_FIELDS = {"name", "dtype", "shape", "offset", "nbytes"}
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-_JSON_BRACKET = re.compile(r"[\[\]{}]")
+# A string, or what is left of the text after its beginning, or a bracket. Nothing is tried twice:
+# the repetitions are possessive and a string needs no end.
+_JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 
 _DTYPES = {
     np.dtype(name).name: np.dtype(name)
@@ -89,6 +96,11 @@ _DTYPES = {
         *(ml_dtypes.int4, ml_dtypes.uint4),
     )
 }
+
+
+# An array that a file declares: name, dtype, shape.
+Declared = tuple[str, np.dtype, tuple[int, ...]]
+CheckLayout = Callable[[Sequence[Declared]], None]
 
 
 def stored_dtype(name: str) -> np.dtype:
@@ -218,11 +230,19 @@ def _decode(value: Any) -> Any:
 
 
 def _check_depth(text: str) -> None:
-    depth = 0
-    for bracket in _JSON_BRACKET.finditer(_JSON_STRING.sub("", text)):
-        depth += 1 if bracket.group() in "[{" else -1
-        if depth > _MAX_JSON_DEPTH:
-            raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+    """Raises where parsing would go too deep or make too many lists and objects."""
+    depth = containers = 0
+    for token in _JSON_TOKEN.finditer(text):
+        first = text[token.start()]
+        if first in "[{":
+            depth += 1
+            containers += 1
+            if depth > _MAX_JSON_DEPTH:
+                raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+            if containers > _MAX_JSON_CONTAINERS:
+                raise ValueError(f"more than {_MAX_JSON_CONTAINERS} lists and objects")
+        elif first in "]}":
+            depth -= 1
 
 
 def _refuse_constant(token: str) -> Any:
@@ -245,6 +265,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
     """The object that `raw` holds; `ValueError` for anything that is not strict JSON."""
+    if len(raw) > _MAX_JSON_BYTES:
+        raise ValueError(f"{len(raw)} bytes of JSON are too many")
     text = raw.decode("utf-8")
     _check_depth(text)
     document = json.loads(
@@ -264,7 +286,12 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
 def _open_for_reading(path: Path, corrupt: type[StorageError]) -> tuple[int, int]:
     """A descriptor and the real size of a regular file; a pipe or a device is refused unread."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:  # A socket, a circle of links, a file that is somebody else's.
+        raise corrupt(f"{str(path)!r} cannot be opened: {error.strerror}.") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
@@ -492,9 +519,13 @@ def _document_bytes(spec: Mapping[str, Any]) -> bytes:
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=True)
     _check_depth(text)
     rest = b'",' + text.removeprefix("{").encode("ascii") + b"\n"
-    if len(rest) > _MAX_JSON_BYTES // 2:
-        raise ValueError(f"spec needs {len(rest)} bytes of JSON, which is too much for study.json.")
-    return _SPEC_PREFIX + hashlib.sha256(rest).hexdigest().encode("ascii") + rest
+    whole = _SPEC_PREFIX + hashlib.sha256(rest).hexdigest().encode("ascii") + rest
+    if len(whole) > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"spec needs {len(whole)} bytes of JSON, which is too much for study.json: "
+            f"{_MAX_JSON_BYTES} are read."
+        )
+    return whole
 
 
 class Owner(NamedTuple):
@@ -720,7 +751,10 @@ def read_document(path: Path) -> dict[str, Any]:
     with open(descriptor, "rb") as file:
         if size > _MAX_JSON_BYTES:
             raise CorruptSpec(f"{str(path)!r} has {size} bytes, too many for a {path.name}.")
-        raw = file.read(size)
+        try:
+            raw = file.read(size)
+        except OSError as error:
+            raise CorruptSpec(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     advice = "Restore it from a copy, or start the study again in an empty directory."
     start = len(_SPEC_PREFIX)
     stored, rest = raw[start : start + 64], raw[start + 64 :]
@@ -838,10 +872,11 @@ def _block_header(index: int, arrays: Mapping[str, np.ndarray], study: str) -> b
         )
     document = {"format": BLOCK_FORMAT, "study": study, "index": index, "arrays": entries}
     header = json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
-    if len(header) > _MAX_JSON_BYTES // 2:
-        raise ValueError(f"the header of {len(entries)} arrays is too large to be stored.")
     size = _PRELUDE.size + len(header)
-    return header + b" " * (_aligned(size) - size)
+    header += b" " * (_aligned(size) - size)
+    if len(header) > _MAX_HEADER_BYTES:
+        raise ValueError(f"the header of {len(entries)} arrays is too large to be stored.")
+    return header
 
 
 def _block_chunks(header: bytes, arrays: Mapping[str, np.ndarray]) -> Iterator[bytes]:
@@ -903,7 +938,7 @@ def write_block(
     return False
 
 
-def _layout(header: Any, index: int) -> tuple[list[tuple[str, np.dtype, tuple[int, ...]]], int]:
+def _layout(header: Any, index: int) -> tuple[list[Declared], int]:
     """What a header declares, checked in Python integers, and the size of all its data."""
     if type(header.get("index")) is not int or header["index"] != index:
         raise ValueError(f"the file says that it is block {header.get('index')!r}")
@@ -940,6 +975,13 @@ def _layout(header: Any, index: int) -> tuple[list[tuple[str, np.dtype, tuple[in
     return layout, end
 
 
+def _newer_block(index: int, version: Any) -> NewerFormat:
+    return NewerFormat(
+        f"block {index} has format {version}, this version of playbook_optax reads up to "
+        f"{BLOCK_FORMAT}: upgrade playbook-optax."
+    )
+
+
 def _check_owner(header: Mapping[str, Any], owner: Owner) -> None:
     """Raises unless a block is of a study."""
     if "study" not in header:
@@ -954,7 +996,7 @@ class _OfAnother(ValueError):  # noqa: N818
 
 
 def _read_block_file(
-    file: Any, size: int, index: int, owner: Owner | None
+    file: Any, size: int, index: int, owner: Owner | None, check: CheckLayout | None = None
 ) -> dict[str, np.ndarray]:
     if size < _PRELUDE.size + _DIGEST_BYTES:
         raise ValueError(f"it has only {size} bytes")
@@ -963,7 +1005,7 @@ def _read_block_file(
     if magic != _MAGIC:
         raise ValueError("it does not begin as an array file does")
     data_start = _PRELUDE.size + header_length
-    if header_length > _MAX_JSON_BYTES or data_start + _DIGEST_BYTES > size:
+    if header_length > _MAX_HEADER_BYTES or data_start + _DIGEST_BYTES > size:
         raise ValueError(f"its header of {header_length} bytes does not fit its {size} bytes")
     raw_header = file.read(header_length)
     header = _parse_json(raw_header)
@@ -976,6 +1018,16 @@ def _read_block_file(
         expected = data_start + data_bytes + _DIGEST_BYTES
         if size != expected:
             raise ValueError(f"it has {size} bytes, its header declares {expected}")
+        if check is not None:
+            try:
+                check(layout)
+            except ValueError:
+                if owner is not None:  # Other arrays, perhaps because it is another study's.
+                    _check_owner(header, owner)
+                raise
+    elif size > _MAX_JSON_BYTES:
+        # Nothing says how large it should be: it is not read for the sake of the message.
+        raise _newer_block(index, version)
     # What is hashed is what is used: the file is read once.
     rest = memoryview(file.read(size - data_start))
     digest = hashlib.sha256(prelude + raw_header)
@@ -983,10 +1035,7 @@ def _read_block_file(
     if len(rest) != size - data_start or digest.digest() != rest[-_DIGEST_BYTES:]:
         raise ValueError("it does not match its checksum")
     if newer:
-        raise NewerFormat(
-            f"block {index} has format {version}, this version of playbook_optax reads up to "
-            f"{BLOCK_FORMAT}: upgrade playbook-optax."
-        )
+        raise _newer_block(index, version)
     if owner is not None:
         _check_owner(header, owner)
     arrays = {}
@@ -1003,7 +1052,10 @@ def _read_block_file(
 
 
 def read_block(
-    directory: str | os.PathLike[str], index: int, owner: Owner | None = NOBODY
+    directory: str | os.PathLike[str],
+    index: int,
+    owner: Owner | None = NOBODY,
+    check: CheckLayout | None = None,
 ) -> dict[str, np.ndarray]:
     """Reads one block back, bit for bit, or says that it is not what was written.
 
@@ -1014,6 +1066,8 @@ def read_block(
       directory: the study directory.
       index: the block's index, >= 0.
       owner: the study that it must be of; None takes any.
+      check: raises `ValueError` where the declared arrays are not those that the study has
+        (`schema.layout_of`); called before anything is read but the header.
 
     Returns:
       Name to read-only array, in the order in which they were written.
@@ -1023,6 +1077,7 @@ def read_block(
       ForeignBlock: it is of another study.
       CorruptBlock: the file is damaged, cut short or another block's; run the block again.
       NewerFormat: a newer version of this package wrote it.
+      StorageError: it is larger than the memory.
     """
     path = _block_path(directory, index)
     try:
@@ -1031,13 +1086,17 @@ def read_block(
         raise NoStudy(f"block {index} is not there: {str(path)!r} is missing.") from error
     with open(descriptor, "rb") as file:
         try:
-            return _read_block_file(file, size, int(index), owner)
+            return _read_block_file(file, size, int(index), owner, check)
+        except MemoryError as error:
+            raise StorageError(
+                f"{str(path)!r} declares {size} bytes, more than there is memory for."
+            ) from error
         except _OfAnother as error:
             raise ForeignBlock(
                 f"{str(path)!r} cannot be used: {error}. Run the study again with the same "
                 "directory=, which runs this block again."
             ) from error
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise CorruptBlock(
                 f"{str(path)!r} is damaged: {error}. Run the study again with the same directory=, "
                 "which runs this block again."
@@ -1089,10 +1148,16 @@ def finished_blocks(directory: str | os.PathLike[str]) -> list[int]:
 
     Returns:
       Indices in rising order; temporary and foreign files are ignored.
+
+    Raises:
+      StorageError: the system does not list the folder.
     """
+    folder = _blocks_folder(directory)
     try:
-        names = os.listdir(_blocks_folder(directory))
+        names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise StorageError(f"{str(folder)!r} cannot be listed: {error.strerror}.") from error
     matches = (_BLOCK_PATTERN.fullmatch(name) for name in names)
     return sorted(int(match.group(1)) for match in matches if match)

@@ -17,7 +17,7 @@ import numpy as np
 
 from playbook_optax import _feasibility
 from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
-from playbook_optax.records import storage, summary, weights
+from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
 
@@ -398,7 +398,7 @@ class Study:
         seeds = self.num_seeds
         columns: dict[str, Any] = {"trial": np.repeat(np.arange(self.num_trials), seeds)}
         if seeds > 1:
-            columns["seed"] = np.tile(np.arange(seeds), self.num_trials)
+            columns["seed"] = np.arange(self.num_trials * seeds) % seeds
         labels = labels_of(self.space)
         for name, values in self.points.items():
             if name in labels:
@@ -409,7 +409,7 @@ class Study:
                 columns[name] = self._with_seeds(name).reshape(-1)
         for name in _metric_names(self.data):
             columns[_FINAL + name] = self._with_seeds(name)[..., -1].reshape(-1)
-        return pandas.DataFrame(columns)
+        return pandas.DataFrame({name: _for_pandas(array) for name, array in columns.items()})
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dataframe` as CSV; text that a spreadsheet would run as a formula is quoted.
@@ -662,6 +662,11 @@ def infeasible_text(study: Study) -> str:
     return f"{infeasible.sum()} of {infeasible.size} {unit}: {told}" if told else "none"
 
 
+def _for_pandas(array: np.ndarray) -> np.ndarray:
+    """A column that pandas knows: float32 for bfloat16 and its like, which it holds exactly."""
+    return array.astype(np.float32) if array.dtype.isbuiltin == 2 else array
+
+
 def escape_cell(value: Any) -> Any:
     """Puts an apostrophe before text that a spreadsheet would run as a formula.
 
@@ -697,7 +702,8 @@ def load_study(
 
     Raises:
       NoStudy: there is no study.
-      CorruptSpec, CorruptBlock: a file is damaged; nothing is read silently wrong.
+      CorruptSpec, CorruptBlock: a file is damaged or holds what no study has; the message names
+        the file and the field. Nothing is read silently wrong.
       NewerFormat: a newer version of this package wrote it.
 
     Example:
@@ -715,14 +721,13 @@ def load_study(
     Source: playbook, "How many trials are needed to get good results with quasi-random search?" (a
     finished study is read again and again).
     """
-    spec = storage.read_spec(directory)
-    owner = storage.owner_of(spec)
-    indices = storage.finished_blocks(directory)
-    blocks = [storage.read_block(directory, index, owner) for index in indices]
+    spec = schema.read_spec(directory)
+    read = schema.block_reader(directory, spec)
+    blocks = [read(index) for index in storage.finished_blocks(directory)]
     try:
         blocks = [block for block in blocks if _is_of_table(spec, block)]
         return study_from_blocks(spec, blocks, weights_like=weights_like, directory=directory)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise storage.StorageError(
             f"{os.fspath(Path(directory))!r} is not a consistent study: {error}"
         ) from error
@@ -935,7 +940,7 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         "trial": np.arange(num_trials),
         "step": ("eval", np.asarray(plan["step"], np.int32)),
     }
-    if num_seeds > 1:
+    if num_seeds > 1 and num_trials:
         coords["seed"] = np.arange(num_seeds)
     labels = plan.get("labels") or {}
     for name, array in arrays.items():
@@ -944,7 +949,8 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         parameter = name.removeprefix(_POINT)
         values = array[::num_seeds]
         if parameter in labels:
-            values = np.asarray(labels[parameter])[values]
+            # Of objects: an array of text gives each element the room of the longest.
+            values = np.asarray(labels[parameter], object)[values]
         values.setflags(write=False)
         coords[parameter] = ("trial", values)
     for name in _OUTCOMES:

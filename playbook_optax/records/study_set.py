@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from playbook_optax import _checks
-from playbook_optax.records import storage, summary
+from playbook_optax.records import schema, storage, summary
 from playbook_optax.records.study import (
     BestTrial,
     NoFeasibleTrial,
@@ -318,13 +318,14 @@ def _read_index(path: Path) -> dict[str, Any]:
     scientific = document.get("scientific")
     sound = (
         isinstance(scientific, str)
+        and 0 < len(scientific) <= 200
         and isinstance(labels, list)
         and isinstance(fixed, list)
         and len(labels) == len(fixed) <= MAX_LABELS
         and all(isinstance(label, str) and 0 < len(label) <= 200 for label in labels)
         and len(set(labels)) == len(labels)
         and all(
-            isinstance(part, dict) and all(type(value) in (int, float) for value in part.values())
+            isinstance(part, dict) and all(schema.is_number(value) for value in part.values())
             for part in fixed
         )
     )

@@ -209,9 +209,10 @@ class Engine:
     def _train(self, group: Group, keeper: Keeper) -> Iterator[Any]:
         """Trains a group; yields None when the device has work, and at last its states."""
         seed = group.blocks[0].seed
-        saved = (
-            keeper.load(group.saved, self._saved_shapes(len(group.saved))) if group.saved else None
-        )
+        saved = None
+        if group.saved:
+            like = self._saved_shapes(len(group.saved))
+            saved = keeper.load(group.saved, like, self._num_steps)
         parked: list[np.ndarray] | None = None
         begin: tuple[int, Any] = (0, None)
         if saved is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from playbook_optax.records import storage
+from playbook_optax.records import schema, storage
 from playbook_optax.runner.plan import Block, Points
 
 # A block's index and its arrays, as `records.study_from_blocks` takes them.
@@ -69,15 +69,20 @@ class Store:
         Returns:
           Index to arrays; what is damaged is left out, to be trained again and replaced, and so is
           what is another study's, with a warning.
+
+        Raises:
+          CorruptSpec: the spec is none that this package writes.
         """
         found: dict[int, dict[str, np.ndarray]] = {}
         there = self.stored()
+        if self.directory is None or not there:
+            return found
+        read_block = schema.block_reader(self.directory, schema.read_spec(self.directory))
         for block in wanted:
             if block.index not in there:
                 continue
-            assert self.directory is not None
             try:
-                arrays = storage.read_block(self.directory, block.index, self.owner)
+                arrays = read_block(block.index)
             except storage.ForeignBlock as error:
                 _warn_of_foreign(str(error))
                 continue

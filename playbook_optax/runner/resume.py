@@ -131,27 +131,27 @@ class Keeper:
         """
         left, found = set(missing), []
         for name in self._groups():
-            meta = self._saves(name).meta()
-            blocks = tuple((meta or {}).get("blocks", ()))
+            blocks = _blocks(self._saves(name).meta())
             if blocks and left.issuperset(blocks):
                 left.difference_update(blocks)
                 found.append(blocks)
         return found
 
-    def load(self, blocks: Sequence[int], like: Sequence[Any]) -> Saved | None:
+    def load(self, blocks: Sequence[int], like: Sequence[Any], num_steps: int) -> Saved | None:
         """The newest sound save of a group, or None.
 
         Args:
           blocks: one of `groups`.
           like: dtype and shape of each array.
+          num_steps: updates of a run, all of which no save has behind it.
         """
         if self._store is None:
             return None
-        found = self._saves(_name(blocks)).read_newest(like)
-        if found is None:
+        found = self._saves(_name(blocks)).read_newest(like, num_steps - 1)
+        if found is None or _blocks(found[2]) != tuple(blocks):
             return None
         step, arrays, meta = found
-        return Saved(tuple(meta["blocks"]), step, arrays, meta["position"])
+        return Saved(tuple(blocks), step, arrays, meta.get("position"))
 
     def sweep(self, finished: set[int]) -> None:
         """Removes saves of which nothing is needed: their blocks are stored, or another study's."""
@@ -168,7 +168,15 @@ class Keeper:
 
 
 def _is_needless(meta: Mapping[str, Any] | None, finished: set[int]) -> bool:
-    return meta is not None and finished.issuperset(meta.get("blocks", ()))
+    return meta is not None and finished.issuperset(_blocks(meta))
+
+
+def _blocks(meta: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """The blocks that a save says it is of; none where it says nothing that makes sense."""
+    blocks = (meta or {}).get("blocks")
+    if type(blocks) is not list or not all(type(index) is int for index in blocks):
+        return ()
+    return tuple(blocks) if len(set(blocks)) == len(blocks) else ()
 
 
 def _name(blocks: Sequence[int]) -> str:

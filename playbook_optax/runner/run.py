@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from playbook_optax import _checks
-from playbook_optax.records import checkpoints, storage, study
+from playbook_optax.records import checkpoints, schema, storage, study
 from playbook_optax.runner import (
     devices,
     execute,
@@ -395,7 +395,7 @@ class StudyRunner:
             storage.remove_temporary_files(directory)
             checkpoints.remove_temporary_folders(directory)
             try:
-                stored = storage.read_spec(directory)
+                stored = schema.read_spec(directory)
             except storage.NoStudy:
                 stored = None
         group = processes.current()
@@ -715,7 +715,7 @@ class StudyRunner:
         """Stores the spec before the first block, or that the study is longer by now."""
         if storage.write_spec(directory, spec):
             return storage.owner_of(spec)
-        stored = storage.read_spec(directory)
+        stored = schema.read_spec(directory)
         # Another process may have begun another study here since the first look.
         self._check_resumable(stored, spec, directory)
         if stored["num_trials"] < spec["num_trials"]:

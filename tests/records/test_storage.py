@@ -159,7 +159,8 @@ def test_a_spec_that_could_not_be_read_back_is_refused(tmp_path, monkeypatch):
         storage.write_spec(tmp_path, deep)
     monkeypatch.setattr(storage, "_MAX_JSON_BYTES", 1000)
     with pytest.raises(ValueError, match="too much"):
-        storage.write_spec(tmp_path, {"a": "x" * 500})
+        storage.write_spec(tmp_path, {"a": "x" * 1000})
+    monkeypatch.setattr(storage, "_MAX_HEADER_BYTES", 500)
     with pytest.raises(ValueError, match="too large"):
         storage.write_block(tmp_path, 0, {f"array {i}": np.zeros(1) for i in range(10)})
     assert not list(tmp_path.rglob("*.*"))

@@ -710,10 +710,10 @@ def test_damage_is_reported_and_a_rerun_block_heals(tmp_path):
 def test_a_directory_that_is_not_consistent(tmp_path):
     storage.write_spec(tmp_path, a_spec(3))
     storage.write_block(tmp_path, 0, {"x": np.zeros(3)}, storage.owner_of(a_spec(3)))
-    with pytest.raises(StorageError, match=r"not a consistent study.*lacks the array"):
+    with pytest.raises(StorageError, match=r"block-00000000.*the array 'trial' is missing"):
         load_study(tmp_path)
     storage.write_spec(tmp_path / "many", {"num_trials": "many"})
-    with pytest.raises(StorageError, match="not a consistent study"):
+    with pytest.raises(StorageError, match=r"study\.json.*lacks 'objective'"):
         load_study(tmp_path / "many")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from playbook_optax import _checks
+from playbook_optax._text import PARAGRAPH, printable
 
 SEVERITIES = ("error", "warning", "info")
 """The severities of a Finding, the gravest first."""
@@ -41,6 +42,7 @@ class Finding:
 
     Attributes:
       code: short name of the kind of finding, such as `best_near_boundary`; stable, for programs.
+        This text and those below are fit for a terminal: what commands one is an escape.
       severity: `"error"` (the study answers nothing), `"warning"` (act before trusting it) or
         `"info"`.
       message: what was found, in complete sentences with the numbers.
@@ -67,6 +69,9 @@ class Finding:
 
     def __post_init__(self) -> None:
         _checks.check_choice("severity", self.severity, SEVERITIES)
+        # They tell names of a study, which may be anybody's.
+        for name in ("code", "message", "section", "suggestion"):
+            object.__setattr__(self, name, printable(getattr(self, name), PARAGRAPH))
         object.__setattr__(self, "evidence", _plain(dict(self.evidence), "evidence"))
 
     def __str__(self) -> str:

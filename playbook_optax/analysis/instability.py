@@ -575,7 +575,7 @@ def _compared(
         if above:
             share = float(unstable[list(above)].mean())
         for factor in CHECKS:
-            with np.errstate(divide="ignore", invalid="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 off = np.nan_to_num(np.abs(np.log(rates / (factor * best_rate))), nan=np.inf)
             nearest = int(np.argmin(off))
             if off[nearest] <= np.log(2.0) and nearest not in (*checks, best):

@@ -261,11 +261,11 @@ def _optimizer(
     if recipe.optimizer_name is not None:
         arguments = ["learning_rate=schedule"] if made else []
         # What else there is in a point is the workload's.
-        taken = tune.optimizer_arguments(recipe.optimizer_name)
+        name = identifier(recipe.optimizer_name, search_spaces.TABLE)
+        taken = tune.optimizer_arguments(name)
         arguments += [
             f"{identifier(n, taken)}={numeral(value)}" for n, value in rest.items() if n in taken
         ]
-        name = identifier(recipe.optimizer_name, search_spaces.TABLE)
         base = f"pbx.{name}({', '.join(arguments)})"
     else:
         name, more = _imported(recipe.pipeline.make_optimizer, where, "make_optimizer")

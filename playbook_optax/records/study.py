@@ -40,6 +40,8 @@ _DIMENSIONS = ("trial", "seed", "eval", "norm_bin")
 _COORDINATES = (*_DIMENSIONS, "step", "norm_low", "norm_high")
 _RISING_WORDS = ("accuracy", "score", "auc", "precision", "recall", "reward", "return")
 _FINAL = "final/"
+# What a spreadsheet takes for the beginning of a formula, in full width and after a break too.
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 # What trains: it holds programs and devices, and stays in its process.
 _TRAINING = ("_extend", "_replay")
@@ -677,7 +679,7 @@ def escape_cell(value: Any) -> Any:
       >>> escape_cell("=1+1"), escape_cell("adam"), escape_cell(-1.0)
       ("'=1+1", 'adam', -1.0)
     """
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if isinstance(value, str) and value.startswith(_FORMULA):
         return f"'{value}"
     return value
 

@@ -16,7 +16,7 @@ import pytest
 
 from playbook_optax import cli, zoo
 from playbook_optax.records import storage
-from playbook_optax.records.study import Study, load_study
+from playbook_optax.records.study import Study, load_study, study_from_blocks
 from playbook_optax.search_space import Float, SearchSpace
 
 MODULE = """
@@ -363,9 +363,9 @@ def foreign_study(place, labels=None, name="study", objective="valid/loss"):
         objective=objective,
         name=name,
     )
-    study.save(place)
     if labels:
-        storage.write_spec(place, {**study.spec, "labels": labels})
+        study = study_from_blocks({**study.spec, "labels": labels}, study._blocks)
+    study.save(place)
     optimizer = "momentum" if "momentum" in (labels or ()) else "sgd"
     command = {"command": "search", "workload": "digits_mlp", "optimizer": optimizer}
     command["space"] = SPACE
@@ -404,9 +404,15 @@ def test_nothing_of_a_foreign_directory_commands_the_terminal(tmp_path, capsys):
         json.dumps({"workload": f"a:{ESCAPES}", "optimizer": "sgd"})
     )
     spec = storage.read_spec(place)
-    storage.write_spec(place, {**spec, "num_trials": 4, "labels": {"learning_rate": [ESCAPES]}})
+    forge(place, {**spec, "num_trials": 4, "labels": {"learning_rate": [ESCAPES]}})
     for arguments in (["run", str(place)], ["report", f"{place}/{ESCAPES[:-1]}"]):
         assert complaint(capsys, *arguments).isprintable()
+
+
+def forge(place, spec):
+    """Puts another spec into a study's place, under its right checksum."""
+    (place / "study.json").unlink()
+    storage.write_spec(place, spec)
 
 
 def fill(kind, path):
@@ -537,7 +543,7 @@ def test_a_forged_size_is_refused_before_memory_is_taken(
     with pytest.raises(AssertionError, match="it trains"):
         cli.run(["run", str(folder)])
     change, said = FORGED[case]
-    storage.write_spec(folder, {**spec, **change})
+    forge(folder, {**spec, **change})
     tracemalloc.start()
     try:
         line = complaint(capsys, "run", str(folder))
@@ -554,7 +560,7 @@ def test_a_study_that_lacks_something_is_refused(prepared, tmp_path, capsys, nam
     folder = tmp_path / "study"
     shutil.copytree(place, folder)
     spec = {**spec, "space": None} if name == "points" else spec
-    storage.write_spec(folder, {n: value for n, value in spec.items() if n != name})
+    forge(folder, {n: value for n, value in spec.items() if n != name})
     assert f"it lacks '{name}'" in complaint(capsys, "run", str(folder))
 
 

@@ -246,8 +246,9 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
 
     Raises:
       NotWritable: it cannot be made or written in, or a folder has the name of one of the files.
+      ValueError: it is empty or an address.
     """
-    folder = storage.check_folder(Path(directory))
+    folder = storage.check_folder(storage.root(directory))
     try:
         places = list(folder.iterdir())
     except OSError as error:

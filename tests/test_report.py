@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import sys
+import types
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from matplotlib import pyplot
 
 from playbook_optax import chapters, report, tuning
 from playbook_optax.analysis.findings import Finding
+from playbook_optax.procedures import stability
 from playbook_optax.procedures import tune as parts
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records import storage
@@ -624,7 +626,9 @@ def write_tuned(folder):
 
 
 def write_stability(folder):
-    verdict = Verdict(None, (), {}, 60)
+    sweep = Verdict(None, (), {"sweep": make_study()}, 60)
+    answer = types.SimpleNamespace(steps={stability.SWEEP: sweep}, comparison=None)
+    verdict = Verdict(answer, (), sweep.studies, 60)
     return chapters.write_stability_report(verdict, folder)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import playbook_optax as pbx
@@ -182,6 +182,7 @@ def test_findings_and_errors_of_a_file_are_fit_for_a_terminal():
 
 
 @given(named, named, named)
+@example(NASTY, NASTY, NASTY)
 def test_diagnosis_and_print_of_any_names_are_fit_for_a_terminal(name, objective, parameter):
     study = study_of(name, f"m/{objective}", f"p/{parameter}")
     told = [*map(str, pbx.diagnose(study)), *map(repr, pbx.diagnose(study))]
@@ -204,6 +205,7 @@ def test_the_command_line_prints_in_one_place():
 
 
 @given(texts)
+@example(NASTY)
 def test_every_way_to_print_of_the_command_line_is_fit_for_a_terminal(text):
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         cli._print_line(text)
@@ -251,6 +253,7 @@ def assert_lines_are_lines(source):
 
 
 @given(named, named)
+@example(NASTY, NASTY)
 def test_the_recipe_of_a_study_holds_no_code_of_its_names(name, objective):
     source = cli.recipe_source(study_of(name, f"m/{objective}"), "sgd")
     assert skeleton(source) == skeleton(cli.recipe_source(study_of("study"), "sgd"))
@@ -308,6 +311,7 @@ def recipe_of(name, objective, point, optimizer=None, **pipeline):
 
 
 @given(named, named, named)
+@example(NASTY, NASTY, NASTY)
 def test_the_program_of_a_recipe_holds_no_code_of_its_names(name, objective, parameter):
     def source(name, objective, parameter):
         point = {"learning_rate": 0.1, f"p/{parameter}": np.float32(0.5)}

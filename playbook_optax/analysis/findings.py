@@ -36,7 +36,7 @@ def _plain(value: Any, path: str) -> Any:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Finding:
     """One thing that a study says.
 
@@ -73,6 +73,10 @@ class Finding:
         for name in ("code", "message", "section", "suggestion"):
             object.__setattr__(self, name, printable(getattr(self, name), PARAGRAPH))
         object.__setattr__(self, "evidence", _plain(dict(self.evidence), "evidence"))
+
+    def __repr__(self) -> str:
+        told = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+        return printable(f"Finding({', '.join(told)})", PARAGRAPH)
 
     def __str__(self) -> str:
         advice = f" {self.suggestion}" if self.suggestion else ""

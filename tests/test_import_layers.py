@@ -17,6 +17,7 @@ FLOORS = {
     "_feasibility": 0,
     "_histogram": 0,
     "_portable": 0,
+    "_text": 0,
     "_tree": 0,
     "optimizers": 1,
     "schedules": 1,

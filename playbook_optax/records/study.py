@@ -17,6 +17,7 @@ import numpy as np
 
 from playbook_optax import _feasibility
 from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
+from playbook_optax._text import printable
 from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
@@ -39,6 +40,8 @@ _DIMENSIONS = ("trial", "seed", "eval", "norm_bin")
 _COORDINATES = (*_DIMENSIONS, "step", "norm_low", "norm_high")
 _RISING_WORDS = ("accuracy", "score", "auc", "precision", "recall", "reward", "return")
 _FINAL = "final/"
+# What a spreadsheet takes for the beginning of a formula, in full width and after a break too.
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 # What trains: it holds programs and devices, and stays in its process.
 _TRAINING = ("_extend", "_replay")
@@ -421,7 +424,8 @@ class Study:
         for name in frame.columns:
             if frame[name].dtype.kind not in "biuf":
                 frame[name] = frame[name].map(escape_cell)
-        frame.to_csv(path, index=False)
+        # JSON can hold half a surrogate pair, which UTF-8 cannot.
+        frame.to_csv(path, index=False, errors="backslashreplace")
 
     @staticmethod
     @named_arguments
@@ -550,14 +554,14 @@ class Study:
         """What ran, on what, and what it came to: a title and rows of text."""
         direction = "higher" if self.maximize else "lower"
         rows = [
-            ("objective", f"{summary.printable(self.objective)}, {direction} is better"),
+            ("objective", f"{printable(self.objective)}, {direction} is better"),
             ("search", summary.ranges_text(self.points, self.space)),
             ("best", best_text(self)),
             ("infeasible", infeasible_text(self)),
             ("ran on", summary.environment_text(self.spec)),
-            ("stored in", summary.printable(self._directory or "", 200)),
+            ("stored in", printable(self._directory or "", 200)),
         ]
-        name = summary.printable(self.spec.get("name", "study"))
+        name = printable(self.spec.get("name", "study"))
         return f"Study {name}: {size_text(self)}", [(n, text) for n, text in rows if text]
 
     def _check_trial(self, trial: int) -> int:
@@ -680,7 +684,7 @@ def escape_cell(value: Any) -> Any:
       >>> escape_cell("=1+1"), escape_cell("adam"), escape_cell(-1.0)
       ("'=1+1", 'adam', -1.0)
     """
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if isinstance(value, str) and value.startswith(_FORMULA):
         return f"'{value}"
     return value
 

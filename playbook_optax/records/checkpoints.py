@@ -235,7 +235,7 @@ def _children(folder: Path) -> Iterable[Path]:
 
 def _real_folder(folder: Path) -> None:
     """Makes a folder; a link there could lead writes out of the study directory."""
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     if folder.is_symlink():
         raise storage.NotWritable(
             f"{str(folder)!r} is a symbolic link: nothing is written outside the study directory. "

@@ -20,6 +20,7 @@ as declared           the arrays, little-endian, C order, each at a multiple of 
 ====================  ==========================================================================
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -242,6 +243,23 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, and brings their names to the disk.
+
+    Raises:
+      OSError: the system refused.
+    """
+    missing = []
+    for one in (folder, *folder.parents):
+        if one.exists():
+            break
+        missing.append(one)
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        with contextlib.suppress(PermissionError):  # One may write in a folder and not read it.
+            sync_directory(one.parent)
+
+
 def _write_temporary(folder: Path, chunks: Iterable[bytes]) -> Path:
     temporary = folder / f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
     try:
@@ -313,7 +331,7 @@ def _blocks_folder(directory: str | os.PathLike[str]) -> Path:
 def _prepare(folder: Path) -> Path:
     """Makes `folder`; a ``blocks`` that is a link could lead writes out of the directory."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise file_error(folder, "create the directory", error) from error
     if folder.name == _BLOCKS_NAME and folder.is_symlink():

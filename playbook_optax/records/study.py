@@ -5,6 +5,7 @@ Analysis reads this record and nothing else. Our runner assembles it from the bl
 `Study.from_dataframe` from another tool's table.
 """
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -354,11 +355,16 @@ class Study:
             mine = storage.as_stored(self.spec)
             if there["num_trials"] > self.num_trials or _identity(there) != _identity(mine):
                 raise storage.StorageError(occupied)
+        for index in set(storage.finished_blocks(directory)) & set(range(len(self._blocks))):
+            with contextlib.suppress(storage.CorruptBlock):  # It is written anew.
+                if not _same_arrays(storage.read_block(directory, index), self._blocks[index]):
+                    raise storage.StorageError(occupied)
+        # Before the blocks, as the runner does it: a block without a spec is nobody's.
+        storage.write_spec(directory, self.spec)
         for index, block in enumerate(self._blocks):
             written = storage.write_block(directory, index, block)
             if not written and not _same_arrays(storage.read_block(directory, index), block):
                 raise storage.StorageError(occupied)
-        storage.write_spec(directory, self.spec)
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A tidy table for people and other tools: one row per trial (and seed).

@@ -546,10 +546,10 @@ class Table:
             )
         curves = {}
         for metric in self.metrics:
-            column: Any = self._column(metric)
-            if column.dtype.kind == "O":
-                column = [np.nan if _is_missing(v) else v for v in column]
-            values = _numbers(f"the column {metric!r}", column)
+            cells: Any = self._column(metric)
+            if cells.dtype.kind == "O":
+                cells = [np.nan if _is_missing(v) else v for v in cells]
+            values = _numbers(f"the column {metric!r}", cells)
             values = values if values.dtype.kind == "f" else values.astype(np.float64)
             curves[metric] = np.full(shape, np.nan, values.dtype)
             curves[metric][self.index, place] = values

@@ -27,6 +27,7 @@ as declared           the arrays, little-endian, C order, each at a multiple of 
 ====================  ==========================================================================
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -366,6 +367,23 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, and brings their names to the disk.
+
+    Raises:
+      OSError: the system refused.
+    """
+    missing = []
+    for one in (folder, *folder.parents):
+        if one.exists():
+            break
+        missing.append(one)
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        with contextlib.suppress(PermissionError):  # One may write in a folder and not read it.
+            sync_directory(one.parent)
 
 
 def _write_temporary(folder: Path, chunks: Iterable[bytes]) -> Path:

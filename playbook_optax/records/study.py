@@ -5,6 +5,7 @@ Analysis reads this record and nothing else. Our runner assembles it from the bl
 `Study.from_dataframe` from another tool's table.
 """
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -367,6 +368,8 @@ class Study:
         """
         storage.check_writable(directory)
         occupied = f"{os.fspath(directory)!r} holds another study: choose an empty directory."
+        with contextlib.suppress(storage.NoStudy):
+            storage.read_spec(directory)  # Blocks whose study.json was lost are not overwritten.
         mine = dict(self.spec)
         if not storage.write_spec(directory, mine):
             there = storage.read_spec(directory)

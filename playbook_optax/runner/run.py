@@ -66,7 +66,8 @@ def run_study(
     Args:
       trainer: a `Trainer`; or, in its place, ``workload, make_optimizer`` and any other attribute
         of `Trainer` by name: ``make_schedule``, ``fixed``, ``trials_per_block``, ``mesh``,
-        ``executor``, ``worker``, ``checkpoint_seconds``, ``progress``.
+        ``executor``, ``executor_timeout_seconds``, ``worker``, ``checkpoint_seconds``,
+        ``progress``.
       points: a `SearchSpace`, sampled quasi-randomly, or name to array (trial,).
       num_steps: updates of each trial.
       eval_every: updates between evaluations.
@@ -692,6 +693,14 @@ class StudyRunner:
             missing,
             points,
             spec=spec,
+            promised=execute.promised_arrays(
+                self._programs(width),
+                self._work,
+                self._lengths,
+                self._keep,
+                plan.blocks_of(1, 1, width)[0],
+                points,
+            ),
             train_blocks=lambda blocks, points: self.engine(width, 1).run(blocks, points),
             make_payload=lambda: remote.pack(
                 _rebuild,
@@ -701,6 +710,7 @@ class StudyRunner:
             ),
             check=keeper.check,
             where=_where_finished_is(store.directory),
+            timeout_seconds=self._trainer.executor_timeout_seconds,
         )
         return store.write(batches)
 

@@ -102,7 +102,11 @@ def user_code(what: str, function: Any = None, point: Any = None) -> Iterator[No
             f"{what} uses a Python `if`, `while` or `bool` on a traced value, which has no value "
             "yet; use jnp.where or jax.lax.cond."
         ) from error
-    except (jax.errors.TracerIntegerConversionError, jax.errors.ConcretizationTypeError) as error:
+    except TypeError as error:
+        # JAX has no class of its own for a traced number in a shape.
+        kinds = (jax.errors.TracerIntegerConversionError, jax.errors.ConcretizationTypeError)
+        if not isinstance(error, kinds) and "sequences of concrete values" not in str(error):
+            raise
         raise ValueError(
             f"{what} needs the number behind a traced value, for a shape or an `int()`. Shapes and "
             "structure may not depend on the key or the point; a structural choice is another "

@@ -802,6 +802,7 @@ MUTATIONS = (
         '_ADDRESS.sub("", str(closed.jaxpr))',
         "str(closed.jaxpr)",
         (FINGERPRINTS,),
+        "JAX 0.10 leaves addresses out of a jaxpr's text; older versions do not.",
     ),
     Mutation(
         "a damaged block ends the run",

@@ -59,6 +59,22 @@ def test_another_environment_warns_and_goes_on(tmp_path, changed, told):  # 68
     np.testing.assert_array_equal(again.data["valid/loss"], study.data["valid/loss"])
 
 
+def test_a_function_that_raises_leaves_the_study_as_it_was(tmp_path):  # 22
+    def raises(params, state, batch, key):
+        raise ZeroDivisionError("mine")
+
+    study = study_of(tmp_path, tiny.SPACE, num_trials=4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    broken = dataclasses.replace(tiny.quadratic(), loss=raises)
+    with pytest.raises(ZeroDivisionError, match="mine") as raised:
+        study_of(tmp_path, tiny.SPACE, broken, num_trials=6)
+    assert raised.traceback[-1].name == "raises"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    np.testing.assert_array_equal(
+        pbx.load_study(tmp_path).data["valid/loss"], study.data["valid/loss"]
+    )
+
+
 def test_a_reader_sees_a_consistent_prefix_at_every_moment(tmp_path, monkeypatch):  # 74
     seen = []
 

@@ -16,7 +16,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 # A test that waits for ever has noticed as well.
-SECONDS = 300
+SECONDS = 120
 
 
 @dataclasses.dataclass(frozen=True)

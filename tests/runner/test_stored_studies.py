@@ -59,6 +59,27 @@ def test_another_environment_warns_and_goes_on(tmp_path, changed, told):  # 68
     np.testing.assert_array_equal(again.data["valid/loss"], study.data["valid/loss"])
 
 
+def test_a_deleted_file_is_noticed(tmp_path):  # 62
+    study = study_of(tmp_path, tiny.SPACE, num_trials=6)
+    (tmp_path / "blocks" / "block-00000001.pbx").unlink()
+    assert pbx.load_study(tmp_path).num_trials == 2
+    again = study_of(tmp_path, tiny.SPACE, num_trials=6)
+    np.testing.assert_array_equal(again.data["valid/loss"], study.data["valid/loss"])
+    assert storage.finished_blocks(tmp_path) == [0, 1, 2]
+    (tmp_path / "study.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for call in (
+        lambda: pbx.load_study(tmp_path),
+        lambda: study_of(tmp_path, tiny.SPACE, num_trials=6),
+        lambda: study.save(tmp_path),
+    ):
+        with pytest.raises(
+            storage.CorruptSpec, match=r"holds blocks, but its study.json is missin"
+        ):
+            call()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_function_that_raises_leaves_the_study_as_it_was(tmp_path):  # 22
     def raises(params, state, batch, key):
         raise ZeroDivisionError("mine")

@@ -122,7 +122,9 @@ def _look(function: Any) -> tuple[list[Any], list[str]]:
             for code in _codes(one.__code__):
                 for value, num_arguments in _calls(code, known):
                     left.append(value)
-                    if isinstance(value, _KINDS) and value not in generators:
+                    if isinstance(value, random.SystemRandom):  # It has no state.
+                        found.append("random.SystemRandom")
+                    elif isinstance(value, _KINDS) and value not in generators:
                         generators.append(value)
                     ways = _SOURCES | (_UNSEEDED if num_arguments == 0 else {})
                     found += [name for name, way in ways.items() if _is_same(value, way)]
@@ -151,11 +153,14 @@ def _calls(code: types.CodeType, known: dict[str, Any]) -> Iterator[tuple[Any, i
                 yield value, None
             value = known.get(step.argval)
         elif name in ("LOAD_ATTR", "LOAD_METHOD"):
-            # Nothing is computed: only modules and classes are looked into.
-            inside = isinstance(value, types.ModuleType | type)
-            if not inside and value is not None:
+            if isinstance(value, types.ModuleType):
+                # What a module would load only when asked for it is left alone.
+                value = vars(value).get(step.argval)
+            elif isinstance(value, type):
+                value = getattr(value, step.argval, None)
+            elif value is not None:
                 yield value, None
-            value = getattr(value, step.argval, None) if inside else None
+                value = None
         elif name not in ("PRECALL", "CACHE", "PUSH_NULL"):
             if value is not None:
                 yield value, step.arg if name == "CALL" else None

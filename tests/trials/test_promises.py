@@ -22,6 +22,7 @@ import playbook_optax as pbx
 
 KEY = jax.random.key(0)
 GENERATOR = np.random.default_rng(0)
+ENTROPY = random.SystemRandom()
 
 
 def traced(workload, make_optimizer=tiny.sgd, point=None):
@@ -55,6 +56,7 @@ TAKING = {
     "random": lambda: random.random(),
     "np.random.Generator": lambda: GENERATOR.normal(),
     "random.Random": closed_over(),
+    "random.SystemRandom": lambda: ENTROPY.random(),
     "time.time": lambda: now() % 1,
     "time.time_ns": lambda: time.time_ns() % 7,
     "datetime.now": lambda: datetime.datetime.now().microsecond,

@@ -67,7 +67,7 @@ MUTATIONS = (
         "records/storage.py",
         "            or len(shape) > _MAX_DIMENSIONS\n",
         "",
-        (STORAGE, DURABILITY),
+        (DURABILITY,),
     ),
     Mutation(
         "any number of dimensions is written",
@@ -109,7 +109,7 @@ MUTATIONS = (
         "records/storage.py",
         "0 <= n < 2**62",
         "n < 2**62",
-        (STORAGE,),
+        (DURABILITY,),
     ),
     Mutation(
         "arrays may lie anywhere",
@@ -123,7 +123,7 @@ MUTATIONS = (
         "records/storage.py",
         "        if size != expected:",
         "        if size < expected:",
-        (STORAGE,),
+        (DURABILITY,),
     ),
     Mutation(
         "a header may be longer than its file",
@@ -224,7 +224,7 @@ MUTATIONS = (
         "records/storage.py",
         "        if not finished_blocks(directory):\n            raise\n",
         "        raise\n",
-        (STORAGE, STUDY, DURABILITY),
+        (f"{STORED}::test_a_deleted_file_is_noticed",),
     ),
     Mutation(
         "the last writer of a block wins",
@@ -431,6 +431,7 @@ MUTATIONS = (
         ' or manifest["arrays"] != wanted:',
         ":",
         (CHECKPOINTS,),
+        "The digest of the arrays, which has their dtypes and shapes in it, refuses them as well.",
     ),
     Mutation(
         "chunks of a save may be of any size",

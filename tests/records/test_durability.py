@@ -128,14 +128,30 @@ def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch, calls):  # 59,
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_header_of_too_many_dimensions_is_refused_by_name(tmp_path):
-    entry = {"name": "x", "dtype": "int8", "shape": [1] * 33, "offset": 0, "nbytes": 1}
+def forged_block(directory, data, **entry):
+    """A block with one array, whatever its header says of it, and a right checksum."""
+    entry = {"name": "x", "dtype": "int8", "shape": [2], "offset": 0, "nbytes": 2} | entry
     header = json.dumps({"format": 1, "index": 0, "arrays": [entry]}).encode()
-    content = b"PBXARRAY" + struct.pack("<Q", len(header)) + header + b"\0"
-    (tmp_path / "blocks").mkdir()
-    path = tmp_path / "blocks" / "block-00000000.pbx"
+    content = b"PBXARRAY" + struct.pack("<Q", len(header)) + header + data
+    (directory / "blocks").mkdir()
+    path = directory / "blocks" / "block-00000000.pbx"
     path.write_bytes(content + hashlib.sha256(content).digest())
-    with pytest.raises(storage.CorruptBlock, match=r"array 'x' has the shape \[1, 1"):
+
+
+@pytest.mark.parametrize(
+    ("shape", "data"),
+    [([1] * 33, b"a"), ([-2, -1], b"ab"), ([0, 2**62], b""), ([True, 2], b"ab")],
+    ids=["dimensions", "negative", "huge", "boolean"],
+)
+def test_a_shape_that_no_array_has_is_refused_by_name(tmp_path, shape, data):
+    forged_block(tmp_path, data, shape=shape, nbytes=len(data))
+    with pytest.raises(storage.CorruptBlock, match=r"array 'x' has the shape \["):
+        storage.read_block(tmp_path, 0)
+
+
+def test_bytes_that_no_array_declares_are_refused(tmp_path):
+    forged_block(tmp_path, b"ab" + b"more")
+    with pytest.raises(storage.CorruptBlock, match="bytes, its header declares"):
         storage.read_block(tmp_path, 0)
 
 

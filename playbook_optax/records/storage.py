@@ -481,25 +481,6 @@ def _blocks_folder(directory: str | os.PathLike[str]) -> Path:
     return root(directory) / _BLOCKS_NAME
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder and all above it, and brings their names to the disk.
-
-    Args:
-      folder: the folder; may exist.
-
-    Raises:
-      OSError: the system refused.
-    """
-    missing = [folder]
-    while not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
-    there = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not there:
-        for made in missing:
-            sync_directory(made.parent)
-
-
 def _prepare(folder: Path) -> Path:
     """Makes `folder`; a ``blocks`` that is a link could lead writes out of the directory."""
     try:

@@ -553,9 +553,9 @@ def describe_block(
     Returns:
       See `storage.describe_arrays`.
     """
-    shapes = jax.eval_shape(_as_data, programs.state_shapes)
     one_run = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), (1, *leaf.shape[1:])), shapes
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), (1, *leaf.shape[1:])),
+        _data_shapes(programs),
     )
     result = judge.result(work, _of_result(one_run, keep), eval_steps, keep)
     block = Block(0, np.zeros(1, np.int32), 0)
@@ -643,43 +643,6 @@ def _data_shapes(programs: Programs) -> TrialState:
     """Of the states of a block on each device, random keys as numbers."""
     shapes: TrialState = jax.eval_shape(_as_data, programs.state_shapes)
     return shapes
-
-
-def _of_result(states: TrialState, keep: str) -> TrialState:
-    """What of the states is judged or kept; the rest need not be fetched."""
-    final = keep == "final"
-    return states._replace(
-        opt_state=norms.records_in(states.opt_state),
-        params=states.params if final else None,
-        model_state=states.model_state if final else None,
-        best_params=states.best_params if keep == "best" else None,
-    )
-
-
-def promised_arrays(
-    programs: Programs, work: Workload, lengths: Lengths, keep: str, block: Block, points: Points
-) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """What every block that `Engine.run` yields consists of; nothing is compiled.
-
-    Args:
-      programs: as for `Engine`.
-      work: as for `Engine`.
-      lengths: as for `Engine`.
-      keep: as for `Engine`.
-      block: any block.
-      points: where its points come from.
-
-    Returns:
-      Name to (dtype, shape), in the order in which a block has them.
-    """
-    width = programs.shapes.width
-    states = jax.tree.map(
-        lambda leaf: np.zeros((width, *leaf.shape[1:]), leaf.dtype),
-        _of_result(_data_shapes(programs), keep),
-    )
-    result = judge.result(work, states, evaluation_steps(*lengths), keep)
-    arrays = block_arrays(block, points.rows(block.trials), result)
-    return {name: (array.dtype, array.shape) for name, array in arrays.items()}
 
 
 def block_arrays(

@@ -30,10 +30,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _portable
 from playbook_optax.runner import agreement, finished
 from playbook_optax.runner.plan import Block, Points
 
@@ -181,7 +180,7 @@ def _unpack(payload: bytes) -> TrainBlocks:
             f"a worker cannot load the workload or the optimizer: {error}. The module that "
             "defines them must be importable there."
         ) from error
-    train_blocks, ours = build(**arguments, key=key_from(key))
+    train_blocks, ours = build(**arguments, key=_portable.receive_key(key))
     environment = ("versions", "device_kind")
     same = all(theirs[name] == ours[name] for name in environment)
     # Another version or device traces another program: warned of by the driver, not compared.
@@ -214,20 +213,6 @@ def check_executor(executor: Any) -> None:
     )
 
 
-def key_to(key: jax.Array) -> tuple[str | None, np.ndarray]:
-    """A random key as what can be sent: its implementation (None of a raw key) and its data."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return None, np.asarray(key)
-    return str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
-
-
-def key_from(sent: tuple[str | None, Any]) -> jax.Array:
-    """The key that `key_to` took apart."""
-    impl, data = sent
-    raw = jnp.asarray(np.asarray(data, np.uint32))
-    return raw if impl is None else jax.random.wrap_key_data(raw, impl=impl)
-
-
 Build = Callable[..., tuple[TrainBlocks, Mapping[str, Any]]]
 
 
@@ -255,7 +240,7 @@ def pack(build: Build, arguments: Mapping[str, Any], key: Any, spec: Mapping[str
     else:
         dumps = cloudpickle.dumps
     try:
-        return dumps((build, dict(arguments), key_to(key), dict(spec)))
+        return dumps((build, dict(arguments), _portable.send_key(key), dict(spec)))
     except Exception:
         for name, value in arguments.items():
             try:

@@ -693,14 +693,10 @@ class StudyRunner:
             missing,
             points,
             spec=spec,
-            promised=execute.promised_arrays(
-                self._programs(width),
-                self._work,
-                self._lengths,
-                self._keep,
-                plan.blocks_of(1, 1, width)[0],
-                points,
-            ),
+            promised={
+                name: (storage.stored_dtype(dtype), (width, *shape))
+                for name, (dtype, shape) in self._arrays.items()
+            },
             train_blocks=lambda blocks, points: self.engine(width, 1).run(blocks, points),
             make_payload=lambda: remote.pack(
                 _rebuild,

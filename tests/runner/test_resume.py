@@ -129,6 +129,37 @@ def test_a_save_of_which_all_trials_have_broken_is_continued(tmp_path, monkeypat
     assert content(resumed) == content(whole)
 
 
+# A save does not say yet which study it belongs to: issue 13, section 2.
+foreign = pytest.mark.xfail(strict=True, reason="saves are not bound to their study")
+
+
+@pytest.mark.parametrize(
+    "other", [pytest.param("rates", marks=foreign), pytest.param("key", marks=foreign), "steps"]
+)
+def test_saves_without_their_study_are_not_continued_by_another(tmp_path, monkeypatch, other):  # 62
+    arguments = {**ARGUMENTS, "trials_per_block": 2}
+    where = {"directory": tmp_path, "checkpoint_seconds": 0.0}
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        with pytest.raises(Killed):
+            pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, RATES, **arguments, **where)
+    assert len(checkpoints.groups(tmp_path)) == 1
+    # The spec is lost, and no block was finished: nothing says what the saves are of.
+    (tmp_path / "study.json").unlink()
+    rates = RATES
+    if other == "rates":
+        rates = {"learning_rate": np.float32([0.01, 0.05, 0.2, 0.02])}
+    elif other == "key":
+        arguments["key"] = jax.random.key(1)
+    else:
+        arguments["num_steps"] = 2 * STEPS
+    fresh = pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, rates, **arguments)
+    found = pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, rates, **arguments, **where)
+    assert content(found) == content(fresh)
+    assert content(pbx.load_study(tmp_path)) == content(fresh)
+    assert checkpoints.groups(tmp_path) == []
+
+
 @pytest.mark.parametrize("damaged", [1, 2])
 def test_damaged_saves_cost_steps_and_no_bits(tmp_path, monkeypatch, damaged):
     arguments = {**ARGUMENTS, "trials_per_block": 2, "directory": tmp_path}
@@ -282,6 +313,44 @@ def test_other_devices_continue_a_killed_run(tmp_path):  # 57, 83
     whole = run_script(tmp_path / "whole", 1, die=False)
     assert resumed.stdout == whole.stdout
     assert len(whole.stdout) > 100
+
+
+TERMINATED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import jax
+import playbook_optax as pbx
+import tiny_workloads as tiny
+from playbook_optax.runner import execute, resume
+execute.SECONDS_PER_CALL = 0.0
+original = resume.Keeper.between_calls
+def signalled(self, blocks, step, *args):
+    if step == 32:
+        os.kill(os.getpid(), signal.SIGTERM)
+    original(self, blocks, step, *args)
+resume.Keeper.between_calls = signalled
+pbx.run_study(tiny.noisy_quadratic(), tiny.momentum, {{"learning_rate": jax.numpy.ones(2)}},
+              num_steps=64, eval_every=8, key=jax.random.key(0), trials_per_block=2,
+              progress=False, directory={directory!r})
+print("not stopped")
+"""
+
+
+def test_a_terminated_process_has_its_own_exit_status_and_leaves_a_save(tmp_path):  # 76
+    script = TERMINATED.format(tests=os.path.dirname(tiny.__file__), directory=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stdout == ""
+    assert "SIGTERM: stops at the next safe moment" in done.stderr
+    assert "the same call continues" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["step-00000032"]
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def run_task(task: Task, payload: bytes | None) -> Answer:
         machine, num_devices = agreement.machine(), jax.local_device_count()
         return Answer(worker, machine, num_devices, blocks, seconds=seconds)
     except Exception as error:
-        return Answer(worker, error=_portable(error), trace=traceback.format_exc())
+        return Answer(worker, error=_sendable(error), trace=traceback.format_exc())
 
 
 def _keep(study: str, trainer: TrainBlocks) -> None:
@@ -162,7 +162,7 @@ def _keep(study: str, trainer: TrainBlocks) -> None:
     _trainers[study] = trainer
 
 
-def _portable(error: Exception) -> Exception:
+def _sendable(error: Exception) -> Exception:
     """The error, or its text where another process could not read it."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(playbook_optax.__file__).parent
 # The floor of each module or folder directly below the package.
 FLOORS = {
     "_checks": 0,
+    "_direction": 0,
     "_feasibility": 0,
     "_histogram": 0,
     "_portable": 0,

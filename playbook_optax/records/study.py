@@ -18,6 +18,7 @@ import numpy as np
 
 from playbook_optax import _feasibility
 from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
+from playbook_optax._direction import direction
 from playbook_optax._text import printable
 from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
@@ -39,7 +40,6 @@ _NORMS = (
 )
 _DIMENSIONS = ("trial", "seed", "eval", "norm_bin")
 _COORDINATES = (*_DIMENSIONS, "step", "norm_low", "norm_high")
-_RISING_WORDS = ("accuracy", "score", "auc", "precision", "recall", "reward", "return")
 _FINAL = "final/"
 # What a spreadsheet takes for the beginning of a formula, in full width and after a break too.
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
@@ -251,7 +251,8 @@ class Study:
                 f"objective = {objective!r} was not recorded: {nearest(objective, known)}"
             )
         if maximize is None:
-            maximize = self.maximize if objective == self.objective else _direction(objective)
+            own = self.maximize if objective == self.objective else None
+            maximize = direction("objective", objective, own)
         # An unfinished study without a complete trial has no metrics yet.
         if self.num_trials == 0:
             raise NoFeasibleTrial("The study has no complete trial yet.")
@@ -438,7 +439,7 @@ class Study:
         step: Any,
         *,
         objective: str,
-        maximize: bool = False,
+        maximize: bool | None = None,
         space: SearchSpace | None = None,
         infeasible: Any = None,
         name: str = "study",
@@ -456,7 +457,7 @@ class Study:
           metrics: name to numbers of shape (trial, eval), or (trial, seed, eval) with seeds.
           step: updates made before each evaluation, rising integers, shape (eval,).
           objective: the metric to optimize.
-          maximize: whether larger is better.
+          maximize: whether larger is better; not if None, which a name such as "accuracy" refuses.
           space: the space that the points came from, for the boundary checks.
           infeasible: booleans of shape (trial,), or (trial, seed), if it is known otherwise.
           name: what to call the study.
@@ -477,6 +478,7 @@ class Study:
           ['', '', 'high_loss']
         """
         arrays = Imported.checked(points, metrics, step, objective, space)
+        maximize = direction("objective", objective, maximize)
         spec, block = arrays.record(
             objective, maximize, space, infeasible, name, source="from_arrays", extra={}
         )
@@ -490,7 +492,7 @@ class Study:
         objective: str,
         parameters: Sequence[str] | Mapping[str, str] | None = None,
         metrics: Sequence[str] = (),
-        maximize: bool = False,
+        maximize: bool | None = None,
         space: SearchSpace | None = None,
         trial: str | None = None,
         step: str | None = None,
@@ -516,7 +518,7 @@ class Study:
             default the names in `space`. For a name without a column, ``params_<name>`` is read.
             Text becomes a label.
           metrics: further columns to record. Name the training loss "train/loss" to have it judged.
-          maximize: whether larger is better.
+          maximize: as in `from_arrays`.
           space: the space that the trials came from, if it is known.
           trial: the column that tells trials apart, needed with `step`.
           step: the column of updates made before each evaluation. A row whose objective is empty
@@ -544,6 +546,7 @@ class Study:
           (1, [False, False, True])
         """
         table = Table(frame, objective, parameters, metrics, space, trial, step, state, infeasible)
+        maximize = direction("objective", objective, maximize)
         spec, block = table.record(maximize, space, num_steps, name)
         return study_from_blocks(spec, [block])
 
@@ -992,16 +995,6 @@ def _bin_edges(edges: Any, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _metric_names(data: "xarray.Dataset") -> list[str]:
     return [str(name) for name, values in data.data_vars.items() if "eval" in values.dims]
-
-
-def _direction(objective: str) -> bool:
-    """The direction of an objective after the fact: smaller is better, if the name allows it."""
-    if any(word in objective.rpartition("/")[2].lower() for word in _RISING_WORDS):
-        raise ValueError(
-            f"maximize must be given for objective = {objective!r}: its name says that larger is "
-            "better. Pass maximize=True (or False)."
-        )
-    return False
 
 
 def _space(spec: Mapping[str, Any]) -> SearchSpace | None:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from playbook_optax import _checks
+from playbook_optax._direction import direction
 from playbook_optax.trials import arrays
 
 Loss = Callable[[Any, Any], chex.Array]
@@ -34,7 +35,8 @@ class Workload:
       evaluate: ``evaluate(params, model_state, data) -> {"valid/error_rate": scalar, ...}``.
       objective: the metric that trials are compared by.
       data: pytree of arrays, shape (example, ...), handed to `batch` and `evaluate`.
-      maximize: whether a larger objective is better.
+      maximize: whether a larger objective is better; not if None, which a name such as "accuracy"
+        refuses.
       training_loss: metric by which a trial's own loss is called high; ``train/loss`` if
         `evaluate` returns it, otherwise ``step/loss``, the mean over the last batches.
       host_batches: ``host_batches(start_step) -> Iterator`` of batches from the host, instead of
@@ -74,7 +76,7 @@ class Workload:
     evaluate: Callable[[Any, Any, Any], dict[str, chex.Array]]
     objective: str
     data: Any = None
-    maximize: bool = False
+    maximize: bool = None  # type: ignore[assignment] # None asks, and then it is a bool.
     training_loss: str | None = None
     host_batches: Callable[[int], Iterator[Any]] | None = None
     version: str | None = None
@@ -89,8 +91,7 @@ class Workload:
                 raise ValueError(f"{field} must be a function, got {getattr(self, field)!r}.")
         if not isinstance(self.objective, str) or not self.objective:
             raise ValueError(f"objective must name a metric, got {self.objective!r}.")
-        if not isinstance(self.maximize, bool):
-            raise ValueError(f"maximize must be True or False, got {self.maximize!r}.")
+        object.__setattr__(self, "maximize", direction("objective", self.objective, self.maximize))
         if (self.batch is None) == (self.host_batches is None):
             raise ValueError(
                 "give exactly one of batch (from data on the device) and host_batches (an iterator "
@@ -133,7 +134,7 @@ class Workload:
         loss: str | Loss = "softmax",
         name: str = "from_arrays",
         objective: str | None = None,
-        maximize: bool = False,
+        maximize: bool | None = None,
         test: tuple[Any, Any] | None = None,
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
@@ -159,7 +160,8 @@ class Workload:
           name: what people call the workload.
           objective: metric to compare trials by; ``valid/error_rate`` for softmax, else
             ``valid/loss``.
-          maximize: whether a larger objective is better.
+          maximize: whether a larger objective is better; not if None, which a name such as
+            "accuracy" refuses.
           test: (x, y), never touched but by `final_evaluate`.
           eval_batch_size: examples evaluated at a time.
           num_train_eval: evaluate on that many of the first training examples; None means all.
@@ -245,15 +247,16 @@ class Workload:
         def evaluate_test(params: Any, state: Any, data: Any) -> dict[str, chex.Array]:
             return {f"test/{k}": v for k, v in means(params, state, data).items()}
 
+        metric = objective or ("valid/error_rate" if classify else "valid/loss")
         return cls(
             name=name,
             init=full_init,
             loss=training_loss,
             batch=batch,
             evaluate=evaluate,
-            objective=objective or ("valid/error_rate" if classify else "valid/loss"),
+            objective=metric,
             data={"train": splits["train"], "valid": splits["valid"]},
-            maximize=maximize,
+            maximize=direction("objective", metric, maximize),
             evaluate_test=evaluate_test if test is not None else None,
             test_data=splits.get("test"),
         )
@@ -270,7 +273,7 @@ class Workload:
         loss: str | Loss = "softmax",
         name: str | None = None,
         objective: str | None = None,
-        maximize: bool = False,
+        maximize: bool | None = None,
         test: tuple[Any, Any] | None = None,
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
@@ -295,7 +298,8 @@ class Workload:
           name: what people call the workload; the module's class name if None.
           objective: metric to compare trials by; ``valid/error_rate`` for softmax, else
             ``valid/loss``.
-          maximize: whether a larger objective is better.
+          maximize: whether a larger objective is better; not if None, which a name such as
+            "accuracy" refuses.
           test: (x, y), never touched but by `final_evaluate`.
           eval_batch_size: examples evaluated at a time.
           num_train_eval: evaluate on that many of the first training examples; None means all.

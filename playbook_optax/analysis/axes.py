@@ -108,7 +108,7 @@ def hyperparameters(study: Study) -> list[str]:
 
 def _guess_scale(values: np.ndarray) -> str:
     """A scale for trials from elsewhere: logarithmic when they span more than a decade."""
-    if values.min() > 0 and values.max() > 10 * values.min():
+    if values.min() > 0 and values.max() / 10 > values.min():
         return "log"
     if values.min() >= 0.5 and values.max() < 1:
         gaps = 1 - values
@@ -165,9 +165,10 @@ def axis(study: Study, name: str) -> Axis:
     if getattr(parameter, "include_zero", False):
         start, low = low / 2, 0.0
     ends = to_scale([start, high], scale)
-    width = ends[1] - ends[0]
+    # Halves, because the range itself may be longer than the largest number.
+    width = ends[1] / 2 - ends[0] / 2
     place = to_scale(drawn_at(values, start, scale), scale)
-    unit = (place - ends[0]) / width if width > 0 else np.full(len(values), 0.5)
+    unit = (place / 2 - ends[0] / 2) / width if width > 0 else np.full(len(values), 0.5)
     whole = raw.dtype.kind in "iu" if parameter is None else isinstance(parameter, Integer)
     kind = "integer" if whole else "float"
     return Axis(name, kind, scale, values, unit, low, high, start, parameter is not None, ())

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import pandas
 
 
+_FLOAT_MAX = float(np.finfo(np.float64).max)
+
+
 def labels_of(space: SearchSpace | None) -> dict[str, tuple[str, ...]]:
     """The labels of the choices that points hold as an index.
 
@@ -475,7 +478,8 @@ class Table:
                     "or text."
                 )
         if values.dtype.kind == "O" and all(type(v) in (int, float) for v in values):
-            values = np.asarray([float(v) for v in values])
+            # An integer that no float holds is not finite, and refused as such.
+            values = np.asarray([v if abs(v) < _FLOAT_MAX else np.inf for v in values], np.float64)
         by_trial = values[np.unique(self.index, return_index=True)[1]]
         for row, (value, first) in enumerate(zip(values, by_trial[self.index], strict=True)):
             if not (_is_missing(value) and _is_missing(first)) and not bool(value == first):
@@ -546,10 +550,10 @@ class Table:
             )
         curves = {}
         for metric in self.metrics:
-            values = self._column(metric)
-            if values.dtype.kind == "O":
-                values = [np.nan if _is_missing(v) else v for v in values]
-            values = _numbers(f"the column {metric!r}", values)
+            cells: Any = self._column(metric)
+            if cells.dtype.kind == "O":
+                cells = [np.nan if _is_missing(v) else v for v in cells]
+            values = _numbers(f"the column {metric!r}", cells)
             values = values if values.dtype.kind == "f" else values.astype(np.float64)
             curves[metric] = np.full(shape, np.nan, values.dtype)
             curves[metric][self.index, place] = values

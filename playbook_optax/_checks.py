@@ -17,6 +17,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
+from playbook_optax._text import printable
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -42,8 +44,8 @@ def nearest(name: object, known: Iterable[object]) -> str:
     Returns:
       A sentence such as ``did you mean 'b1'? Known names: b1, b2``.
     """
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    names = [printable(k) for k in known]
+    close = difflib.get_close_matches(printable(name), names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known names: {', '.join(names) or 'none'}"
 

@@ -1,5 +1,6 @@
 """From an untuned workload to a recipe: the playbook's procedures, one after another."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from playbook_optax import _checks, norms, optimizers, schedules, search_spaces
+from playbook_optax import _checks, _portable, norms, optimizers, schedules, search_spaces
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
@@ -150,6 +151,10 @@ class Pipeline:
         return schedules.prepend_warmup(made, self.warmup_steps) if self.warmup_steps else made
 
 
+# What of a pipeline is code.
+_FUNCTIONS = ("make_optimizer", "make_schedule")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
     """A tuned training recipe with the evidence for each decision.
@@ -189,6 +194,29 @@ class Recipe:
     model_state: Any = dataclasses.field(repr=False)
     key: chex.PRNGKey = dataclasses.field(repr=False)
     report: pathlib.Path | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = {name: getattr(self.pipeline, name) for name in _FUNCTIONS}
+        sent: dict[str, Any] = {n: _portable.send_functions(f) for n, f in made.items()}
+        return {
+            **vars(self),
+            "workload": _portable.send_functions(self.workload),
+            "pipeline": dataclasses.replace(self.pipeline, **sent),
+            "key": _portable.send_key(self.key),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sent = {name: getattr(state["pipeline"], name) for name in _FUNCTIONS}
+        made: dict[str, Any] = {n: _portable.receive_functions(f) for n, f in sent.items()}
+        state["pipeline"] = dataclasses.replace(state["pipeline"], **made)
+        state["workload"] = _portable.receive_functions(state["workload"])
+        state["key"] = _portable.receive_key(state["key"])
+        vars(self).update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recipe":
+        parts = ("point", "values", "chapters", "params", "model_state")
+        copied = {name: copy.deepcopy(getattr(self, name), memo) for name in parts}
+        return dataclasses.replace(self, **copied)
 
     @property
     def value(self) -> float:

@@ -27,6 +27,7 @@ as declared           the arrays, little-endian, C order, each at a multiple of 
 ====================  ==========================================================================
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -45,6 +46,8 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from playbook_optax._text import PARAGRAPH, printable
 
 SCHEMA_VERSION = 2
 BLOCK_FORMAT = 2
@@ -81,6 +84,9 @@ _MAX_DIMENSIONS = 32
 _STALE_SECONDS = 3600.0
 _COMMIT_ATTEMPTS = 3
 
+# What opening a socket, a device without a driver, or a link to itself gives.
+_NO_FILE = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP, errno.ELOOP)
+
 _ENTRY_FIELDS = {"name", "dtype", "shape", "offset", "nbytes"}
 # A string, or what is left of the text after its beginning, or a bracket. Nothing is tried twice:
 # the repetitions are possessive and a string needs no end.
@@ -112,6 +118,10 @@ def stored_dtype(name: str) -> np.dtype:
 
 class StorageError(Exception):
     """Something about a study directory that the caller has to know; the base of all below."""
+
+    def __str__(self) -> str:
+        # It tells what a file holds, which may be anything.
+        return printable(super().__str__(), PARAGRAPH)
 
 
 class NoStudy(StorageError, FileNotFoundError):  # noqa: N818
@@ -290,13 +300,62 @@ def _open_for_reading(path: Path, corrupt: type[StorageError]) -> tuple[int, int
         descriptor = os.open(path, flags)
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except OSError as error:  # A socket, a circle of links, a file that is somebody else's.
-        raise corrupt(f"{str(path)!r} cannot be opened: {error.strerror}.") from error
+    except OSError as error:
+        raise _unreadable(path, error, corrupt) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise corrupt(f"{str(path)!r} is not a regular file.")
     return descriptor, status.st_size
+
+
+def _unreadable(
+    path: Path, error: OSError, corrupt: type[StorageError] | None = None
+) -> StorageError:
+    """The system's refusal as ours: `corrupt` where no file can be there, such as a socket."""
+    kind = corrupt if corrupt is not None and error.errno in _NO_FILE else StorageError
+    return kind(f"{str(path)!r} cannot be read: {error.strerror or error}.")
+
+
+def read_file(path: Path, most_bytes: int) -> bytes:
+    """Reads a small file beside a study, whatever lies in its place.
+
+    Args:
+      path: the file.
+      most_bytes: a larger one is refused unread.
+
+    Returns:
+      All of it.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is none.
+      StorageError: it is not a regular file, too large, or cannot be read.
+    """
+    descriptor, size = _open_for_reading(path, StorageError)
+    with open(descriptor, "rb") as file:
+        if size > most_bytes:
+            raise StorageError(f"{str(path)!r} has {size} bytes; at most {most_bytes} are read.")
+        try:
+            return file.read(most_bytes)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def write_file(path: Path, content: bytes) -> Path:
+    """Replaces a file as a whole; a link in its place is replaced, not followed out of there.
+
+    Args:
+      path: the file, in an existing directory.
+      content: all of it.
+
+    Returns:
+      `path`.
+
+    Raises:
+      NotWritable: the system refused; what was there stays.
+    """
+    _commit(path, lambda: (content,), replace=True)
+    return path
 
 
 def sync_directory(directory: Path) -> None:
@@ -308,6 +367,23 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, and brings their names to the disk.
+
+    Raises:
+      OSError: the system refused.
+    """
+    missing = []
+    for one in (folder, *folder.parents):
+        if one.exists():
+            break
+        missing.append(one)
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        with contextlib.suppress(PermissionError):  # One may write in a folder and not read it.
+            sync_directory(one.parent)
 
 
 def _write_temporary(folder: Path, chunks: Iterable[bytes]) -> Path:
@@ -405,25 +481,6 @@ def _blocks_folder(directory: str | os.PathLike[str]) -> Path:
     return root(directory) / _BLOCKS_NAME
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder and all above it, and brings their names to the disk.
-
-    Args:
-      folder: the folder; may exist.
-
-    Raises:
-      OSError: the system refused.
-    """
-    missing = [folder]
-    while not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
-    there = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not there:
-        for made in missing:
-            sync_directory(made.parent)
-
-
 def _prepare(folder: Path) -> Path:
     """Makes `folder`; a ``blocks`` that is a link could lead writes out of the directory."""
     try:
@@ -447,11 +504,18 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
     Raises:
       NotWritable: the directory cannot be made, or nothing can be written in it.
     """
-    for folder in (_prepare(root(directory)), _prepare(_blocks_folder(directory))):
-        try:
-            _write_temporary(folder, (b"probe",)).unlink(missing_ok=True)
-        except OSError as error:
-            raise file_error(folder, "write in", error) from error
+    for folder in (root(directory), _blocks_folder(directory)):
+        check_folder(folder)
+
+
+def check_folder(folder: Path) -> Path:
+    """Makes one folder where it is missing and writes a probe: `check_writable` of any folder."""
+    _prepare(folder)
+    try:
+        _write_temporary(folder, (b"probe",)).unlink(missing_ok=True)
+    except OSError as error:
+        raise file_error(folder, "write in", error) from error
+    return folder
 
 
 def process_exists(pid: int) -> bool:
@@ -1158,6 +1222,6 @@ def finished_blocks(directory: str | os.PathLike[str]) -> list[int]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise StorageError(f"{str(folder)!r} cannot be listed: {error.strerror}.") from error
+        raise _unreadable(folder, error) from error
     matches = (_BLOCK_PATTERN.fullmatch(name) for name in names)
     return sorted(int(match.group(1)) for match in matches if match)

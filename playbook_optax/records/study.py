@@ -5,10 +5,11 @@ Analysis reads this record and nothing else. Our runner assembles it from the bl
 `Study.from_dataframe` from another tool's table.
 """
 
+import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ import numpy as np
 
 from playbook_optax import _feasibility
 from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
+from playbook_optax._direction import direction
+from playbook_optax._text import printable
 from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
@@ -37,8 +40,12 @@ _NORMS = (
 )
 _DIMENSIONS = ("trial", "seed", "eval", "norm_bin")
 _COORDINATES = (*_DIMENSIONS, "step", "norm_low", "norm_high")
-_RISING_WORDS = ("accuracy", "score", "auc", "precision", "recall", "reward", "return")
 _FINAL = "final/"
+# What a spreadsheet takes for the beginning of a formula, in full width and after a break too.
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
+
+# What trains: it holds programs and devices, and stays in its process.
+_TRAINING = ("_extend", "_replay")
 
 Block = Mapping[str, np.ndarray]
 
@@ -94,6 +101,8 @@ class Study:
     Source: playbook, "Why use quasi-random search instead of more sophisticated black box
     optimization algorithms during the exploration phase of tuning?" (post hoc analysis of all
     trials, without running them again).
+
+    It can be copied and pickled; a copy from another process is a record, which cannot train.
     """
 
     data: "xarray.Dataset"
@@ -104,6 +113,20 @@ class Study:
     _extend: "Callable[[int], Study] | None" = None
     _replay: "Callable[..., xarray.Dataset] | None" = None
     _directory: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The record alone: a copy in another process cannot train."""
+        state = {name: value for name, value in vars(self).items() if name not in _TRAINING}
+        return {**state, "spec": dict(self.spec)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(
+            {**dict.fromkeys(_TRAINING), **state, "spec": MappingProxyType(state["spec"])}
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Study":
+        spec = MappingProxyType(copy.deepcopy(dict(self.spec), memo))
+        return dataclasses.replace(self, data=self.data.copy(deep=True), spec=spec)
 
     @property
     def num_trials(self) -> int:
@@ -228,13 +251,15 @@ class Study:
                 f"objective = {objective!r} was not recorded: {nearest(objective, known)}"
             )
         if maximize is None:
-            maximize = self.maximize if objective == self.objective else _direction(objective)
+            own = self.maximize if objective == self.objective else None
+            maximize = direction("objective", objective, own)
         # An unfinished study without a complete trial has no metrics yet.
         if self.num_trials == 0:
             raise NoFeasibleTrial("The study has no complete trial yet.")
         values = self._with_seeds(objective).astype(np.float64)
         feasible = np.logical_not(self._with_seeds("infeasible").any(axis=1, keepdims=True))
-        with np.errstate(invalid="ignore"):  # inf − inf: not finite, hence never selected
+        # inf − inf, or a sum that no float holds: not finite, hence never selected.
+        with np.errstate(invalid="ignore", over="ignore"):
             mean = values.mean(axis=1)
         loss = np.where(np.isfinite(mean) & feasible, -mean if maximize else mean, np.inf)
         trial, index = np.unravel_index(int(np.argmin(loss)), loss.shape)
@@ -345,6 +370,8 @@ class Study:
         """
         storage.check_writable(directory)
         occupied = f"{os.fspath(directory)!r} holds another study: choose an empty directory."
+        with contextlib.suppress(storage.NoStudy):
+            storage.read_spec(directory)  # Blocks whose study.json was lost are not overwritten.
         mine = dict(self.spec)
         if not storage.write_spec(directory, mine):
             there = storage.read_spec(directory)
@@ -402,7 +429,8 @@ class Study:
         for name in frame.columns:
             if frame[name].dtype.kind not in "biuf":
                 frame[name] = frame[name].map(escape_cell)
-        frame.to_csv(path, index=False)
+        # JSON can hold half a surrogate pair, which UTF-8 cannot.
+        frame.to_csv(path, index=False, errors="backslashreplace")
 
     @staticmethod
     @named_arguments
@@ -412,7 +440,7 @@ class Study:
         step: Any,
         *,
         objective: str,
-        maximize: bool = False,
+        maximize: bool | None = None,
         space: SearchSpace | None = None,
         infeasible: Any = None,
         name: str = "study",
@@ -430,7 +458,7 @@ class Study:
           metrics: name to numbers of shape (trial, eval), or (trial, seed, eval) with seeds.
           step: updates made before each evaluation, rising integers, shape (eval,).
           objective: the metric to optimize.
-          maximize: whether larger is better.
+          maximize: whether larger is better; not if None, which a name such as "accuracy" refuses.
           space: the space that the points came from, for the boundary checks.
           infeasible: booleans of shape (trial,), or (trial, seed), if it is known otherwise.
           name: what to call the study.
@@ -451,6 +479,7 @@ class Study:
           ['', '', 'high_loss']
         """
         arrays = Imported.checked(points, metrics, step, objective, space)
+        maximize = direction("objective", objective, maximize)
         spec, block = arrays.record(
             objective, maximize, space, infeasible, name, source="from_arrays", extra={}
         )
@@ -464,7 +493,7 @@ class Study:
         objective: str,
         parameters: Sequence[str] | Mapping[str, str] | None = None,
         metrics: Sequence[str] = (),
-        maximize: bool = False,
+        maximize: bool | None = None,
         space: SearchSpace | None = None,
         trial: str | None = None,
         step: str | None = None,
@@ -490,7 +519,7 @@ class Study:
             default the names in `space`. For a name without a column, ``params_<name>`` is read.
             Text becomes a label.
           metrics: further columns to record. Name the training loss "train/loss" to have it judged.
-          maximize: whether larger is better.
+          maximize: as in `from_arrays`.
           space: the space that the trials came from, if it is known.
           trial: the column that tells trials apart, needed with `step`.
           step: the column of updates made before each evaluation. A row whose objective is empty
@@ -518,6 +547,7 @@ class Study:
           (1, [False, False, True])
         """
         table = Table(frame, objective, parameters, metrics, space, trial, step, state, infeasible)
+        maximize = direction("objective", objective, maximize)
         spec, block = table.record(maximize, space, num_steps, name)
         return study_from_blocks(spec, [block])
 
@@ -531,14 +561,14 @@ class Study:
         """What ran, on what, and what it came to: a title and rows of text."""
         direction = "higher" if self.maximize else "lower"
         rows = [
-            ("objective", f"{summary.printable(self.objective)}, {direction} is better"),
+            ("objective", f"{printable(self.objective)}, {direction} is better"),
             ("search", summary.ranges_text(self.points, self.space)),
             ("best", best_text(self)),
             ("infeasible", infeasible_text(self)),
             ("ran on", summary.environment_text(self.spec)),
-            ("stored in", summary.printable(self._directory or "", 200)),
+            ("stored in", printable(self._directory or "", 200)),
         ]
-        name = summary.printable(self.spec.get("name", "study"))
+        name = printable(self.spec.get("name", "study"))
         return f"Study {name}: {size_text(self)}", [(n, text) for n, text in rows if text]
 
     def _check_trial(self, trial: int) -> int:
@@ -661,7 +691,7 @@ def escape_cell(value: Any) -> Any:
       >>> escape_cell("=1+1"), escape_cell("adam"), escape_cell(-1.0)
       ("'=1+1", 'adam', -1.0)
     """
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if isinstance(value, str) and value.startswith(_FORMULA):
         return f"'{value}"
     return value
 
@@ -855,6 +885,33 @@ def _gather(blocks: Sequence[Block], rows: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.concatenate([block[name] for block in blocks])[order] for name in names}
 
 
+def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
+    """Checks that names can stand beside each other, and beside the record's own, in a study.
+
+    Args:
+      hyperparameters: names of hyperparameters.
+      metrics: names of metrics.
+
+    Raises:
+      ValueError: the record itself uses a name, or a metric and a hyperparameter share one.
+    """
+    own, hyperparameters, metrics = (
+        (*_COORDINATES, *_OUTCOMES, *_NORMS),
+        [*hyperparameters],
+        {*metrics},
+    )
+    for what, names in (("hyperparameter", hyperparameters), ("metric", metrics)):
+        for name in names:
+            if name in own:
+                raise ValueError(
+                    f"the {what} name {name!r} is used by the record itself: rename it. So are "
+                    f"{', '.join(other for other in own if other != name)}."
+                )
+    for name in hyperparameters:
+        if name in metrics:
+            raise ValueError(f"{name!r} is both a metric and a hyperparameter: rename one of them.")
+
+
 def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarray.Dataset":
     import xarray
 
@@ -867,6 +924,12 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         shaped.setflags(write=False)
         return (*runs, *more), shaped
 
+    check_names(
+        *(
+            [name.removeprefix(kind) for name in arrays if name.startswith(kind)]
+            for kind in (_POINT, _METRIC)
+        )
+    )
     num_evals = len(plan["step"])
     data_vars: dict[str, Any] = {}
     for name, array in arrays.items():
@@ -878,8 +941,6 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
                 f"metric {metric!r} has shape {array.shape[1:]} per run, but there are {num_evals} "
                 "evaluation steps."
             )
-        if metric in (*_COORDINATES, *_OUTCOMES, *_NORMS):
-            raise ValueError(f"the metric name {metric!r} is used by the record itself: rename it.")
         data_vars[metric] = variable(array, "eval")
     if arrays and plan["objective"] not in data_vars:
         raise ValueError(
@@ -897,14 +958,6 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         if not name.startswith(_POINT):
             continue
         parameter = name.removeprefix(_POINT)
-        if parameter in (*_COORDINATES, *_OUTCOMES, *_NORMS):
-            raise ValueError(
-                f"the hyperparameter name {parameter!r} is used by the record itself: rename it."
-            )
-        if parameter in data_vars:
-            raise ValueError(
-                f"{parameter!r} is both a metric and a hyperparameter: rename one of them."
-            )
         values = array[::num_seeds]
         if parameter in labels:
             # Of objects: an array of text gives each element the room of the longest.
@@ -943,16 +996,6 @@ def _bin_edges(edges: Any, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _metric_names(data: "xarray.Dataset") -> list[str]:
     return [str(name) for name, values in data.data_vars.items() if "eval" in values.dims]
-
-
-def _direction(objective: str) -> bool:
-    """The direction of an objective after the fact: smaller is better, if the name allows it."""
-    if any(word in objective.rpartition("/")[2].lower() for word in _RISING_WORDS):
-        raise ValueError(
-            f"maximize must be given for objective = {objective!r}: its name says that larger is "
-            "better. Pass maximize=True (or False)."
-        )
-    return False
 
 
 def _space(spec: Mapping[str, Any]) -> SearchSpace | None:

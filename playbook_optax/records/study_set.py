@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from playbook_optax import _checks
+from playbook_optax._text import PARAGRAPH, printable
 from playbook_optax.records import schema, storage, summary
 from playbook_optax.records.study import (
     BestTrial,
@@ -93,11 +94,11 @@ class StudySet(Mapping[str, Study]):
         count = "1 study" if len(self) == 1 else f"{len(self)} studies"
         rows = []
         for label, study in self.items():
-            told = f"{size_text(study)}; best {summary.printable(study.objective)}: "
+            told = f"{size_text(study)}; best {printable(study.objective)}: "
             bad = f"; infeasible: {infeasible_text(study) or 'none'}"
-            rows.append((summary.printable(label, 30), told + best_text(study) + bad))
-        rows += [(summary.printable(label, 30), "not there yet") for label in self.missing]
-        return f"StudySet by {summary.printable(self.scientific)}: {count}", rows
+            rows.append((printable(label, 30), told + best_text(study) + bad))
+        rows += [(printable(label, 30), "not there yet") for label in self.missing]
+        return f"StudySet by {printable(self.scientific)}: {count}", rows
 
     @property
     def nuisance(self) -> tuple[str, ...]:
@@ -148,7 +149,9 @@ class StudySet(Mapping[str, Study]):
             except NoFeasibleTrial:
                 continue
         if not found:
-            raise NoFeasibleTrial(f"No study of {', '.join(self)} has a feasible trial.")
+            raise NoFeasibleTrial(
+                f"No study of {printable(', '.join(self), PARAGRAPH)} has a feasible trial."
+            )
         kinds = {(best.objective, best.maximize) for _, best in found}
         if len(kinds) > 1:
             raise ValueError(

@@ -240,7 +240,8 @@ class Engine:
         if self._host_batches is not None:
             length = chunk_length_of(self.programs.shapes.chunk)
             batches = host_data.batches_from(self._host_batches, start, position)
-            for chunk, at in prefetch(batches, self._num_steps - start, length, start):
+            like = self.programs.shapes.chunk
+            for chunk, at in prefetch(batches, self._num_steps - start, length, start, like):
                 stop = min(start + length, self._num_steps)
                 yield start, stop, self._put_chunk(chunk), at
                 start = stop
@@ -372,8 +373,7 @@ class Engine:
     # Saves: leaves of the states, rows in the order of the group's blocks.
 
     def _data_shapes(self) -> TrialState:
-        shapes: TrialState = jax.eval_shape(_as_data, self.programs.state_shapes)
-        return shapes
+        return _data_shapes(self.programs)
 
     def _saved_shapes(self, num_blocks: int) -> list[Any]:
         """Dtypes and shapes of what is saved of so many blocks."""
@@ -553,9 +553,9 @@ def describe_block(
     Returns:
       See `storage.describe_arrays`.
     """
-    shapes = jax.eval_shape(_as_data, programs.state_shapes)
     one_run = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), (1, *leaf.shape[1:])), shapes
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), (1, *leaf.shape[1:])),
+        _data_shapes(programs),
     )
     result = judge.result(work, _of_result(one_run, keep), eval_steps, keep)
     block = Block(0, np.zeros(1, np.int32), 0)
@@ -639,6 +639,12 @@ def _from_data(tree: Any, like: Any) -> Any:
     return jax.tree.map(restore, like, tree)
 
 
+def _data_shapes(programs: Programs) -> TrialState:
+    """Of the states of a block on each device, random keys as numbers."""
+    shapes: TrialState = jax.eval_shape(_as_data, programs.state_shapes)
+    return shapes
+
+
 def block_arrays(
     block: Block, points: Mapping[str, np.ndarray], result: judge.TrialResult
 ) -> dict[str, np.ndarray]:
@@ -694,8 +700,30 @@ def _stack(batches: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *batches)
 
 
+def _check_batch(batch: Any, like: Any, number: int) -> None:
+    """Raises if a batch is not of the structure, shapes and dtypes of the first one."""
+    found, wanted = (str(jax.tree.structure(tree)) for tree in (batch, like))
+    if found != wanted:
+        raise ValueError(
+            f"host_batches: batch {number} has the structure {found}, the first one {wanted}."
+        )
+    for (path, leaf), steps in zip(
+        jax.tree_util.tree_leaves_with_path(batch), jax.tree.leaves(like), strict=True
+    ):
+        array = np.asarray(leaf)
+        shape, dtype = tuple(steps.shape[1:]), np.dtype(steps.dtype)
+        if array.shape != shape or jax.dtypes.canonicalize_dtype(array.dtype) != dtype:
+            where = jax.tree_util.keystr(path) or "the array"
+            raise ValueError(
+                f"host_batches: {where} of batch {number} has shape {array.shape} and dtype "
+                f"{array.dtype}, that of the first batch {shape} and {dtype}. All batches of a "
+                "study are alike: drop the last batch of an epoch where it is short (the drop_last "
+                "or drop_remainder of most loaders), or fill it up."
+            )
+
+
 def prefetch(
-    batches: Iterator[Any], num_steps: int, length: int, first: int = 0
+    batches: Iterator[Any], num_steps: int, length: int, first: int = 0, like: Any = None
 ) -> Iterator[tuple[Any, Any]]:
     """Chunks of host batches, read ahead in a thread; the last one is padded to the same shape.
 
@@ -704,12 +732,13 @@ def prefetch(
       num_steps: how many of them.
       length: batches in a chunk.
       first: the step of the first batch.
+      like: a chunk's shapes and dtypes, which every batch must fit; None takes any.
 
     Yields:
       Chunks, leaves (step, ...), and where the iterator stands after each.
 
     Raises:
-      ValueError: the batches ended before.
+      ValueError: the batches ended before, or one is not like the others.
     """
     ready: queue.Queue[Any] = queue.Queue(PREFETCHED_CHUNKS)
     stopped = threading.Event()
@@ -727,7 +756,11 @@ def prefetch(
         try:
             for start in range(0, num_steps, length):
                 wanted = min(length, num_steps - start)
-                chunk = list(itertools.islice(batches, wanted))
+                chunk = []
+                for number, batch in enumerate(itertools.islice(batches, wanted), first + start):
+                    if like is not None:
+                        _check_batch(batch, like, number)
+                    chunk.append(batch)
                 if len(chunk) < wanted:
                     raise ValueError(
                         f"host_batches ended after {first + start + len(chunk)} batches; the run "

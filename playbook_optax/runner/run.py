@@ -66,7 +66,8 @@ def run_study(
     Args:
       trainer: a `Trainer`; or, in its place, ``workload, make_optimizer`` and any other attribute
         of `Trainer` by name: ``make_schedule``, ``fixed``, ``trials_per_block``, ``mesh``,
-        ``executor``, ``worker``, ``checkpoint_seconds``, ``progress``.
+        ``executor``, ``executor_timeout_seconds``, ``worker``, ``checkpoint_seconds``,
+        ``progress``.
       points: a `SearchSpace`, sampled quasi-randomly, or name to array (trial,).
       num_steps: updates of each trial.
       eval_every: updates between evaluations.
@@ -198,6 +199,12 @@ class StudyRunner:
         member: Mapping[str, Any] | None = None,
     ) -> None:
         keys.check_key("key", key)
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            raise ValueError(
+                "jax_disable_jit is on, and a study is a compiled program. Turn it off, "
+                'jax.config.update("jax_disable_jit", False); pbx.make_train trains one trial '
+                "without it."
+            )
         num_seeds = _checks.check_count("num_seeds", num_seeds)
         _checks.check_flag("independent", independent)
         # Again, because only a call knows whether it is one of a job of several processes.
@@ -258,6 +265,7 @@ class StudyRunner:
         # Traced before anything is compiled or written, so that a bad workload says so first.
         with telling(trainer.progress, self._work.name):
             found = self._programs(self._trials_per_block or self._auto_width)
+            study.check_names(self._like, found.state_shapes.metrics.names)
         self._arrays = execute.describe_block(found, self._work, self._eval_steps, keep, self._like)
 
     def _sketched(self) -> programs.Outline:
@@ -685,6 +693,10 @@ class StudyRunner:
             missing,
             points,
             spec=spec,
+            promised={
+                name: (storage.stored_dtype(dtype), (width, *shape))
+                for name, (dtype, shape) in self._arrays.items()
+            },
             train_blocks=lambda blocks, points: self.engine(width, 1).run(blocks, points),
             make_payload=lambda: remote.pack(
                 _rebuild,
@@ -694,6 +706,7 @@ class StudyRunner:
             ),
             check=keeper.check,
             where=_where_finished_is(store.directory),
+            timeout_seconds=self._trainer.executor_timeout_seconds,
         )
         return store.write(batches)
 

@@ -246,7 +246,7 @@ def _value(name: str, value: Any, parameter: Any) -> Any:
     if isinstance(parameter, Categorical) and not parameter.numeric:
         for index, choice in enumerate(parameter.values):
             if choice is value or (type(choice) is type(value) and choice == value):
-                return np.int32(index)
+                return np.int32(parameter.codes[index])
         raise ValueError(
             f"fixed[{name!r}] = {value!r} is none of its choices: "
             f"{_checks.nearest(value, parameter.values)}"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _tree
 
 _HASH_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 _ROUNDS = 6
@@ -262,7 +262,7 @@ def evaluate_in_batches(
                     f"fn must return one value per example, shape ({batch_size},), got "
                     f"{jnp.shape(value)} at {jax.tree_util.keystr(path) or 'its output'}."
                 )
-            value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+            value = value.astype(_tree.moment_dtype(value.dtype))
             return jnp.sum(jnp.where(index < num_examples, value, jnp.zeros_like(value)))
 
         return jax.tree_util.tree_map_with_path(total, per_example)

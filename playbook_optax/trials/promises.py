@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from playbook_optax import _checks, _tree
+from playbook_optax.trials import host_state
 
 
 def describe(value: Any) -> str:
@@ -35,7 +36,7 @@ def scalar(name: str, value: Any, *, floating: bool = False) -> chex.Array:
         raise ValueError(f"{name} must be real, got dtype {dtype}; take its real part or modulus.")
     if floating and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got dtype {dtype}: it has no gradient.")
-    return jnp.asarray(value).astype(jnp.promote_types(dtype, jnp.float32))
+    return jnp.asarray(value).astype(_tree.moment_dtype(dtype))
 
 
 def check_init(params: Any) -> None:
@@ -81,10 +82,17 @@ def check_same(what: str, old: Any, new: Any) -> None:
 
 
 @contextlib.contextmanager
-def user_code(what: str, point: Any = None) -> Iterator[None]:
-    """Lets the user's own errors through, and explains those of tracing and of unknown names."""
+def user_code(what: str, function: Any = None, point: Any = None) -> Iterator[None]:
+    """Lets the user's own errors through, and explains those of tracing and of unknown names.
+
+    Args:
+      what: the function's name.
+      function: the function that is called inside; warned of where it takes from the host.
+      point: what it looks hyperparameters up in.
+    """
     try:
-        yield
+        with host_state.watched(what, function):
+            yield
     except jax.errors.TracerArrayConversionError as error:
         raise ValueError(
             f"{what} gives a traced value to NumPy; use jnp (jax.numpy) instead of np there."
@@ -94,7 +102,11 @@ def user_code(what: str, point: Any = None) -> Iterator[None]:
             f"{what} uses a Python `if`, `while` or `bool` on a traced value, which has no value "
             "yet; use jnp.where or jax.lax.cond."
         ) from error
-    except (jax.errors.TracerIntegerConversionError, jax.errors.ConcretizationTypeError) as error:
+    except TypeError as error:
+        # JAX has no class of its own for a traced number in a shape.
+        kinds = (jax.errors.TracerIntegerConversionError, jax.errors.ConcretizationTypeError)
+        if not isinstance(error, kinds) and "sequences of concrete values" not in str(error):
+            raise
         raise ValueError(
             f"{what} needs the number behind a traced value, for a shape or an `int()`. Shapes and "
             "structure may not depend on the key or the point; a structural choice is another "

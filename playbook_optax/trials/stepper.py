@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from playbook_optax import _checks, _tree, norms, reducers
-from playbook_optax.trials import keys, layouts
+from playbook_optax.trials import broadcasts, keys, layouts
 from playbook_optax.trials.promises import check_init, check_same, describe, scalar, user_code
 from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
 
@@ -149,20 +149,20 @@ class Stepper:
         self.make_optimizer = make_optimizer
         self.make_schedule = make_schedule
         self.keeps_best = keeps_best
-        self._init = traced_once(workload, _init)
-        self._batch = traced_once(workload, _batch)
-        self.loss = traced_once(workload, _loss)
-        self._evaluate = traced_once(workload, _evaluate)
+        self._init = TracedOnce(workload, _init)
+        self._batch = TracedOnce(workload, _batch)
+        self.loss = TracedOnce(workload, _loss)
+        self._evaluate = TracedOnce(workload, _evaluate)
 
     # What the user brings ----------------------------------------------------------------------
 
     def optimizer(self, point: Point, num_steps: chex.Numeric) -> Any:
         """The transformation at a point, in a run of so many steps."""
         if self.make_schedule is not None:
-            with user_code("make_schedule", point):
+            with user_code("make_schedule", self.make_schedule, point):
                 schedule = self.make_schedule(point, num_steps)
             point = {**point, "learning_rate": schedule}
-        with user_code("make_optimizer", point):
+        with user_code("make_optimizer", self.make_optimizer, point):
             transform = self.make_optimizer(point)
         if not isinstance(transform, optax.GradientTransformation):
             raise _checks.ArgumentTypeError(
@@ -239,15 +239,16 @@ class Stepper:
         if weights is None:
             weights = self.weights(point, keys.init_key(key))
         params, model_state = weights
+        transform = self.optimizer(point, lengths.num_steps)
         with user_code("optimizer.init"):
-            opt_state = self.optimizer(point, lengths.num_steps).init(params)
+            opt_state = transform.init(params)
         opt_state = jax.tree.map(jnp.asarray, opt_state)
         batch = jax.eval_shape(
             lambda d, k, b: self.batch(point, d, k, jnp.int32(0), b, 0), data, key, batches
         )
-        loss = functools.partial(self.loss, work)
-        _, (_, summed) = jax.eval_shape(loss, params, model_state, batch, key)
-        _warn_zero_gradient(work, loss, params, model_state, batch, key)
+        jaxpr, (_, (_, summed)) = self.loss.outline(work, params, model_state, batch, key)
+        _warn_zero_gradient(work, jaxpr, params)
+        broadcasts.warn_of_pairs(work.name, jaxpr, params, model_state, batch)
         evaluate = functools.partial(self._evaluate, work)
         evaluated = jax.eval_shape(evaluate, params, model_state, data)
         step_names = [*(f"step/{name}" for name in summed), GRADIENT_NORM]
@@ -385,22 +386,36 @@ class Stepper:
         )
 
 
-def traced_once(workload: WorkloadLike, function: Callable[..., Any]) -> Callable[..., Any]:
+class TracedOnce:
     """``function(work, ...)`` of a workload, whose trace is kept for the next time.
 
     A workload that is a function of the point is another one for each trace, which has to be done
     again.
+
+    Args:
+      workload: the workload.
+      function: takes it first.
     """
-    if not isinstance(workload, Workload):
-        return function
-    # Only what is asked for with the workload itself: its name and fields are part of the trace.
-    kept = jax.jit(functools.partial(function, workload), inline=True)
 
-    def called(work: Workload, *args: Any) -> Any:
-        del work
-        return kept(*args)
+    def __init__(self, workload: WorkloadLike, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._kept: Any = None
+        # Only of the workload itself: its name and fields are part of the trace.
+        if isinstance(workload, Workload):
+            self._kept = jax.jit(functools.partial(function, workload), inline=True)
 
-    return called
+    def __call__(self, work: Workload, *args: Any) -> Any:
+        """What the function returns."""
+        return self._function(work, *args) if self._kept is None else self._kept(*args)
+
+    def outline(self, work: Workload, *args: Any) -> tuple[Any, Any]:
+        """The jaxpr, and the shapes of what is returned."""
+        if self._kept is not None:
+            traced = self._kept.trace(*args)
+            return traced.jaxpr.jaxpr, traced.out_info
+        bound = functools.partial(self._function, work)
+        closed, shapes = jax.make_jaxpr(bound, return_shape=True)(*args)
+        return closed.jaxpr, shapes
 
 
 def shared_batches(
@@ -444,7 +459,7 @@ def _saturate(value: chex.Array) -> chex.Array:
 
 def _init(work: Workload, key: chex.PRNGKey) -> tuple[Any, Any]:
     """(params, model_state)."""
-    with user_code("init"):
+    with user_code("init", work.init):
         made = work.init(key)
     if not isinstance(made, tuple) or len(made) != 2:
         raise ValueError(
@@ -462,7 +477,7 @@ def _batch(work: Workload, data: Any, key: chex.PRNGKey, step: chex.Array) -> An
         raise ValueError(
             f"workload {work.name!r} is fed from the host (host_batches); only run_study trains it."
         )
-    with user_code("batch"):
+    with user_code("batch", work.batch):
         return work.batch(data, key, step)
 
 
@@ -470,7 +485,7 @@ def _loss(
     work: Workload, params: Any, model_state: Any, batch: Any, key: chex.PRNGKey
 ) -> tuple[chex.Array, tuple[Any, dict[str, chex.Array]]]:
     """The loss in float32 or better, the new model state, and its metrics with the loss itself."""
-    with user_code("loss"):
+    with user_code("loss", work.loss):
         out = work.loss(params, model_state, batch, key)
     promise = "loss must return (loss, (model_state, metrics))"
     if not isinstance(out, tuple) or len(out) != 2:
@@ -495,7 +510,7 @@ def _loss(
 
 def _evaluate(work: Workload, params: Any, model_state: Any, data: Any) -> dict[str, Any]:
     """The metrics of an evaluation, each a real scalar in float32 or better."""
-    with user_code("evaluate"):
+    with user_code("evaluate", work.evaluate):
         metrics = layouts.fast_layouts(work.evaluate)(params, model_state, data)
     if not isinstance(metrics, dict) or not metrics:
         raise ValueError(
@@ -514,13 +529,12 @@ def _objective(work: Workload, metrics: Mapping[str, chex.Array]) -> chex.Array:
     return metrics[work.objective]
 
 
-def _warn_zero_gradient(work: Workload, loss: Callable[..., Any], *args: Any) -> None:
-    """Warns when no path leads from the parameters, the first of `args`, to the loss."""
-    traced = jax.make_jaxpr(lambda *a: loss(*a)[0])(*args).jaxpr
-    reached = _tree.reached(
-        traced, set(traced.invars[: len(jax.tree.leaves(args[0]))]), ends=("stop_gradient",)
-    )
-    if not any(v in reached for v in traced.outvars if not hasattr(v, "val")):
+def _warn_zero_gradient(work: Workload, jaxpr: Any, params: Any) -> None:
+    """Warns when no path leads from the first inputs, the parameters, to the first output."""
+    sources = set(jaxpr.invars[: len(jax.tree.leaves(params))])
+    reached = _tree.reached(jaxpr, sources, ends=("stop_gradient",))
+    loss = jaxpr.outvars[0]
+    if hasattr(loss, "val") or loss not in reached:
         warnings.warn(
             f"the loss of workload {work.name!r} does not depend on the params: every gradient is "
             "zero and no trial can learn.",

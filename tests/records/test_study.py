@@ -1,10 +1,12 @@
 """The Study record: layout, choice of the best, assembly from blocks, and its files."""
 
 import collections
+import copy
 import dataclasses
 import html
 import math
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -234,7 +236,7 @@ def hostile_study():
 def test_a_printed_study_commands_no_terminal():
     for told in (repr(hostile_study()), repr(StudySet({HOSTILE: hostile_study()}, HOSTILE))):
         assert all(line.isprintable() for line in told.split("\n"))
-        assert "\ufffd[2J" in told
+        assert "\\x1b[2J" in told
     assert len(repr(hostile_study()).split("\n")) < 12
 
 
@@ -846,3 +848,36 @@ def test_escaped_cells(start):
     assert escape_cell(f"{start}A1") == f"'{start}A1"
     assert escape_cell(f"A{start}") == f"A{start}"
     assert escape_cell(-1.0) == -1.0
+
+
+# Copies -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda study: pickle.loads(pickle.dumps(study))]
+)
+def test_a_study_is_copied_and_pickled(copied):
+    study = a_study(4, 2, kept=True)
+    other = copied(study)
+    assert other.data.identical(study.data)
+    assert dict(other.spec) == dict(study.spec)
+    equal_trees(other.params(1, 1), study.params(1, 1))
+    with pytest.raises(TypeError):
+        other.spec["name"] = "changed"
+
+
+def test_what_trains_stays_in_its_process():
+    calls = []
+    study = study_from_blocks(a_spec(5), some_blocks(5), extend=calls.append)
+    pickle.loads(pickle.dumps(study)).best()
+    with pytest.raises(ValueError, match="is a record and cannot train"):
+        pickle.loads(pickle.dumps(study)).extend(1)
+    copy.deepcopy(study).extend(1)
+    assert calls == [6]
+
+
+def test_a_set_is_copied_and_pickled():
+    studies = StudySet({"one": a_study(3), "other": a_study(4)}, "kind")
+    for other in (copy.deepcopy(studies), pickle.loads(pickle.dumps(studies))):
+        assert other.scientific == "kind"
+        assert [study.num_trials for study in other.values()] == [3, 4]

@@ -73,7 +73,7 @@ print("done")
 
 
 @pytest.mark.slow
-def test_a_mesh_of_trials_and_one_of_trials_and_data():  # 82, 83
+def test_a_mesh_of_trials_and_one_of_trials_and_data():  # 82
     script = SCRIPT.format(tests=os.path.dirname(tiny.__file__))
     out = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],

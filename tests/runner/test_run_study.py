@@ -534,3 +534,15 @@ def test_widths_are_really_timed():
     assert width in plan.widths_to_time(8, 4, jax.local_device_count())
     given = study_of(tiny.SPACE, 4, **arguments, trials_per_block=width)
     assert bits(study, 3) == bits(given, 3)
+
+
+def test_a_study_without_jit_is_refused():
+    with jax.disable_jit(True), pytest.raises(ValueError, match=r"jax_disable_jit is on.*make_tr"):
+        study_of(tiny.SPACE, 1, workload=tiny.quadratic(), make_optimizer=tiny.sgd)
+
+
+def test_a_study_under_strict_promotion_is_the_same():
+    arguments = {"workload": tiny.quadratic(), "make_optimizer": tiny.sgd}
+    with jax.numpy_dtype_promotion("strict"):
+        strict = study_of(tiny.SPACE, 2, **arguments)
+    assert strict.data.identical(study_of(tiny.SPACE, 2, **arguments).data)

@@ -1,5 +1,6 @@
 """What a stored study says to whoever continues it elsewhere, or reads it while it is written."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import tiny_workloads as tiny
 import playbook_optax as pbx
 from playbook_optax.records import storage
 from playbook_optax.runner import plan
+from playbook_optax.runner.run import StudyRunner
 
 POINTS = {"learning_rate": np.float32([0.5, 0.25])}
 
@@ -193,6 +195,43 @@ def test_a_damaged_or_foreign_extension_is_refused_by_name(tmp_path):
     assert study_of(tmp_path, tiny.SPACE, num_trials=4).num_trials == 4
 
 
+def test_a_deleted_file_is_noticed(tmp_path):  # 62
+    study = study_of(tmp_path, tiny.SPACE, num_trials=6)
+    (tmp_path / "blocks" / "block-00000001.pbx").unlink()
+    assert pbx.load_study(tmp_path).num_trials == 2
+    again = study_of(tmp_path, tiny.SPACE, num_trials=6)
+    np.testing.assert_array_equal(again.data["valid/loss"], study.data["valid/loss"])
+    assert storage.finished_blocks(tmp_path) == [0, 1, 2]
+    (tmp_path / "study.json").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for call in (
+        lambda: pbx.load_study(tmp_path),
+        lambda: study_of(tmp_path, tiny.SPACE, num_trials=6),
+        lambda: study.save(tmp_path),
+    ):
+        with pytest.raises(
+            storage.CorruptSpec, match=r"holds blocks, but its study.json is missin"
+        ):
+            call()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_function_that_raises_leaves_the_study_as_it_was(tmp_path):  # 22
+    def raises(params, state, batch, key):
+        raise ZeroDivisionError("mine")
+
+    study = study_of(tmp_path, tiny.SPACE, num_trials=4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    broken = dataclasses.replace(tiny.quadratic(), loss=raises)
+    with pytest.raises(ZeroDivisionError, match="mine") as raised:
+        study_of(tmp_path, tiny.SPACE, broken, num_trials=6)
+    assert raised.traceback[-1].name == "raises"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    np.testing.assert_array_equal(
+        pbx.load_study(tmp_path).data["valid/loss"], study.data["valid/loss"]
+    )
+
+
 def test_a_reader_sees_a_consistent_prefix_at_every_moment(tmp_path, monkeypatch):  # 74
     seen = []
 
@@ -212,3 +251,93 @@ def test_a_reader_sees_a_consistent_prefix_at_every_moment(tmp_path, monkeypatch
     for study in seen[1:]:
         n = study.num_trials
         np.testing.assert_array_equal(study.data["valid/loss"], whole.data["valid/loss"].values[:n])
+
+
+# What makes a study another one, each with another value.
+IDENTITY = {
+    "name": "other",
+    "objective": "valid/error",
+    "maximize": True,
+    "num_steps": 7,
+    "eval_every": 2,
+    "num_seeds": 2,
+    "independent": True,
+    "keep": "best",
+    "key": {"impl": "rbg", "data": [0, 1]},
+    "space": None,
+    "fixed": {"momentum": 0.5},
+    "data": "0" * 64,
+    "version": "two",
+    "x64": True,
+    "dtypes": {"learning_rate": "float16"},
+    "program": "0" * 64,
+    "trials_per_block": 3,
+}
+# What a study is called differently by, where it has come to, and what is made of the others.
+OTHER = {"schema_version", "num_trials", "points", "step", "norm_edges", "trees"}
+OTHER |= {"versions", "device_kind"}
+
+
+@pytest.fixture(scope="module")
+def runner():
+    trainer = pbx.Trainer(
+        tiny.quadratic(),
+        lambda point: pbx.momentum(point["learning_rate"], point["momentum"]),
+        fixed={"momentum": 0.9},
+        trials_per_block=2,
+        progress=False,
+    )
+    arguments = {"num_steps": 6, "eval_every": 3, "key": jax.random.key(0)}
+    return StudyRunner(trainer, tiny.SPACE, **arguments)
+
+
+def test_every_entry_of_a_spec_is_of_the_study_or_known_not_to_be(tmp_path, runner):  # 67
+    runner.prepare(tiny.SPACE, num_trials=2, directory=tmp_path)
+    assert set(IDENTITY) | OTHER == set(storage.read_spec(tmp_path))
+
+
+@pytest.mark.parametrize("part", IDENTITY)
+def test_a_study_of_which_any_part_differs_is_refused_by_name(tmp_path, runner, part):  # 67
+    runner.prepare(tiny.SPACE, num_trials=2, directory=tmp_path)
+    stored = {**storage.read_spec(tmp_path), part: IDENTITY[part]}
+    storage.write_spec(tmp_path, stored)
+    told = "the program differs" if part == "program" else f"{part} is "
+    with pytest.raises((ValueError, storage.StorageError), match=f"holds another study.*{told}"):
+        runner.run(tiny.SPACE, num_trials=2, directory=tmp_path)
+    # Nothing was written or removed.
+    assert storage.read_spec(tmp_path) == stored
+    assert storage.finished_blocks(tmp_path) == []
+
+
+def test_another_table_of_points_is_refused_and_a_longer_one_goes_on(tmp_path):  # 67
+    study_of(tmp_path, {"learning_rate": np.float32([0.5, 0.25])})
+    for others in ([0.5, 0.3], [0.3], [0.3, 0.25, 0.1]):
+        with pytest.raises(ValueError, match="the points differ"):
+            study_of(tmp_path, {"learning_rate": np.float32(others)})
+    longer = study_of(tmp_path, {"learning_rate": np.float32([0.5, 0.25, 0.1])})
+    assert longer.num_trials == 3
+    # Whoever asks for less later takes nothing back.
+    assert study_of(tmp_path, {"learning_rate": np.float32([0.5])}).num_trials == 1
+    assert storage.read_spec(tmp_path)["num_trials"] == 3
+
+
+def test_a_study_that_another_process_began_meanwhile_is_refused(tmp_path, runner, monkeypatch):
+    # 72: it was not there at the first look.
+    other = dataclasses.replace(runner._trainer, fixed={"momentum": 0.8})
+    arguments = {"num_steps": 6, "eval_every": 3, "key": jax.random.key(0)}
+    StudyRunner(other, tiny.SPACE, **arguments).prepare(
+        tiny.SPACE, num_trials=2, directory=tmp_path
+    )
+    stored = storage.read_spec(tmp_path)
+    real, looks = storage.read_spec, []
+
+    def read_spec(directory):
+        looks.append(directory)
+        if len(looks) == 1:
+            raise storage.NoStudy("not yet")
+        return real(directory)
+
+    monkeypatch.setattr(storage, "read_spec", read_spec)
+    with pytest.raises(ValueError, match="fixed is "):
+        runner.run(tiny.SPACE, num_trials=2, directory=tmp_path)
+    assert real(tmp_path) == stored

@@ -209,7 +209,7 @@ def test_nonfinite_loss_freezes_before_the_update():
     assert int(result.norms.num_steps) == 6  # the bad step is in the record, those after are not
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])  # 45: -inf is divergence too
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])  # 45
 def test_every_nonfinite_loss_is_divergence(value):
     workload = custom(lambda p, i: jnp.sum(p["w"]) + jnp.where(i == 2, value, 0.0))
     result = run(workload)
@@ -341,9 +341,9 @@ def test_optax_state_that_changes_dtype_is_explained():
     [
         (lambda p, i: p["w"], r"loss must be a scalar, got shape \(2,\)"),  # 15
         (lambda p, i: None, "loss must be a real scalar array, got NoneType"),  # 16
-        (lambda p, i: jnp.int32(1), "loss must be floating point, got dtype int32"),
-        (lambda p, i: jnp.bool_(True), "loss must be floating point, got dtype bool"),
-        (lambda p, i: jnp.sum(p["w"]) * 1j, "loss must be real, got dtype complex64"),
+        (lambda p, i: jnp.int32(1), "loss must be floating point, got dtype int32"),  # 16
+        (lambda p, i: jnp.bool_(True), "loss must be floating point, got dtype bool"),  # 16
+        (lambda p, i: jnp.sum(p["w"]) * 1j, "loss must be real, got dtype complex64"),  # 16
         (lambda p, i: np.sum(p["w"]) + np.asarray(p["w"]).sum(), "use jnp"),  # 18
         (lambda p, i: jnp.sum(p["w"]) if p["w"][0] > 0 else 0.0, r"jnp\.where"),  # 19
         (lambda p, i: jnp.ones(int(p["w"][0])).sum(), "Shapes and structure"),
@@ -379,11 +379,15 @@ def test_broken_promises(out, message):
         (lambda key: ({"w": jnp.ones(2), "name": "x"}, {}), "leaf 'name' is not an array"),  # 25
         (
             lambda key: ({"w": jnp.ones(2), "n": jnp.arange(3)}, {}),
-            "leaf 'n' has dtype int32.*mask",
+            "leaf 'n' has dtype int32.*mask",  # 26
         ),
         (lambda key: {"w": jnp.ones(2)}, r"pair \(params, model_state\)"),
         (
             lambda key: ({"w": jnp.ones(int(jax.random.randint(key, (), 1, 3)))}, {}),
+            "not depend on the key",  # 29
+        ),
+        (
+            lambda key: ({"w": jnp.ones((jax.random.randint(key, (), 1, 3), 2))}, {}),
             "not depend on the key",
         ),
     ],
@@ -391,6 +395,17 @@ def test_broken_promises(out, message):
 def test_bad_inits(init, message):
     with pytest.raises(ValueError, match=f"(?i){message}"):
         run(custom(lambda p, i: jnp.sum(p["w"]), init=init))
+
+
+@pytest.mark.parametrize("shape", [lambda n: n, lambda n: (n, 3), lambda n: int(n)])
+def test_shapes_that_vary_with_the_point_are_explained(shape):  # 29
+    def workload(point):
+        init = lambda key: ({"w": jnp.ones(shape(point["width"]))}, {})  # noqa: E731
+        return custom(lambda p, i: jnp.sum(p["w"]), init=init)
+
+    train = pbx.make_train(workload, tiny.sgd, 4, 2)
+    with pytest.raises(ValueError, match="may not depend on the key or the point"):
+        jax.jit(train)({"learning_rate": 0.1, "width": jnp.int32(3)}, KEY, None)
 
 
 def test_gradient_of_another_shape_is_named():  # 30

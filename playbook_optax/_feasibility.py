@@ -60,6 +60,14 @@ def high_loss(
     """
     xp: Any = jnp if isinstance(curve, jax.Array) or isinstance(peak, jax.Array) else np
     curve = xp.asarray(curve)
+    # A sum beyond the largest number is infinite, and compares as it should.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _high_loss(curve, peak, margin, noise, peak_noise, xp)
+
+
+def _high_loss(
+    curve: Any, peak: Any, margin: float, noise: Any, peak_noise: Any, xp: Any
+) -> tuple[Any, Any]:
     finite = xp.isfinite(curve)
     first = curve[..., :1]
     scale = xp.abs(first)

@@ -510,8 +510,7 @@ class Table:
             )
         if numbers is not None:
             whole = all(isinstance(value, int) for value in by_trial)
-            fits = whole and all(abs(value) < 2**63 for value in by_trial)
-            return np.asarray(by_trial, np.int64 if fits else np.float64), None
+            return np.asarray(by_trial, np.int64 if whole else np.float64), None
         texts = [str(value) for value in by_trial]
         known = sorted(set(texts)) if labels is None else list(labels)
         strange = sorted(set(texts) - set(known))
@@ -603,15 +602,22 @@ def _number(cell: Any) -> int | float | None:
     if isinstance(cell, (bool, np.bool_)) or cell is None:
         return None
     if isinstance(cell, (int, np.integer)):
-        return int(cell)
+        return _bounded(int(cell))
     if isinstance(cell, str) and "_" in cell:  # Python reads "1_000", which no table means.
         return None
     for kind in (int, float) if isinstance(cell, str) else (float,):
         try:
-            return kind(cell)
+            return _bounded(kind(cell))
         except (ValueError, TypeError, OverflowError):
             continue
     return None
+
+
+def _bounded(number: float) -> int | float:
+    """A number that int64 or float64 holds; infinite, and refused as such, where neither does."""
+    if isinstance(number, int) and abs(number) >= 2**63:
+        return float(number) if abs(number) < np.finfo(np.float64).max else np.inf
+    return number
 
 
 def _is_plain(value: Any) -> bool:

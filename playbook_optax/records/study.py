@@ -258,7 +258,8 @@ class Study:
             raise NoFeasibleTrial("The study has no complete trial yet.")
         values = self._with_seeds(objective).astype(np.float64)
         feasible = np.logical_not(self._with_seeds("infeasible").any(axis=1, keepdims=True))
-        with np.errstate(invalid="ignore"):  # inf − inf: not finite, hence never selected
+        # inf − inf, or a sum that no float holds: not finite, hence never selected.
+        with np.errstate(invalid="ignore", over="ignore"):
             mean = values.mean(axis=1)
         loss = np.where(np.isfinite(mean) & feasible, -mean if maximize else mean, np.inf)
         trial, index = np.unravel_index(int(np.argmin(loss)), loss.shape)

@@ -58,10 +58,11 @@ def _near(rng, value):
     if isinstance(value, bool):
         return rng.choice((not value, int(value), float(value)))
     if isinstance(value, int):
-        changes = (value + 1, value - 1, -value, value * 2, value * 10**6, float(value), str(value))
-        return rng.choice((*changes, bool(value)))
+        changes = (value + 1, value - 1, -value, value * 2, value * 10**6, bool(value))
+        others = (float(value), str(value)) if abs(value) < 2**70 else ()
+        return rng.choice((*changes, *others))
     if isinstance(value, float):
-        if not np.isfinite(value):
+        if not np.isfinite(value) or abs(value) > 1e300:
             return 0.0
         changes = (value * 1e3, -value, value * 1e300, value * 1e-320, int(value), repr(value))
         return rng.choice(changes)
@@ -153,21 +154,31 @@ def _filled(rng, array):
             ends = np.iinfo(array.dtype)
             wanted = 0 if isinstance(number, float) and not np.isfinite(number) else int(number)
             value = min(max(wanted, ends.min), ends.max)
+        elif rng.random() < 0.5 and array.dtype.kind != "b" and array.dtype.itemsize > 1:
+            # The ends of what the dtype holds.
+            ends = ml_dtypes.finfo(array.dtype)
+            ends = (ends.max, -ends.max, ends.smallest_normal, ends.smallest_subnormal, ends.eps)
+            value = np.asarray(rng.choice(ends), array.dtype)
         else:
             value = np.asarray(min(max(number, -1e308), 1e308) if number == number else number)
             value = np.asarray(value, np.float64).astype(array.dtype)
     array = array.copy()
     if rng.random() < 0.3 or not array.size:
         array[...] = value
-    else:
-        array.reshape(-1)[rng.randrange(array.size)] = value
+    for _ in range(rng.choice((1, 2, array.size))):
+        if array.size:
+            array.reshape(-1)[rng.randrange(array.size)] = value
     return array
 
 
 def change_array(rng, array):
     """Another array than this one."""
-    what = rng.randrange(8)
+    what = rng.randrange(10)
     with np.errstate(all="ignore"):
+        if what == 9 and array.dtype.kind == "f":  # Room for the largest numbers.
+            return _filled(rng, array.astype(np.float64))
+        if what == 8 and array.dtype.kind == "f":
+            return array * array.dtype.type(rng.choice((1e30, -1e30, 1e-38, 0.0)))
         if what == 0:
             numbers = array.astype(np.complex64) if array.dtype.kind == "c" else array
             return numbers.astype(np.float32).astype(rng.choice(DTYPES))

@@ -22,6 +22,7 @@ as declared           the arrays, little-endian, C order, each at a multiple of 
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -35,10 +36,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import ml_dtypes
 import numpy as np
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 SCHEMA_VERSION = 1
 BLOCK_FORMAT = 1
@@ -97,6 +101,10 @@ class NotWritable(StorageError, OSError):  # noqa: N818
     """A file of the study could not be written; what was finished before is untouched."""
 
 
+class NotReadable(StorageError, OSError):  # noqa: N818
+    """The system refused to read a file of the study; what is on the disk is untouched."""
+
+
 class CorruptSpec(StorageError):  # noqa: N818
     """``study.json`` is not what was once written."""
 
@@ -116,6 +124,24 @@ def file_error(path: Path, action: str, error: OSError) -> NotWritable:
     else:
         why = f"{error.strerror or error}; choose a directory that can be written"
     return NotWritable(f"cannot {action} {str(path)!r}: {why}. Finished blocks are untouched.")
+
+
+def _names_refusals(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that reads, with a name of ours for what the system refuses."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except StorageError:
+            raise
+        except OSError as error:
+            named = isinstance(error.filename, (str, bytes))
+            where = os.fsdecode(error.filename) if named else str(args[0])
+            why = error.strerror or error
+            raise NotReadable(f"cannot read {where!r}: {why}. It was not changed.") from error
+
+    return wrapper
 
 
 # Strict JSON ------------------------------------------------------------------------------------
@@ -388,7 +414,11 @@ def remove_temporary_files(directory: str | os.PathLike[str]) -> int:
     for folder in (Path(directory), blocks):
         if not folder.is_dir() or (folder == blocks and folder.is_symlink()):
             continue
-        for path in folder.iterdir():
+        try:
+            paths = list(folder.iterdir())
+        except OSError:
+            continue
+        for path in paths:
             match = _TEMPORARY_PATTERN.fullmatch(path.name)
             if match is None:
                 continue
@@ -488,6 +518,7 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
 
 
+@_names_refusals
 def read_document(path: Path) -> dict[str, Any]:
     """Reads what `write_document` wrote, and raises what `read_spec` does."""
     directory = path.parent
@@ -714,6 +745,7 @@ def _read_block_file(file: Any, size: int, index: int) -> dict[str, np.ndarray]:
     return arrays
 
 
+@_names_refusals
 def read_block(directory: str | os.PathLike[str], index: int) -> dict[str, np.ndarray]:
     """Reads one block back, bit for bit, or says that it is not what was written.
 
@@ -784,6 +816,7 @@ def block_from_bytes(raw: bytes, index: int) -> dict[str, np.ndarray]:
         raise CorruptBlock(f"block {index} was damaged on its way: {error}.") from error
 
 
+@_names_refusals
 def finished_blocks(directory: str | os.PathLike[str]) -> list[int]:
     """The indices of the blocks that are stored: presence means complete.
 

@@ -135,6 +135,10 @@ def _names_refusals(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
         except StorageError:
             raise
+        except MemoryError as error:
+            raise NotReadable(
+                f"cannot read {str(args[0])!r}: it does not fit into memory."
+            ) from error
         except OSError as error:
             named = isinstance(error.filename, (str, bytes))
             where = os.fsdecode(error.filename) if named else str(args[0])
@@ -330,6 +334,8 @@ def _commit(path: Path, chunks: Callable[[], Iterable[bytes]], *, replace: bool)
             return placed
     except OSError as error:
         raise file_error(path, "write", error) from error
+    except MemoryError as error:
+        raise NotWritable(f"cannot write {str(path)!r}: it does not fit into memory.") from error
     raise AssertionError("unreachable")
 
 

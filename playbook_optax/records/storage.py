@@ -669,6 +669,11 @@ def write_block(
         read_block(directory, index)
     except (CorruptBlock, NoStudy):
         return _commit(path, chunks, replace=True)
+    try:
+        # Whoever stored it may not have come to this, and now it counts as stored.
+        sync_directory(path.parent)
+    except OSError as error:
+        raise file_error(path, "write", error) from error
     return False
 
 

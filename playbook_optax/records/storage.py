@@ -1195,8 +1195,8 @@ def read_block(
         try:
             return _read_block_file(file, size, int(index), owner, check)
         except MemoryError as error:
-            raise StorageError(
-                f"{str(path)!r} declares {size} bytes, more than there is memory for."
+            raise NotReadable(
+                f"cannot read {str(path)!r}: it has {size} bytes, which does not fit into memory."
             ) from error
         except _OfAnother as error:
             raise ForeignBlock(

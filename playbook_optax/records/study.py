@@ -448,8 +448,8 @@ class Study:
         """Makes a study of what the user's own loop recorded, for example ``jit(vmap(train))``.
 
         Where `infeasible` is not given it is decided, by the rule of our own trials. A trial is
-        infeasible from the first evaluation at which the objective or a metric with "loss" in its
-        name is not finite (−inf counts as diverged), or where its "train/loss" is
+        infeasible from the first evaluation after step 0 at which the objective or a metric with
+        "loss" in its name is not finite (−inf counts as diverged), or where its "train/loss" is
         uncharacteristically high against its own value at step 0. Without "train/loss" from step 0
         on the second half is not judged, and ``spec["unchecked"]["high_loss"]`` says so.
 

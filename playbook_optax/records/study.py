@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -431,6 +432,81 @@ class Study:
                 frame[name] = frame[name].map(escape_cell)
         # JSON can hold half a surrogate pair, which UTF-8 cannot.
         frame.to_csv(path, index=False, errors="backslashreplace")
+
+    def to_netcdf(self, path: str | os.PathLike[str]) -> None:
+        """Writes `data` as a netCDF file, for other tools that read labelled arrays.
+
+        Names of metrics such as "valid/loss" are no names there: a variable is called
+        ``valid_loss``, and its attribute ``long_name`` has the name. Numbers of 16 bits and fewer
+        are written as float32. xarray writes netCDF 4 where netCDF4 or h5netcdf is installed, and
+        netCDF 3 otherwise.
+
+        Args:
+          path: the file; replaced if it exists.
+
+        Raises:
+          NotWritable: the system refused.
+
+        Example:
+          >>> import tempfile, numpy as np
+          >>> import playbook_optax as pbx
+          >>> study = pbx.Study.from_arrays(
+          ...     {"lr": np.array([0.1])}, {"valid/loss": np.ones((1, 1))}, [10],
+          ...     objective="valid/loss")
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     study.to_netcdf(f"{folder}/study.nc")
+          ...     data = pbx.Study.read_netcdf(f"{folder}/study.nc")
+          >>> data["valid/loss"].values.tolist(), data["lr"].values.tolist()
+          ([[1.0]], [0.1])
+
+        Source: playbook, "Why use quasi-random search instead of more sophisticated black box
+        optimization algorithms during the exploration phase of tuning?" (post hoc analysis).
+        """
+        data = self.data.copy()
+        plain: dict[str, str] = {}
+        for name in data.variables:
+            wanted = re.sub(r"\W", "_", str(name), flags=re.ASCII)
+            wanted = wanted if wanted[:1].isalpha() else f"_{wanted}"
+            number = 2
+            while wanted in plain.values():
+                wanted, number = f"{wanted}_{number}", number + 1
+            plain[str(name)] = wanted
+            data[name].attrs["long_name"] = str(name)
+            if data[name].dtype.kind not in "biufOU" or data[name].dtype == np.float16:
+                kept = data[name].attrs
+                data[name] = data[name].astype(np.float32).assign_attrs(kept)
+        target = storage.root(path)
+        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+        try:
+            data.rename({old: new for old, new in plain.items() if old != new}).to_netcdf(temporary)
+            os.replace(temporary, target)
+        except OSError as error:
+            raise storage.file_error(target, "write", error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def read_netcdf(path: str | os.PathLike[str]) -> "xarray.Dataset":
+        """Reads what `to_netcdf` wrote, with the names of the study.
+
+        Args:
+          path: the file.
+
+        Returns:
+          A dataset as `Study.data`.
+
+        Raises:
+          StorageError: it is no such file.
+        """
+        import xarray
+
+        try:
+            with xarray.open_dataset(storage.root(path)) as file:
+                data = file.load()
+        except (OSError, ValueError, TypeError) as error:
+            raise storage.StorageError(f"{os.fspath(path)!r} is no netCDF file: {error}") from error
+        names = {name: data[name].attrs.pop("long_name", name) for name in data.variables}
+        return data.rename({old: new for old, new in names.items() if old != new})
 
     @staticmethod
     @named_arguments

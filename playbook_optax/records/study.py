@@ -55,6 +55,10 @@ class NoFeasibleTrial(ValueError):  # noqa: N818
     """No trial of the study has a finite value of the objective and is feasible."""
 
 
+class ReservedName(ValueError):  # noqa: N818
+    """A hyperparameter or metric has a name that the record cannot give it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BestTrial:
     """The best trial of a study, with its best checkpoint chosen in retrospect.
@@ -969,7 +973,7 @@ def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
       metrics: names of metrics.
 
     Raises:
-      ValueError: the record itself uses a name, or a metric and a hyperparameter share one.
+      ReservedName: the record itself uses a name, or a metric and a hyperparameter share one.
     """
     own, hyperparameters, metrics = (
         (*_COORDINATES, *_OUTCOMES, *_NORMS),
@@ -979,13 +983,15 @@ def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
     for what, names in (("hyperparameter", hyperparameters), ("metric", metrics)):
         for name in names:
             if name in own:
-                raise ValueError(
+                raise ReservedName(
                     f"the {what} name {name!r} is used by the record itself: rename it. So are "
                     f"{', '.join(other for other in own if other != name)}."
                 )
     for name in hyperparameters:
         if name in metrics:
-            raise ValueError(f"{name!r} is both a metric and a hyperparameter: rename one of them.")
+            raise ReservedName(
+                f"{name!r} is both a metric and a hyperparameter: rename one of them."
+            )
 
 
 def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarray.Dataset":

@@ -76,7 +76,7 @@ def check_indices(what: str, values: np.ndarray, labels: Sequence[str]) -> None:
 
 
 def check_scale(what: str, values: np.ndarray, parameter: Parameter) -> None:
-    """Checks that values have a place on the scale of their range, inside it or not.
+    """Checks that values are numbers with a place on the scale of their range, inside it or not.
 
     Args:
       what: whose they are, the subject of a sentence.
@@ -86,6 +86,8 @@ def check_scale(what: str, values: np.ndarray, parameter: Parameter) -> None:
     Raises:
       ValueError: one has none.
     """
+    if values.dtype.kind == "b":
+        raise ValueError(f"{what} must hold numbers, not booleans, because its range does.")
     scale = getattr(parameter, "scale", "linear")
     numbers = values.astype(np.float64)
     # 0 is drawn where a log scale begins.

@@ -268,6 +268,10 @@ class Study:
                 f"No trial has a finite {objective!r} and is feasible: {self._count_reasons()}. "
                 "Lower the learning rate's range, or tame the instability (warm-up, clipping)."
             )
+        spread = None
+        if self.num_seeds > 1:
+            with np.errstate(over="ignore"):
+                spread = float(values[trial, :, index].std(ddof=1))
         return BestTrial(
             trial=int(trial),
             point=self.point(int(trial)),
@@ -275,7 +279,7 @@ class Study:
             step=int(self.data["step"].values[index]),
             objective=objective,
             maximize=bool(maximize),
-            spread=float(values[trial, :, index].std(ddof=1)) if self.num_seeds > 1 else None,
+            spread=spread,
             num_seeds=self.num_seeds,
         )
 

@@ -224,6 +224,47 @@ def check_flag(name: str, value: Any) -> None:
         raise ArgumentTypeError(f"{name} must be True or False, got {value!r}.")
 
 
+def fitting(name: str, values: Any) -> np.ndarray:
+    """An array in the dtype that JAX gives it, where no number is lost by that.
+
+    Args:
+      name: what to call it.
+      values: numbers of any shape; without x64 JAX makes 32 bits of 64.
+
+    Returns:
+      A NumPy array.
+
+    Raises:
+      ValueError: an integer would wrap around, a float become 0 or infinite, or values are masked.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        if np.ma.is_masked(values):
+            missing = int(np.ma.count_masked(values))
+            raise ValueError(
+                f"{name} is masked in {missing} places; drop or impute what is missing."
+            )
+        values = values.data
+    array = np.asarray(values)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if dtype == array.dtype:
+        return array
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = array.astype(dtype)
+    if array.dtype.kind in "iu":
+        lost = narrow.astype(array.dtype) != array
+    else:
+        lost = (np.isfinite(array) & ~np.isfinite(narrow)) | ((array != 0) & (narrow == 0))
+    if lost.any():
+        first = tuple(int(i) for i in np.argwhere(lost)[0])
+        where = f"[{', '.join(map(str, first))}]" if first else ""
+        raise ValueError(
+            f"{name}{where} = {array[first]!s} does not fit {np.dtype(dtype).name}, which JAX "
+            f"makes of {array.dtype.name}; there are {int(lost.sum())} such values. Rescale them, "
+            "or enable x64."
+        )
+    return narrow
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Checks that `value` is one of a few.
 

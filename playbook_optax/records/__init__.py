@@ -5,6 +5,7 @@ from playbook_optax.records.storage import (
     CorruptSpec,
     NewerFormat,
     NoStudy,
+    NotReadable,
     NotWritable,
     StorageError,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "NewerFormat",
     "NoFeasibleTrial",
     "NoStudy",
+    "NotReadable",
     "NotWritable",
     "StorageError",
     "Study",

@@ -128,8 +128,9 @@ class Checkpoints:
         finally:
             _remove(temporary)
         # What is newer was passed over when this work began, unless another worker is ahead.
-        kept = [save for save in self._saves() if _step(save) <= step or self._is_sound(save)]
-        for save in self._saves():
+        saves = self._saves()
+        kept = [save for save in saves if _step(save) <= step or self._is_sound(save)]
+        for save in saves:
             if save not in kept[:NUM_KEPT]:
                 shutil.rmtree(save, ignore_errors=True)
 
@@ -207,7 +208,7 @@ class Checkpoints:
         """Folders of finished saves, newest first."""
         try:
             names = os.listdir(self._folder)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # What cannot be read is as good as not there.
             return []
         saves = [self._folder / name for name in names if _SAVE.fullmatch(name)]
         return sorted(saves, key=_step, reverse=True)
@@ -223,14 +224,8 @@ def groups(directory: str | os.PathLike[str]) -> list[str]:
       Names in alphabetical order.
     """
     folder = storage.root(directory) / _FOLDER
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     return sorted(
-        name
-        for name in names
-        if _NAME.fullmatch(name) and stat.S_ISDIR((folder / name).lstat().st_mode)
+        path.name for path in _children(folder) if _NAME.fullmatch(path.name) and _is_folder(path)
     )
 
 
@@ -259,6 +254,13 @@ def _children(folder: Path) -> Iterable[Path]:
         return list(folder.iterdir())
     except OSError:  # Removed by its owner meanwhile.
         return []
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:  # Likewise.
+        return False
 
 
 def _real_folder(folder: Path) -> None:
@@ -445,8 +447,12 @@ def _sync_and_digest(folder: Path) -> dict[str, str]:
     Returns:
       Path below the folder to SHA-256.
     """
+
+    def refused(error: OSError) -> None:
+        raise error
+
     digests = {}
-    for path, _, names in os.walk(folder):
+    for path, _, names in os.walk(folder, onerror=refused):
         for name in names:
             whole = Path(path) / name
             with open(whole, "rb") as file:

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     import pandas
 
 
-_FLOAT_MAX = float(np.finfo(np.float64).max)
-
-
 def labels_of(space: SearchSpace | None) -> dict[str, tuple[str, ...]]:
     """The labels of the choices that points hold as an index.
 
@@ -25,10 +22,11 @@ def labels_of(space: SearchSpace | None) -> dict[str, tuple[str, ...]]:
       space: the search space, or None.
 
     Returns:
-      Hyperparameter to labels, for every categorical whose choices are not numbers.
+      Hyperparameter to labels in the order of the numbers that points hold, for every categorical
+      whose choices are not numbers.
     """
     return {
-        name: parameter.labels
+        name: ("False", "True") if parameter.boolean else parameter.labels
         for name, parameter in (space or {}).items()
         if isinstance(parameter, Categorical) and not parameter.numeric
     }
@@ -100,6 +98,8 @@ def check_scale(what: str, values: np.ndarray, parameter: Parameter) -> None:
 
 
 def _numbers(what: str, values: Any) -> np.ndarray:
+    if np.ma.is_masked(values):
+        raise ValueError(f"{what} is masked in places: drop those trials, or say what they are.")
     try:
         array = np.asarray(values)
     except ValueError as error:  # Lists of different lengths.
@@ -469,42 +469,61 @@ class Table:
     def _column(self, name: str) -> np.ndarray:
         return self.frame[name].to_numpy()[self.rows]
 
-    def _parameter(self, name: str, column: str, labels: Sequence[Any] | None) -> Any:
+    def _parameter(self, name: str, column: str, parameter: Parameter | None) -> Any:
         """One hyperparameter by trial, constant within each; text as the index of its label."""
-        values = self._column(column)
-        if values.dtype.kind == "O":
-            odd = [value for value in values if not _is_plain(value)]
-            if odd:
+        cells = [None if _is_missing(cell) else cell for cell in self._column(column)]
+        for row, cell in zip(self.rows, cells, strict=True):
+            if cell is not None and not _is_plain(cell):
                 raise ValueError(
-                    f"parameters: column {column!r} holds {odd[0]!r}; a hyperparameter is a number "
-                    "or text."
+                    f"parameters: column {column!r} holds {cell!r} in row {row}; a hyperparameter "
+                    "is a number or text."
                 )
-        if values.dtype.kind == "O" and all(type(v) in (int, float) for v in values):
-            # An integer that no float holds is not finite, and refused as such.
-            values = np.asarray([v if abs(v) < _FLOAT_MAX else np.inf for v in values], np.float64)
-        by_trial = values[np.unique(self.index, return_index=True)[1]]
-        for row, (value, first) in enumerate(zip(values, by_trial[self.index], strict=True)):
-            if not (_is_missing(value) and _is_missing(first)) and not bool(value == first):
+        choice = isinstance(parameter, Categorical) and not parameter.numeric
+        numbers = None if choice else [_number(cell) for cell in cells]
+        if (
+            parameter is None
+            and numbers is not None
+            and any(
+                number is None and cell is not None
+                for number, cell in zip(numbers, cells, strict=True)
+            )
+        ):
+            numbers = None
+        values = cells if numbers is None else numbers
+        for row, cell, value in zip(self.rows, cells, values, strict=True):
+            if cell is not None and value is None:
+                raise ValueError(
+                    f"parameters: column {column!r} holds {cell!r} in row {row}, and {name!r} is a "
+                    "number in space."
+                )
+        first = np.unique(self.index, return_index=True)[1]
+        by_trial = [values[row] for row in first]
+        for row, value in enumerate(values):
+            if value != by_trial[self.index[row]]:
                 raise ValueError(
                     f"parameters: column {column!r} changes within trial "
                     f"{self.ids[self.index[row]]!r}; a hyperparameter is constant in a trial."
                 )
-        if labels is None and by_trial.dtype.kind in "iuf":
-            return by_trial, None
-        if any(_is_missing(v) for v in by_trial) and "None" not in (labels or ()):
+        labels = parameter.labels if isinstance(parameter, Categorical) and choice else None
+        if None in by_trial and "None" not in (labels or ()):
             raise ValueError(
                 f"parameters: column {column!r} is empty for some trials. A hyperparameter that "
                 "only some trials have makes two studies."
             )
-        texts = ["None" if _is_missing(v) else str(v) for v in by_trial]
-        known = sorted(set(texts)) if labels is None else [str(v) for v in labels]
+        if numbers is not None:
+            whole = all(isinstance(value, int) for value in by_trial)
+            return np.asarray(by_trial, np.int64 if whole else np.float64), None
+        texts = [str(value) for value in by_trial]
+        known = sorted(set(texts)) if labels is None else list(labels)
         strange = sorted(set(texts) - set(known))
         if strange:
             raise ValueError(
                 f"parameters: {name!r} is {strange[0]!r} in frame, which space has not."
             )
         index = np.asarray([known.index(text) for text in texts], np.int32)
-        return index, known if labels is None else None
+        if isinstance(parameter, Categorical):
+            return parameter.codes[index], None
+        return index, known
 
     def record(
         self, maximize: bool, space: SearchSpace | None, num_steps: int | None, name: str
@@ -528,9 +547,9 @@ class Table:
             if self.step is not None:
                 raise ValueError("num_steps is read from the step column: leave one of them out.")
         points, labels = {}, {}
-        of_space = labels_of(space)
         for parameter, column in self.columns.items():
-            points[parameter], found = self._parameter(parameter, column, of_space.get(parameter))
+            known = None if space is None else space.get(parameter)
+            points[parameter], found = self._parameter(parameter, column, known)
             if found is not None:
                 labels[parameter] = found
         if self.step is None:
@@ -578,6 +597,29 @@ class Table:
             source="from_dataframe",
             extra=extra,
         )
+
+
+def _number(cell: Any) -> int | float | None:
+    """A cell as a number, of text too; None where it is none, or missing."""
+    if isinstance(cell, (bool, np.bool_)) or cell is None:
+        return None
+    if isinstance(cell, (int, np.integer)):
+        return _bounded(int(cell))
+    if isinstance(cell, str) and "_" in cell:  # Python reads "1_000", which no table means.
+        return None
+    for kind in (int, float) if isinstance(cell, str) else (float,):
+        try:
+            return _bounded(kind(cell))
+        except (ValueError, TypeError, OverflowError):
+            continue
+    return None
+
+
+def _bounded(number: float) -> int | float:
+    """A number that int64 or float64 holds; infinite, and refused as such, where neither does."""
+    if isinstance(number, int) and abs(number) >= 2**63:
+        return float(number) if abs(number) < np.finfo(np.float64).max else np.inf
+    return number
 
 
 def _is_plain(value: Any) -> bool:

@@ -29,6 +29,7 @@ as declared           the arrays, little-endian, C order, each at a multiple of 
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -42,12 +43,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 from playbook_optax._text import PARAGRAPH, printable
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 SCHEMA_VERSION = 2
 BLOCK_FORMAT = 2
@@ -132,6 +136,10 @@ class NotWritable(StorageError, OSError):  # noqa: N818
     """A file of the study could not be written; what was finished before is untouched."""
 
 
+class NotReadable(StorageError, OSError):  # noqa: N818
+    """The system refused to read a file of the study; what is on the disk is untouched."""
+
+
 class CorruptSpec(StorageError):  # noqa: N818
     """``study.json`` is not what was once written."""
 
@@ -155,6 +163,32 @@ def file_error(path: Path, action: str, error: OSError) -> NotWritable:
     else:
         why = f"{error.strerror or error}; choose a directory that can be written"
     return NotWritable(f"cannot {action} {str(path)!r}: {why}. Finished blocks are untouched.")
+
+
+def _names_refusals(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that reads, with a name of ours for what the system refuses."""
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except StorageError:
+            raise
+        except MemoryError as error:
+            raise NotReadable(
+                f"cannot read {str(args[0])!r}: it does not fit into memory."
+            ) from error
+        except OSError as error:
+            raise _refusal(args[0], error) from error
+
+    return wrapper
+
+
+def _refusal(path: Any, error: OSError) -> "NotReadable":
+    """What the system's refusal to read means."""
+    named = isinstance(error.filename, (str, bytes))
+    where = os.fsdecode(error.filename) if named else str(path)
+    return NotReadable(f"cannot read {where!r}: {error.strerror or error}. It was not changed.")
 
 
 # Strict JSON ------------------------------------------------------------------------------------
@@ -298,23 +332,15 @@ def _open_for_reading(path: Path, corrupt: type[StorageError]) -> tuple[int, int
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
-    except (FileNotFoundError, NotADirectoryError):
-        raise
     except OSError as error:
-        raise _unreadable(path, error, corrupt) from error
+        if error.errno in _NO_FILE:
+            raise corrupt(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+        raise
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise corrupt(f"{str(path)!r} is not a regular file.")
     return descriptor, status.st_size
-
-
-def _unreadable(
-    path: Path, error: OSError, corrupt: type[StorageError] | None = None
-) -> StorageError:
-    """The system's refusal as ours: `corrupt` where no file can be there, such as a socket."""
-    kind = corrupt if corrupt is not None and error.errno in _NO_FILE else StorageError
-    return kind(f"{str(path)!r} cannot be read: {error.strerror or error}.")
 
 
 def read_file(path: Path, most_bytes: int) -> bytes:
@@ -329,16 +355,19 @@ def read_file(path: Path, most_bytes: int) -> bytes:
 
     Raises:
       FileNotFoundError, NotADirectoryError: there is none.
-      StorageError: it is not a regular file, too large, or cannot be read.
+      StorageError: it is not a regular file, or too large.
+      NotReadable: the system refused.
     """
-    descriptor, size = _open_for_reading(path, StorageError)
-    with open(descriptor, "rb") as file:
-        if size > most_bytes:
-            raise StorageError(f"{str(path)!r} has {size} bytes; at most {most_bytes} are read.")
-        try:
-            return file.read(most_bytes)
-        except OSError as error:
-            raise _unreadable(path, error) from error
+    try:
+        descriptor, size = _open_for_reading(path, StorageError)
+        with open(descriptor, "rb") as file:
+            if size <= most_bytes:
+                return file.read(most_bytes)
+    except (FileNotFoundError, NotADirectoryError, StorageError):
+        raise
+    except OSError as error:
+        raise _refusal(path, error) from error
+    raise StorageError(f"{str(path)!r} has {size} bytes; at most {most_bytes} are read.")
 
 
 def write_file(path: Path, content: bytes) -> Path:
@@ -430,6 +459,8 @@ def _commit(path: Path, chunks: Callable[[], Iterable[bytes]], *, replace: bool)
             return placed
     except OSError as error:
         raise file_error(path, "write", error) from error
+    except MemoryError as error:
+        raise NotWritable(f"cannot write {str(path)!r}: it does not fit into memory.") from error
     raise AssertionError("unreachable")
 
 
@@ -548,7 +579,11 @@ def remove_temporary_files(directory: str | os.PathLike[str]) -> int:
     for folder in (root(directory), blocks):
         if not folder.is_dir() or (folder == blocks and folder.is_symlink()):
             continue
-        for path in folder.iterdir():
+        try:
+            paths = list(folder.iterdir())
+        except OSError:
+            continue
+        for path in paths:
             match = _TEMPORARY_PATTERN.fullmatch(path.name)
             if match is None:
                 continue
@@ -709,6 +744,7 @@ def _remove_file(path: Path) -> None:
         raise file_error(path, "remove", error) from error
 
 
+@_names_refusals
 def _extensions(directory: Path) -> list[Path]:
     """The files that extend a study, the longest first."""
     try:
@@ -805,6 +841,7 @@ def _read_extended(folder: Path) -> dict[str, Any]:
     return spec
 
 
+@_names_refusals
 def read_document(path: Path) -> dict[str, Any]:
     """Reads what `write_document` wrote, and raises what `read_spec` does."""
     directory = path.parent
@@ -999,6 +1036,11 @@ def write_block(
         read_block(directory, index, owner)
     except (CorruptBlock, NoStudy):
         return _commit(path, chunks, replace=True)
+    try:
+        # Whoever stored it may not have come to this, and now it counts as stored.
+        sync_directory(path.parent)
+    except OSError as error:
+        raise file_error(path, "write", error) from error
     return False
 
 
@@ -1115,6 +1157,7 @@ def _read_block_file(
     return arrays
 
 
+@_names_refusals
 def read_block(
     directory: str | os.PathLike[str],
     index: int,
@@ -1152,8 +1195,8 @@ def read_block(
         try:
             return _read_block_file(file, size, int(index), owner, check)
         except MemoryError as error:
-            raise StorageError(
-                f"{str(path)!r} declares {size} bytes, more than there is memory for."
+            raise NotReadable(
+                f"cannot read {str(path)!r}: it has {size} bytes, which does not fit into memory."
             ) from error
         except _OfAnother as error:
             raise ForeignBlock(
@@ -1204,6 +1247,7 @@ def block_from_bytes(raw: bytes, index: int) -> dict[str, np.ndarray]:
         raise CorruptBlock(f"block {index} was damaged on its way: {error}.") from error
 
 
+@_names_refusals
 def finished_blocks(directory: str | os.PathLike[str]) -> list[int]:
     """The indices of the blocks that are stored: presence means complete.
 
@@ -1214,14 +1258,11 @@ def finished_blocks(directory: str | os.PathLike[str]) -> list[int]:
       Indices in rising order; temporary and foreign files are ignored.
 
     Raises:
-      StorageError: the system does not list the folder.
+      NotReadable: the system does not list the folder.
     """
-    folder = _blocks_folder(directory)
     try:
-        names = os.listdir(folder)
+        names = os.listdir(_blocks_folder(directory))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:
-        raise _unreadable(folder, error) from error
     matches = (_BLOCK_PATTERN.fullmatch(name) for name in names)
     return sorted(int(match.group(1)) for match in matches if match)

@@ -129,7 +129,7 @@ def make_points(
                 f"points[{name!r}] is not finite in trial {int(np.argmax(bad))}: "
                 f"{array[np.argmax(bad)]}."
             )
-        table[str(name)] = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        table[str(name)] = _checks.fitting(f"points[{name!r}]", values)
     lengths = {name: len(values) for name, values in table.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"points have different numbers of trials: {lengths}.")
@@ -155,7 +155,9 @@ class Columns:
     ) -> None:
         self._names = names
         taken = {names.get(name, name) for name in like}
-        self.fixed = {name: _as_column(value) for name, value in fixed.items() if name not in taken}
+        self.fixed = {
+            name: _as_column(name, value) for name, value in fixed.items() if name not in taken
+        }
 
     def of_program(self, points: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the program takes, name to array (trial,)."""
@@ -166,12 +168,10 @@ class Columns:
         }
 
 
-def _as_column(value: Any) -> np.ndarray:
+def _as_column(name: str, value: Any) -> np.ndarray:
     """A number in the dtype that a column of such numbers has."""
-    array = np.asarray(value)
-    if isinstance(value, float):
-        array = array.astype(np.float32)
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    array = _checks.fitting(f"fixed[{name!r}]", value)
+    return array.astype(np.float32) if isinstance(value, float) else array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,10 @@ class Workload:
                 "fingerprinted."
             )
 
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.data):
+            if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "iufc":
+                _checks.fitting(f"data{jax.tree_util.keystr(path)}", leaf)
+
     def final_evaluate(self, params: Any, model_state: Any) -> dict[str, float]:
         """Evaluates on the test data, once, when all decisions are taken.
 

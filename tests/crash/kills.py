@@ -47,9 +47,10 @@ class Worker:
       kind: a kind of the worker's.
       directory: the study directory.
       cache: a folder for compiled programs.
+      mebibytes: how much memory it may have, as with ``ulimit -v``.
     """
 
-    def __init__(self, kind, directory, cache):
+    def __init__(self, kind, directory, cache, mebibytes=None):
         self.directory = directory
         self._log = directory.with_suffix(".log")
         self._told = []
@@ -62,9 +63,12 @@ class Worker:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
+        command = [sys.executable, "-W", "error", str(WORKER), kind, str(directory)]
+        if mebibytes is not None:
+            command = ["sh", "-c", f'ulimit -v {1024 * mebibytes}; exec "$@"', "sh", *command]
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", str(WORKER), kind, str(directory)],
+                command,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,

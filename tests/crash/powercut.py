@@ -10,9 +10,7 @@ A change is found by looking at the directory before and after each call, so tha
 writes from C++ is seen as well; it counts as not synced until a file is.
 """
 
-import builtins
 import contextlib
-import io
 import itertools
 import os
 import pathlib
@@ -20,47 +18,13 @@ import random
 import stat
 import threading
 
-_CHANGES = ("fsync", "link", "rename", "replace", "unlink", "remove", "mkdir", "rmdir")
+from tests.crash import syscalls
+
+_CHANGES = (
+    *("os.fsync", "os.link", "os.rename", "os.replace", "os.unlink", "os.remove"),
+    *("os.mkdir", "os.rmdir"),
+)
 ROOT = 0
-
-
-class Interposed:
-    """Calls a function in the place of system calls, while it is entered.
-
-    Args:
-      names: functions of `os`, or ``"open"`` for that of Python.
-      hook: ``hook(name, call, arguments)`` calls `call()` or not, and returns what it returned.
-    """
-
-    def __init__(self, names, hook):
-        self._names, self._hook = names, hook
-        self._originals = []
-
-    def _replaced(self, name, original):
-        def call(*args, **kwargs):
-            return self._hook(name, lambda: original(*args, **kwargs), args)
-
-        return call
-
-    def __enter__(self):
-        for name in self._names:
-            places = [builtins, io] if name == "open" else [os]
-            for place in places:
-                self._originals.append((place, name, getattr(place, name)))
-        for place, name, original in self._originals:
-            setattr(place, name, self._replaced(name, original))
-        return self
-
-    def __exit__(self, *exc):
-        for place, name, original in self._originals:
-            setattr(place, name, original)
-
-
-def path_of(argument):
-    """The path that the first argument of a system call names; of a descriptor, what it is of."""
-    if isinstance(argument, int):
-        argument = os.readlink(f"/proc/self/fd/{argument}")
-    return pathlib.Path(os.path.abspath(os.fsdecode(argument)))
 
 
 class Recorder:
@@ -83,7 +47,7 @@ class Recorder:
         self._names = {}
         self._lock = threading.RLock()
         self._looking = False
-        self._calls = Interposed(_CHANGES, self._call)
+        self._calls = syscalls.Interposed(_CHANGES, self._call)
         self._look()
         for node in list(self._names) + list(self._contents):
             self.events.append(("sync", node))
@@ -101,12 +65,12 @@ class Recorder:
             self._look()
             self.events.append(("done", what))
 
-    def _call(self, name, call, args):
+    def _call(self, name, call, args, kwargs):
         if self._looking:
             return call()
         with self._lock:
             self._look()
-            node = self._node(os.fstat(args[0])) if name == "fsync" else None
+            node = self._node(os.fstat(args[0])) if name == "os.fsync" else None
             try:
                 return call()
             finally:

@@ -4,7 +4,6 @@ import numpy as np
 
 import playbook_optax as pbx
 from playbook_optax.records import checkpoints, load_study, storage
-from playbook_optax.runner import finished
 from tests.records import helpers
 
 WIDTH = 3
@@ -18,9 +17,16 @@ class Run:
       directory: the study directory.
     """
 
+    trees = None
+
     def __init__(self, directory):
         self.directory = directory
         self.blocks = helpers.some_blocks(EXTENDED, width=WIDTH)
+        self.owner = storage.owner_of(self.spec(BEGUN))
+
+    def spec(self, num_trials):
+        """The spec of so many trials; `trees` describes weights, if any are kept."""
+        return helpers.a_spec(num_trials, trees=self.trees)
 
     def tell(self, done=lambda what: None):
         """Stores whatever is missing; the same call continues."""
@@ -30,16 +36,22 @@ class Run:
             self._write_spec(num_trials)
             done(("trials", num_trials))
             for index in range(num_trials // WIDTH):
-                if index not in finished.read(self.directory, {index}):
-                    storage.write_block(self.directory, index, self.blocks[index])
+                self._write_block(index)
                 done(("block", index))
 
     def _write_spec(self, num_trials):
-        spec = helpers.a_spec(num_trials)
-        if storage.write_spec(self.directory, spec, replace=False):
+        spec = self.spec(num_trials)
+        if storage.write_spec(self.directory, spec):
             return
         if storage.read_spec(self.directory)["num_trials"] < num_trials:
-            storage.write_spec(self.directory, spec)
+            storage.extend_spec(self.directory, spec)
+
+    def _write_block(self, index):
+        """Stores a block unless it is there and sound."""
+        try:
+            storage.read_block(self.directory, index, self.owner)
+        except (storage.NoStudy, storage.CorruptBlock):
+            storage.write_block(self.directory, index, self.blocks[index], self.owner)
 
     def check(self, done):
         """What is there is what was stored, and nothing that was finished is missing."""
@@ -51,11 +63,11 @@ class Run:
             assert not done
             return
         assert spec["num_trials"] >= max(planned, default=0)
-        assert spec == helpers.a_spec(spec["num_trials"])
+        assert spec == self.spec(spec["num_trials"])
         there = storage.finished_blocks(self.directory)
         assert set(promised) <= set(there), f"of the finished blocks {promised} there are {there}"
         for index in there:
-            found = storage.read_block(self.directory, index)
+            found = storage.read_block(self.directory, index, self.owner)
             assert helpers.same(found, self.blocks[index]), f"block {index} is another"
         study = load_study(self.directory)
         assert study.num_trials >= WIDTH * (max(promised, default=-1) + 1)
@@ -69,6 +81,31 @@ class Run:
         """Everything is there."""
         self.check([("trials", EXTENDED), *(("block", i) for i in range(EXTENDED // WIDTH))])
         assert load_study(self.directory).num_trials == EXTENDED
+
+
+class Crowd(Run):
+    """The same, while another process finds each block that is there and not synced yet."""
+
+    def tell(self, done=lambda what: None):
+        """Stores whatever is missing; what the other has found counts as finished as well."""
+        sync, busy = storage.sync_directory, []
+
+        def meanwhile(folder):
+            if folder.name == "blocks" and not busy:
+                busy.append(True)
+                for index in storage.finished_blocks(self.directory):
+                    assert not storage.write_block(
+                        self.directory, index, self.blocks[index], self.owner
+                    )
+                    done(("block", index))
+                busy.clear()
+            sync(folder)
+
+        storage.sync_directory = meanwhile
+        try:
+            super().tell(done)
+        finally:
+            storage.sync_directory = sync
 
 
 class Saving:

@@ -37,7 +37,7 @@ def replayed(kind, place, thorough):
     return powercut.check_after_every_cut(recorder.events, place / "there", check, thorough)
 
 
-KINDS = [stories.Run, stories.Saving, stories.Saves]
+KINDS = [stories.Run, stories.Crowd, stories.Saving, stories.Saves]
 
 
 @pytest.mark.parametrize("kind", KINDS)

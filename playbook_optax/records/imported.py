@@ -1,6 +1,7 @@
 """Trials from elsewhere, the user's own loop or another tool's table, as one block of a study."""
 
 import dataclasses
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -585,7 +586,7 @@ class Table:
             np.logical_or.at(failed, self.index, self.failed)
         arrays = dataclasses.replace(checked, present=present, failed=failed)
         extra = {
-            "trial_ids": [i if isinstance(i, int) else str(i) for i in self.ids],
+            "trial_ids": [i if type(i) is int and abs(i) < 2**63 else str(i) for i in self.ids],
             "labels": labels,
         }
         return arrays.record(
@@ -618,7 +619,7 @@ def _number(cell: Any) -> int | float | None:
 def _bounded(number: float) -> int | float:
     """A number that int64 or float64 holds; infinite, and refused as such, where neither does."""
     if isinstance(number, int) and abs(number) >= 2**63:
-        return float(number) if abs(number) < np.finfo(np.float64).max else np.inf
+        return float(number) if abs(number) <= sys.float_info.max else np.inf
     return number
 
 

@@ -384,7 +384,7 @@ def test_bad_tables(call, change, message):
 @pytest.mark.parametrize(
     ("column", "cell", "message"),
     [
-        ("params_lr", [1.0], r"holds \[1.0\]; a hyperparameter is a number or text"),
+        ("params_lr", [1.0], r"holds \[1.0\] in row 1; a hyperparameter is a number"),
         ("params_lr", 10**400, "is not finite in 1 trials"),
         ("number", NAN, "trial = 'number' tells nothing in row 1"),
         ("number", [1], "trial = 'number' tells nothing in row 1"),
@@ -407,7 +407,7 @@ def test_a_column_that_is_there_twice_is_refused():
 def test_a_step_that_no_run_has_is_refused():
     for step in (1e30, -1, 0.5, NAN):
         with pytest.raises(ValueError, match="whole numbers from 0 to"):
-            from_long(long_table().assign(step=step))
+            from_long(long_table().assign(at=step))
 
 
 def test_hyperparameters_that_only_some_trials_have():

@@ -226,6 +226,9 @@ class Imported:
                 bad |= ~np.isfinite(values.astype(np.float64))
         if self.present is not None:
             bad &= self.present[:, None, :]
+        if self.step[0] == 0 and len(self.step) > 1:
+            # Of an untrained model a metric may overflow, and means over updates are of none.
+            bad[..., 0] = False
         infeasible = np.asarray(bad.any(axis=-1))
         reason = np.where(infeasible, _feasibility.NONFINITE_LOSS, 0)
         index = np.where(infeasible, bad.argmax(axis=-1), -1)

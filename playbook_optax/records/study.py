@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +53,10 @@ Block = Mapping[str, np.ndarray]
 
 class NoFeasibleTrial(ValueError):  # noqa: N818
     """No trial of the study has a finite value of the objective and is feasible."""
+
+
+class ReservedName(ValueError):  # noqa: N818
+    """A hyperparameter or metric has a name that the record cannot give it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,6 +441,81 @@ class Study:
         # JSON can hold half a surrogate pair, which UTF-8 cannot.
         frame.to_csv(path, index=False, errors="backslashreplace")
 
+    def to_netcdf(self, path: str | os.PathLike[str]) -> None:
+        """Writes `data` as a netCDF file, for other tools that read labelled arrays.
+
+        Names of metrics such as "valid/loss" are no names there: a variable is called
+        ``valid_loss``, and its attribute ``long_name`` has the name. Numbers of 16 bits and fewer
+        are written as float32. xarray writes netCDF 4 where netCDF4 or h5netcdf is installed, and
+        netCDF 3 otherwise.
+
+        Args:
+          path: the file; replaced if it exists.
+
+        Raises:
+          NotWritable: the system refused.
+
+        Example:
+          >>> import tempfile, numpy as np
+          >>> import playbook_optax as pbx
+          >>> study = pbx.Study.from_arrays(
+          ...     {"lr": np.array([0.1])}, {"valid/loss": np.ones((1, 1))}, [10],
+          ...     objective="valid/loss")
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     study.to_netcdf(f"{folder}/study.nc")
+          ...     data = pbx.Study.read_netcdf(f"{folder}/study.nc")
+          >>> data["valid/loss"].values.tolist(), data["lr"].values.tolist()
+          ([[1.0]], [0.1])
+
+        Source: playbook, "Why use quasi-random search instead of more sophisticated black box
+        optimization algorithms during the exploration phase of tuning?" (post hoc analysis).
+        """
+        data = self.data.copy()
+        plain: dict[str, str] = {}
+        for name in data.variables:
+            wanted = re.sub(r"\W", "_", str(name), flags=re.ASCII)
+            wanted = wanted if wanted[:1].isalpha() else f"_{wanted}"
+            number = 2
+            while wanted in plain.values():
+                wanted, number = f"{wanted}_{number}", number + 1
+            plain[str(name)] = wanted
+            data[name].attrs["long_name"] = str(name)
+            if data[name].dtype.kind not in "biufOU" or data[name].dtype == np.float16:
+                kept = data[name].attrs
+                data[name] = data[name].astype(np.float32).assign_attrs(kept)
+        target = storage.root(path)
+        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+        try:
+            data.rename({old: new for old, new in plain.items() if old != new}).to_netcdf(temporary)
+            os.replace(temporary, target)
+        except OSError as error:
+            raise storage.file_error(target, "write", error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def read_netcdf(path: str | os.PathLike[str]) -> "xarray.Dataset":
+        """Reads what `to_netcdf` wrote, with the names of the study.
+
+        Args:
+          path: the file.
+
+        Returns:
+          A dataset as `Study.data`.
+
+        Raises:
+          StorageError: it is no such file.
+        """
+        import xarray
+
+        try:
+            with xarray.open_dataset(storage.root(path)) as file:
+                data = file.load()
+        except (OSError, ValueError, TypeError) as error:
+            raise storage.StorageError(f"{os.fspath(path)!r} is no netCDF file: {error}") from error
+        names = {name: data[name].attrs.pop("long_name", name) for name in data.variables}
+        return data.rename({old: new for old, new in names.items() if old != new})
+
     @staticmethod
     @named_arguments
     def from_arrays(
@@ -452,8 +532,8 @@ class Study:
         """Makes a study of what the user's own loop recorded, for example ``jit(vmap(train))``.
 
         Where `infeasible` is not given it is decided, by the rule of our own trials. A trial is
-        infeasible from the first evaluation at which the objective or a metric with "loss" in its
-        name is not finite (−inf counts as diverged), or where its "train/loss" is
+        infeasible from the first evaluation after step 0 at which the objective or a metric with
+        "loss" in its name is not finite (−inf counts as diverged), or where its "train/loss" is
         uncharacteristically high against its own value at step 0. Without "train/loss" from step 0
         on the second half is not judged, and ``spec["unchecked"]["high_loss"]`` says so.
 
@@ -897,7 +977,7 @@ def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
       metrics: names of metrics.
 
     Raises:
-      ValueError: the record itself uses a name, or a metric and a hyperparameter share one.
+      ReservedName: the record itself uses a name, or a metric and a hyperparameter share one.
     """
     own, hyperparameters, metrics = (
         (*_COORDINATES, *_OUTCOMES, *_NORMS),
@@ -907,13 +987,15 @@ def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
     for what, names in (("hyperparameter", hyperparameters), ("metric", metrics)):
         for name in names:
             if name in own:
-                raise ValueError(
+                raise ReservedName(
                     f"the {what} name {name!r} is used by the record itself: rename it. So are "
                     f"{', '.join(other for other in own if other != name)}."
                 )
     for name in hyperparameters:
         if name in metrics:
-            raise ValueError(f"{name!r} is both a metric and a hyperparameter: rename one of them.")
+            raise ReservedName(
+                f"{name!r} is both a metric and a hyperparameter: rename one of them."
+            )
 
 
 def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarray.Dataset":

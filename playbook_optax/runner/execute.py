@@ -634,9 +634,17 @@ def _from_data(tree: Any, like: Any) -> Any:
     def restore(shape: Any, leaf: Any) -> Any:
         if not is_key(shape):
             return leaf
-        return jax.random.wrap_key_data(leaf, impl=str(jax.random.key_impl(shape)))
+        return jax.random.wrap_key_data(leaf, impl=_key_impl(shape.dtype))
 
     return jax.tree.map(restore, like, tree)
+
+
+def _key_impl(dtype: Any) -> str:
+    """The implementation of random keys of a dtype."""
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if jax.eval_shape(functools.partial(jax.random.key, 0, impl=impl)).dtype == dtype:
+            return impl
+    raise ValueError(f"random keys of dtype {dtype} in a state are of no implementation of JAX's.")
 
 
 def _data_shapes(programs: Programs) -> TrialState:

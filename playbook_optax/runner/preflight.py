@@ -10,6 +10,7 @@ import jax
 
 from playbook_optax import _checks
 from playbook_optax.analysis.findings import Finding
+from playbook_optax.records.study import ReservedName
 from playbook_optax.runner import devices, execute, plan
 from playbook_optax.runner.run import StudyRunner
 from playbook_optax.runner.trainer import Trainer, takes_trainer
@@ -177,6 +178,8 @@ def preflight(
         width = own.fitting_width(count)
     except execute.OutOfMemory as error:
         return refused("does_not_fit", error, "")
+    except ReservedName as error:
+        return refused("reserved_name", error, "")
     except Exception as error:
         cause = type(error).__name__
         suggestion = (

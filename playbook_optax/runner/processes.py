@@ -182,7 +182,7 @@ class Group:
           ValueError: some process does not see it.
         """
         token = self.share(f".tmp-{os.getpid()}-{secrets.token_hex(8)}")
-        path = Path(directory) / token
+        path = storage.root(directory) / token
         try:
             if self.index == 0:
                 path.write_bytes(b"")

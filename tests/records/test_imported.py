@@ -116,6 +116,7 @@ def test_any_curve_is_judged_without_a_warning(curves):
     for trial, curve in enumerate(curves):
         reason, step = infeasible(study)[trial]
         bad = ~np.isfinite(curve)
+        bad[0] = False  # Before the first update.
         assert (reason == "nonfinite_loss") == bad.any()
         if bad.any():
             assert step == bad.argmax()
@@ -504,3 +505,26 @@ def test_cells_that_hold_nothing_or_a_list_are_told_by_column_and_row():
     twice = pandas.DataFrame([[0, 0.1, 1.0, 2.0]], columns=["n", "v", "lr", "lr"])
     with pytest.raises(ValueError, match="'lr' is 2 columns of frame"):
         Study.from_dataframe(twice, objective="v", parameters=["lr"], trial="n")
+
+
+# Before the first update --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_metric_that_is_not_finite_before_the_first_update_only(bad):
+    curves = np.array([[bad, 2.0, 1.0], [bad, np.nan, np.nan], [3.0, 2.0, bad]])
+    study = Study.from_arrays(
+        {"lr": RATES}, {"perplexity": curves}, [0, 5, 10], objective="perplexity"
+    )
+    assert study.data["infeasible"].values.tolist() == [False, True, True]
+    assert study.data["infeasible_step"].values.tolist() == [-1, 5, 10]
+    assert (study.best().trial, study.best().value) == (0, 1.0)
+    # Where nothing was trained before the first evaluation, or it is the only one, it counts.
+    late = Study.from_arrays(
+        {"lr": RATES}, {"perplexity": curves}, [1, 5, 10], objective="perplexity"
+    )
+    assert late.data["infeasible"].values.tolist() == [True, True, True]
+    once = Study.from_arrays(
+        {"lr": RATES}, {"perplexity": curves[:, :1]}, [0], objective="perplexity"
+    )
+    assert once.data["infeasible"].values.tolist() == [True, True, False]

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pandas
 import pytest
+import xarray
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -881,3 +882,39 @@ def test_a_set_is_copied_and_pickled():
     for other in (copy.deepcopy(studies), pickle.loads(pickle.dumps(studies))):
         assert other.scientific == "kind"
         assert [study.num_trials for study in other.values()] == [3, 4]
+
+
+# netCDF -------------------------------------------------------------------------------------------
+
+
+def test_netcdf_there_and_back(tmp_path):
+    study = a_study(4, 2)
+    study.to_netcdf(tmp_path / "study.nc")
+    with xarray.open_dataset(tmp_path / "study.nc") as plain:
+        assert all(re.fullmatch(r"[A-Za-z_]\w*", str(name)) for name in plain.variables)
+    back = Study.read_netcdf(tmp_path / "study.nc")
+    xarray.testing.assert_equal(back, study.data)
+    assert set(back.coords) == set(study.data.coords)
+    assert back.attrs["objective"] == "valid/loss"
+    assert [path.name for path in tmp_path.iterdir()] == ["study.nc"]
+
+
+def test_netcdf_of_names_that_collide_and_small_floats(tmp_path):
+    table = np.array([[1.0, 2.0]], ml_dtypes.bfloat16)
+    metrics = {"a/b": table, "a_b": table + 1, "a b": table + 2, "9/é": table + 3}
+    study = Study.from_arrays({"l/r": [0.1]}, metrics, [1, 2], objective="a/b")
+    study.to_netcdf(tmp_path / "study.nc")
+    back = Study.read_netcdf(tmp_path / "study.nc")
+    for name, values in metrics.items():
+        np.testing.assert_array_equal(back[name].values, values.astype(np.float32))
+    assert back["l/r"].values.tolist() == [0.1]
+
+
+def test_what_is_no_netcdf_is_an_error_by_name(tmp_path):
+    (tmp_path / "study.nc").write_text("nothing")
+    with pytest.raises(StorageError, match=r"study\.nc.*no netCDF"):
+        Study.read_netcdf(tmp_path / "study.nc")
+    with pytest.raises(StorageError, match="no netCDF"):
+        Study.read_netcdf(tmp_path / "missing.nc")
+    with pytest.raises(storage.NotWritable):
+        a_study().to_netcdf(tmp_path / "missing" / "study.nc")

@@ -12,6 +12,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_workloads as tiny
 
@@ -112,6 +113,35 @@ def test_a_block_continues_where_it_was_saved(tmp_path, monkeypatch, width, inde
     assert content(resumed) == content(whole)
     assert 0 < len(counts) <= in_all * 0.55
     assert checkpoints.groups(tmp_path) == []
+
+
+def noisy(point):
+    return optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), tiny.momentum(point))
+
+
+def schedule_free(point):
+    return optax.contrib.schedule_free(optax.sgd(point["learning_rate"]), 0.1)
+
+
+@pytest.mark.parametrize("make_optimizer", [noisy, schedule_free])
+def test_states_with_keys_and_averages_are_saved(tmp_path, monkeypatch, make_optimizer):
+    arguments = {**ARGUMENTS, "trials_per_block": 2}
+    workload = tiny.noisy_quadratic()
+    whole = pbx.run_study(workload, make_optimizer, RATES, **arguments)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        with pytest.raises(Killed):
+            pbx.run_study(
+                workload,
+                make_optimizer,
+                RATES,
+                **arguments,
+                directory=tmp_path,
+                checkpoint_seconds=0.0,
+            )
+    assert len(checkpoints.groups(tmp_path)) == 1
+    resumed = pbx.run_study(workload, make_optimizer, RATES, **arguments, directory=tmp_path)
+    assert content(resumed) == content(whole)
 
 
 def test_a_save_of_which_all_trials_have_broken_is_continued(tmp_path, monkeypatch):

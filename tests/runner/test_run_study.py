@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -546,3 +547,60 @@ def test_a_study_under_strict_promotion_is_the_same():
     with jax.numpy_dtype_promotion("strict"):
         strict = study_of(tiny.SPACE, 2, **arguments)
     assert strict.data.identical(study_of(tiny.SPACE, 2, **arguments).data)
+
+
+@pytest.mark.parametrize("keep", ["none", "best", "final"])
+def test_a_random_key_in_the_model_state_is_kept(tmp_path, keep):
+    quadratic = tiny.quadratic()
+    workload = dataclasses.replace(
+        quadratic, init=lambda key: (quadratic.init(key)[0], {"dropout": key})
+    )
+    arguments = {"workload": workload, "make_optimizer": tiny.sgd, "keep": keep}
+    study = study_of(tiny.SPACE, 2, directory=tmp_path, **arguments)
+    again = pbx.load_study(tmp_path)
+    if keep != "none":
+        stored = np.asarray(again.model_state(0)["dropout"])
+        np.testing.assert_array_equal(stored, np.asarray(study.model_state(0)["dropout"]))
+        assert stored.dtype == np.uint32
+    assert study_of(tiny.SPACE, 2, directory=tmp_path, **arguments).data.identical(study.data)
+
+
+@pytest.mark.parametrize(
+    ("space", "metrics", "message"),
+    [
+        ({"seed": pbx.Float(0.1, 1.0)}, "valid/loss", "hyperparameter name 'seed' is used"),
+        ({"step": pbx.Float(0.1, 1.0)}, "valid/loss", "hyperparameter name 'step' is used"),
+        ({"infeasible": pbx.Float(0.1, 1.0)}, "valid/loss", "'infeasible' is used"),
+        ({"learning_rate": pbx.Float(0.1, 1.0)}, "trial", "metric name 'trial' is used"),
+        (
+            {"learning_rate": pbx.Float(0.1, 1.0)},
+            "learning_rate",
+            "both a metric and a hyperparameter",
+        ),
+    ],
+)
+def test_names_of_the_record_are_refused_before_the_first_step(tmp_path, space, metrics, message):
+    quadratic, steps = tiny.quadratic(), []
+
+    def evaluate(params, state, data):
+        return {metrics: quadratic.evaluate(params, state, data)["valid/loss"]}
+
+    def loss(params, state, batch, key):
+        jax.debug.callback(lambda: steps.append(0))
+        return quadratic.loss(params, state, batch, key)
+
+    workload = dataclasses.replace(quadratic, evaluate=evaluate, loss=loss, objective=metrics)
+    space = pbx.SearchSpace(space)
+    question = {"num_trials": 2, "num_steps": 6, "eval_every": 3, "key": jax.random.key(0)}
+
+    def make_optimizer(point):
+        return pbx.sgd(0.1)
+
+    with pytest.raises(ValueError, match=message):
+        pbx.run_study(workload, make_optimizer, space, directory=tmp_path / "study", **question)
+    (finding,) = pbx.preflight(workload, make_optimizer, space, **question).findings
+    assert finding.code == "reserved_name"
+    assert re.search(message, finding.message)
+    jax.effects_barrier()
+    assert not steps
+    assert not (tmp_path / "study").exists()

@@ -177,7 +177,10 @@ class Study:
           IndexError: there is no such trial.
         """
         index = self._check_trial(trial)
-        return {name: values[index] for name, values in self.points.items()}
+        found = {name: values[index] for name, values in self.points.items()}
+        return {
+            n: np.str_(value) if isinstance(value, str) else value for n, value in found.items()
+        }
 
     @named_arguments
     def params(self, trial: int, seed: int | None = None) -> Any:

@@ -348,7 +348,8 @@ def read_study(study, folder, rng):
     study._repr_html_()
     if study.num_trials:
         check_best(study)
-        study.point(study.num_trials - 1)
+        for value in study.point(study.num_trials - 1).values():
+            value.item()
     frame = ours(study.to_dataframe)
     if frame is not None and len(frame) != study.num_trials * study.num_seeds:
         raise Failed(f"{len(frame)} rows of {study.num_trials} trials")

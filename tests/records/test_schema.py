@@ -350,8 +350,8 @@ def test_the_index_of_a_set_holds_numbers_that_arrays_hold(tmp_path):
 def test_a_record_from_elsewhere_is_not_trained_on(tmp_path):
     study = pbx.Study.from_arrays({"lr": [0.1]}, {"loss": [[1.0]]}, [10], objective="loss")
     study.save(tmp_path)
-    with pytest.raises(storage.StorageError, match="lacks eval_every, independent, key"):
-        schema.read_trainable_spec(tmp_path)
+    with pytest.raises(ValueError, match="it lacks 'eval_every'"):
+        schema.check_trainable(schema.read_spec(tmp_path))
 
 
 # Records made in memory ---------------------------------------------------------------------------
@@ -386,6 +386,7 @@ def test_long_labels_take_room_once(tmp_path):
     try:
         study = pbx.load_study(stored(tmp_path, spec))
         assert study.points["decay"].tolist()[1] == "y"
+        assert study.point(1)["decay"].item() == "y"
         assert tracemalloc.get_traced_memory()[1] < 3 * 10**7
     finally:
         tracemalloc.stop()

@@ -40,7 +40,7 @@ from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.stability import Stabilization, stabilize
 from playbook_optax.procedures.tune import find_recipe
 from playbook_optax.procedures.verdict import Verdict
-from playbook_optax.records.schema import read_trainable_spec
+from playbook_optax.records.schema import check_trainable, read_spec
 from playbook_optax.records.storage import StorageError, read_file, stored_dtype, write_file
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
 from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
@@ -380,7 +380,7 @@ class Run:
 
     def run(self) -> int:
         """Trains until the study is whole, by whomever."""
-        spec = read_trainable_spec(self.study)
+        spec = read_spec(self.study)
         name, optimizer = _stored_command(self.study)
         if self.workload is None and not _is_zoo(name):
             # What a directory names may be anybody's: only the person at the terminal imports it.
@@ -390,6 +390,7 @@ class Run:
         if self.workload not in (None, name):
             raise UsageError(f"the study is of {name!r}, not of {self.workload!r}.")
         try:
+            check_trainable(spec)
             _check_size(spec)
             points, key = _points_and_key(spec)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:

@@ -474,6 +474,8 @@ def prepared(tmp_path_factory):
     place = tmp_path_factory.mktemp("prepared") / "study"
     spec = {
         "name": "digits_mlp",
+        "objective": "valid/error_rate",
+        "maximize": False,
         "num_trials": 12,
         "num_seeds": 1,
         "num_steps": 20,
@@ -502,30 +504,33 @@ TABLE = {"space": None, "points": {"learning_rate": [0.1] * 12}}
 FORGED = {
     "width": ({"trials_per_block": 10**9}, "trials_per_block = 1000000000 is far more"),
     "wider": ({"trials_per_block": 2048}, "trials_per_block = 2048 is far more than its 12 trials"),
-    "width 0": ({"trials_per_block": 0}, "trials_per_block must be >= 1"),
-    "width text": ({"trials_per_block": "8"}, "trials_per_block must be an integer"),
-    "width true": ({"trials_per_block": True}, "trials_per_block must be an integer"),
+    "width 0": ({"trials_per_block": 0}, "'trials_per_block' must be an integer from 1"),
+    "width text": ({"trials_per_block": "8"}, "'trials_per_block' must be an integer from 1"),
+    "width true": ({"trials_per_block": True}, "'trials_per_block' must be an integer from 1"),
     "trials": ({"num_trials": 10**9}, "it is too large"),
     "both": ({"num_trials": 10**9, "trials_per_block": 10**9}, "it is too large"),
-    "trials of 64 bits": ({"num_trials": 2**40}, "num_trials must be >= 1"),
+    "trials of 64 bits": ({"num_trials": 2**40}, "'num_trials' must be an integer from 0"),
     "seeds": ({"num_seeds": 10**9}, "it is too large"),
     "steps": ({"num_steps": 2**31 - 1}, "it has 5 evaluations, where its steps make 429496731"),
     "evaluations": ({"num_steps": 2**31 - 1, "eval_every": 1}, "where its steps make 2147483648"),
-    "no interval": ({"eval_every": 0}, "eval_every must be >= 1"),
+    "no interval": ({"eval_every": 0}, "'eval_every' must be an integer from 1"),
     "many values": (
         {"num_trials": 10**5, "num_steps": 10**4, "eval_every": 1, "step": [*range(10**4 + 1)]},
         "it is too large",
     ),
-    "step": ({"step": 5}, "object of type 'int' has no len"),
-    "space": ({"space": [1]}, "is not trained on"),
-    "range": ({"space": {"learning_rate": {"kind": "float", "low": 1, "high": 0}}}, "is not trai"),
-    "key": ({"key": [0, 0]}, "is not trained on"),
+    "step": ({"step": 5}, "'step' must be a list of rising integers"),
+    "space": ({"space": [1]}, "'space' must be a search space"),
+    "range": (
+        {"space": {"learning_rate": {"kind": "float", "low": 1, "high": 0}}},
+        "'space' is no",
+    ),
+    "key": ({"key": [0, 0]}, "'key' must be impl, a text or null"),
     "key of another kind": ({"key": {"impl": ESCAPES, "data": [0, 0]}}, "is not trained on"),
-    "negative key": ({"key": {"impl": None, "data": [-1, 0]}}, "is not trained on"),
-    "points": ({"space": None, "points": [1, 2]}, "is not trained on"),
-    "dtype": ({**TABLE, "dtypes": {"learning_rate": "U1000000000"}}, "dtype 'U1000000000' is not"),
-    "no dtype": ({**TABLE, "dtypes": {}}, "it lacks 'learning_rate'"),
-    "text": ({**TABLE, "points": {"learning_rate": ["x"]}}, "could not convert string to float"),
+    "negative key": ({"key": {"impl": None, "data": [-1, 0]}}, "'key' must be impl"),
+    "points": ({"space": None, "points": [1, 2]}, "'points' must be lists of"),
+    "dtype": ({**TABLE, "dtypes": {"learning_rate": "U1000000000"}}, "'dtypes' must be dtypes by"),
+    "no dtype": ({**TABLE, "dtypes": {}}, "'dtypes' lacks 'learning_rate', which"),
+    "text": ({**TABLE, "points": {"learning_rate": ["x"]}}, "'points' must be lists of finite"),
 }
 
 
@@ -561,7 +566,8 @@ def test_a_study_that_lacks_something_is_refused(prepared, tmp_path, capsys, nam
     shutil.copytree(place, folder)
     spec = {**spec, "space": None} if name == "points" else spec
     forge(folder, {n: value for n, value in spec.items() if n != name})
-    assert f"it lacks '{name}'" in complaint(capsys, "run", str(folder))
+    lacking = "'space' or 'points'" if name in ("space", "points") else f"'{name}'"
+    assert f"it lacks {lacking}" in complaint(capsys, "run", str(folder))
 
 
 @pytest.mark.parametrize(

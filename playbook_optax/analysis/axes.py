@@ -153,6 +153,8 @@ def axis(study: Study, name: str) -> Axis:
             f"hyperparameter = {name!r} is not in the study: {_checks.nearest(name, names)}"
         )
     raw = study.data.coords[name].values
+    if "float" in raw.dtype.name:  # bfloat16 and its like are of no kind that NumPy knows.
+        raw = raw.astype(np.float64)
     space: Any = study.space
     parameter = space[name] if space is not None and name in space else None
     choices = getattr(parameter, "values", None)

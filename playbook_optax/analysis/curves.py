@@ -319,7 +319,7 @@ def best_curves(
     known = metric_names(study)
     losses = [n for n in ("train/loss", "step/loss") if n in known and n != out.objective]
     names += losses[:1]
-    points = tuple({n: v[t].item() for n, v in study.points.items()} for t in top)
+    points = tuple({n: v.item() for n, v in study.point(t).items()} for t in top)
     return BestCurves(
         step=out.step,
         trials=tuple(int(t) for t in top),

@@ -87,7 +87,11 @@ def mean_curve(study: Study, name: str) -> np.ndarray:
     array = study.data[name]
     curve = array.transpose("trial", ..., "eval").values.astype(np.float64)
     curve = np.where(np.isfinite(curve), curve, np.nan)
-    return curve.mean(axis=1) if "seed" in array.dims else curve
+    if "seed" not in array.dims:
+        return curve
+    with np.errstate(over="ignore", invalid="ignore"):  # A sum that no float holds.
+        mean = curve.mean(axis=1)
+    return np.where(np.isfinite(mean), mean, np.nan)
 
 
 def metric_names(study: Study) -> list[str]:

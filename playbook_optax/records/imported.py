@@ -1,6 +1,7 @@
 """Trials from elsewhere, the user's own loop or another tool's table, as one block of a study."""
 
 import dataclasses
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def check_indices(what: str, values: np.ndarray, labels: Sequence[str]) -> None:
 
 
 def check_scale(what: str, values: np.ndarray, parameter: Parameter) -> None:
-    """Checks that values have a place on the scale of their range, inside it or not.
+    """Checks that values are numbers with a place on the scale of their range, inside it or not.
 
     Args:
       what: whose they are, the subject of a sentence.
@@ -84,6 +85,8 @@ def check_scale(what: str, values: np.ndarray, parameter: Parameter) -> None:
     Raises:
       ValueError: one has none.
     """
+    if values.dtype.kind == "b":
+        raise ValueError(f"{what} must hold numbers, not booleans, because its range does.")
     scale = getattr(parameter, "scale", "linear")
     numbers = values.astype(np.float64)
     # 0 is drawn where a log scale begins.
@@ -586,7 +589,7 @@ class Table:
             np.logical_or.at(failed, self.index, self.failed)
         arrays = dataclasses.replace(checked, present=present, failed=failed)
         extra = {
-            "trial_ids": [i if isinstance(i, int) else str(i) for i in self.ids],
+            "trial_ids": [i if type(i) is int and abs(i) < 2**63 else str(i) for i in self.ids],
             "labels": labels,
         }
         return arrays.record(
@@ -619,7 +622,7 @@ def _number(cell: Any) -> int | float | None:
 def _bounded(number: float) -> int | float:
     """A number that int64 or float64 holds; infinite, and refused as such, where neither does."""
     if isinstance(number, int) and abs(number) >= 2**63:
-        return float(number) if abs(number) < np.finfo(np.float64).max else np.inf
+        return float(number) if abs(number) <= sys.float_info.max else np.inf
     return number
 
 

@@ -452,29 +452,20 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return spec
 
 
-def read_trainable_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads and checks the ``study.json`` of a study that can be trained on.
+def check_trainable(spec: Mapping[str, Any]) -> None:
+    """Checks that a spec says all that `run_study` was asked; trials from elsewhere are a record.
 
     Args:
-      directory: the study directory.
-
-    Returns:
-      The spec, which says all that `run_study` was asked.
+      spec: from `read_spec`.
 
     Raises:
-      NoStudy, CorruptSpec, NewerFormat: as `read_spec`.
-      StorageError: it is a record of trials from elsewhere.
+      ValueError: it lacks something; the message names it.
     """
-    spec = read_spec(directory)
-    lacking = [name for name in _QUESTION if name not in spec or spec[name] is None]
+    for name in _QUESTION:
+        if spec.get(name) is None:
+            raise ValueError(f"it lacks {name!r}")
     if spec.get("space") is None and spec.get("points") is None:
-        lacking.append("space")
-    if lacking:
-        raise storage.StorageError(
-            f"{os.fspath(directory)!r} holds a study that cannot be trained on: its study.json "
-            f"lacks {', '.join(lacking)}. Trials from elsewhere are a record."
-        )
-    return {"space": None, "points": None, **spec}
+        raise ValueError("it lacks 'space' or 'points'")
 
 
 def block_reader(

@@ -177,7 +177,10 @@ class Study:
           IndexError: there is no such trial.
         """
         index = self._check_trial(trial)
-        return {name: values[index] for name, values in self.points.items()}
+        found = {name: values[index] for name, values in self.points.items()}
+        return {
+            n: np.str_(value) if isinstance(value, str) else value for n, value in found.items()
+        }
 
     @named_arguments
     def params(self, trial: int, seed: int | None = None) -> Any:
@@ -273,6 +276,10 @@ class Study:
                 f"No trial has a finite {objective!r} and is feasible: {self._count_reasons()}. "
                 "Lower the learning rate's range, or tame the instability (warm-up, clipping)."
             )
+        spread = None
+        if self.num_seeds > 1:
+            with np.errstate(over="ignore"):
+                spread = float(values[trial, :, index].std(ddof=1))
         return BestTrial(
             trial=int(trial),
             point=self.point(int(trial)),
@@ -280,7 +287,7 @@ class Study:
             step=int(self.data["step"].values[index]),
             objective=objective,
             maximize=bool(maximize),
-            spread=float(values[trial, :, index].std(ddof=1)) if self.num_seeds > 1 else None,
+            spread=spread,
             num_seeds=self.num_seeds,
         )
 

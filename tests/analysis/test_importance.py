@@ -3,7 +3,7 @@ import pytest
 
 from playbook_optax.analysis.importance import importance_findings, importance_info
 from playbook_optax.records.study import Study
-from playbook_optax.search_space import Categorical, SearchSpace
+from playbook_optax.search_space import Categorical, Float, SearchSpace
 
 
 def verdicts(study):
@@ -44,6 +44,29 @@ def test_categorical_has_one_term_per_further_choice():
     )
     (row,) = importance_info(study).rows
     assert (row.num_terms, row.verdict) == (2, "sensitive")
+
+
+@pytest.mark.parametrize("scale", [1e308, 5e-324, 1e-300])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_numbers_of_any_size_are_judged(scale, maximize):
+    rng = np.random.default_rng(2)
+    wide = np.where(np.arange(40) % 2, scale, -scale)
+    points = {"x": rng.random(40), "wide": wide, "steep": scale * rng.random(40)}
+    study = Study.from_arrays(
+        points, {"loss": (wide * points["x"])[:, None]}, [0], objective="loss", maximize=maximize
+    )
+    for row in importance_info(study).rows:
+        assert 0 <= row.share <= row.upper <= 1
+        assert row.verdict in ("sensitive", "insensitive", "cannot tell", "not varied")
+
+
+def test_a_place_far_beyond_the_range_cannot_be_compared():
+    rng = np.random.default_rng(3)
+    space = SearchSpace({"x": Float(0.0, 1e-6), "y": Float(0.0, 1.0)})
+    points = {"x": 1e30 * rng.random(40), "y": rng.random(40)}
+    loss = {"loss": points["y"][:, None]}
+    study = Study.from_arrays(points, loss, [0], objective="loss", space=space)
+    assert verdicts(study) == {"x": "cannot tell", "y": "sensitive"}
 
 
 def test_few_trials_cannot_tell(make_study):

@@ -365,6 +365,12 @@ def test_other_kinds_of_columns():
         (from_long, {"step": "lr"}, "whole numbers"),
         (from_long, {"trial": "at", "parameters": ["at"]}, "two rows for one trial and step"),
         (from_long, {"trial": "at"}, "changes within trial 0"),
+        (from_optuna, {"objective": ["value"]}, "objective must be the name of a column"),
+        (from_optuna, {"objective": None}, "objective = None is not a column"),
+        (from_optuna, {"parameters": 3}, "parameters must be a list"),
+        (from_optuna, {"parameters": [3]}, "parameters must be text"),
+        (from_optuna, {"metrics": "duration"}, "metrics must be a list"),
+        (from_optuna, {"metrics": 3}, "metrics must be a list"),
     ],
 )
 def test_bad_tables(call, change, message):
@@ -374,6 +380,35 @@ def test_bad_tables(call, change, message):
         frame = frame.assign(at=0)
     with pytest.raises(ValueError, match=message):
         call(frame, **change)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("params_lr", [1.0], r"holds \[1.0\] in row 1; a hyperparameter is a number"),
+        ("params_lr", 10**400, "is not finite in 1 trials"),
+        ("number", NAN, "trial = 'number' tells nothing in row 1"),
+        ("number", [1], "trial = 'number' tells nothing in row 1"),
+        ("value", [1.0, 2.0], "the column 'value' must be an array of numbers"),
+    ],
+)
+def test_cells_that_hold_no_number(column, cell, message):
+    frame = optuna_table().astype({column: object})
+    frame.at[1, column] = cell
+    with pytest.raises(ValueError, match=message):
+        from_optuna(frame)
+
+
+def test_a_column_that_is_there_twice_is_refused():
+    frame = optuna_table().rename(columns={"duration": "value"})
+    with pytest.raises(ValueError, match="'value' is 2 columns of frame"):
+        from_optuna(frame)
+
+
+def test_a_step_that_no_run_has_is_refused():
+    for step in (1e30, -1, 0.5, NAN):
+        with pytest.raises(ValueError, match="whole numbers from 0 to"):
+            from_long(long_table().assign(at=step))
 
 
 def test_hyperparameters_that_only_some_trials_have():

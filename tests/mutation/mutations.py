@@ -453,6 +453,7 @@ MUTATIONS = (
         "    _reserve(folder, filled.values())\n",
         "",
         ("crash/test_full_disk.py",),
+        "A save that does not fit fails in Orbax too; now and then its threads complain afterwards.",
     ),
     Mutation(
         "small arrays end one byte early",
@@ -817,7 +818,7 @@ MUTATIONS = (
         "runner/run.py",
         "                done |= finished.read(directory, {block.index for block in blocks} - set(done))\n",
         "",
-        (f"{RUN_STUDY}::test_a_directory_is_continued", STORED),
+        (f"{STORED}::test_what_is_stored_is_not_trained_again",),
     ),
     Mutation(
         "a shorter study's spec replaces a longer one's",
@@ -839,6 +840,7 @@ MUTATIONS = (
         "            plan.check_resumable(stored, spec, directory)\n        elif",
         "            pass\n        elif",
         (STORED,),
+        "It is compared again, before its spec is written: the first look only tells it sooner.",
     ),
     Mutation(
         "the directory is not tried before",
@@ -852,14 +854,14 @@ MUTATIONS = (
         "runner/run.py",
         "            storage.remove_temporary_files(directory)\n",
         "",
-        (STORED,),
+        (f"{STORED}::test_left_overs_of_dead_processes_are_removed_by_whoever_comes_next",),
     ),
     Mutation(
         "left-over saves stay",
         "runner/run.py",
         "            checkpoints.remove_temporary_folders(directory)\n",
         "",
-        (STORED,),
+        (f"{STORED}::test_left_overs_of_dead_processes_are_removed_by_whoever_comes_next",),
     ),
     Mutation(
         "a stored width is not kept",
@@ -894,7 +896,7 @@ MUTATIONS = (
         "runner/run.py",
         "        if wanted != given:\n",
         "        if False:\n",
-        (PROGRAMS, STORED),
+        (f"{STORED}::test_points_of_other_names_or_dtypes_than_the_program_has_are_refused",),
     ),
     Mutation(
         "nothing is saved",

@@ -1,6 +1,8 @@
 """What a stored study says to whoever continues it elsewhere, or reads it while it is written."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.records import storage
+from playbook_optax.runner import execute
 from playbook_optax.runner.run import StudyRunner
 
 
@@ -205,3 +208,31 @@ def test_a_study_that_another_process_began_meanwhile_is_refused(tmp_path, runne
     with pytest.raises(ValueError, match="fixed is "):
         runner.run(tiny.SPACE, num_trials=2, directory=tmp_path)
     assert real(tmp_path) == stored
+
+
+def test_what_is_stored_is_not_trained_again(tmp_path, runner, monkeypatch):
+    whole = runner.run(tiny.SPACE, num_trials=4, directory=tmp_path)
+    monkeypatch.setattr(execute.Engine, "_train", lambda *_: pytest.fail("something was trained"))
+    again = runner.run(tiny.SPACE, num_trials=4, directory=tmp_path)
+    np.testing.assert_array_equal(again.data["valid/loss"], whole.data["valid/loss"])
+
+
+def test_points_of_other_names_or_dtypes_than_the_program_has_are_refused(runner):
+    for points in ({"learning_rate": np.int32([1])}, {"rate": np.float32([0.1])}):
+        with pytest.raises(ValueError, match="but the program was made for"):
+            runner.run(points)
+
+
+def test_left_overs_of_dead_processes_are_removed_by_whoever_comes_next(tmp_path, runner):
+    # 58, 71
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    name = f".tmp-{process.pid}-{'0' * 16}"
+    save = tmp_path / "checkpoints" / "blocks-1" / name
+    save.mkdir(parents=True)
+    (tmp_path / "blocks").mkdir()
+    files = [tmp_path / name, tmp_path / "blocks" / name, save / "file"]
+    for path in files:
+        path.write_bytes(b"torn")
+    runner.prepare(tiny.SPACE, num_trials=2, directory=tmp_path)
+    assert [path for path in (*files, save) if path.exists()] == []

@@ -13,6 +13,7 @@ FINGERPRINTS = "runner/test_fingerprints.py"
 FORGED = "records/test_forged_saves.py"
 IMPORTED = "records/test_imported.py"
 KEEPER = "runner/test_keeper.py"
+IDENTITY = "runner/test_identity.py"
 MEMORY = "runner/test_memory.py"
 PROGRAMS = "runner/test_programs.py"
 PROGRESS = "runner/test_progress.py"
@@ -1032,7 +1033,7 @@ MUTATIONS = (
         "runner/remote.py",
         "        if batch.losses < ATTEMPTS:",
         "        if batch.losses <= ATTEMPTS:",
-        (f"{EXECUTOR}::test_lost_tasks_are_sent_again",),
+        (f"{AGREEMENT}::test_a_task_that_is_always_lost_is_sent_so_often_and_no_more",),
     ),
     Mutation(
         "other bits of a worker are not told",
@@ -1081,35 +1082,35 @@ MUTATIONS = (
         "runner/identity.py",
         "inside = tuple(self._named(value, names) for value in cells)",
         "inside = ()",
-        (PROGRAMS,),
+        (IDENTITY,),
     ),
     Mutation(
         "defaults do not count",
         "runner/identity.py",
         "given = self.all_of((function.__defaults__, function.__kwdefaults__))",
         "given = ()",
-        (PROGRAMS,),
+        (IDENTITY,),
     ),
     Mutation(
         "the order of a dict does not matter but its values",
         "runner/identity.py",
         "return kind, self.all_of(value), self.all_of(value.values())",
         "return kind, self.all_of(value)",
-        (PROGRAMS,),
+        (IDENTITY,),
     ),
     Mutation(
         "dtypes of closed-over arrays do not count",
         "runner/identity.py",
         "return kind, str(array.dtype), array.shape, digest",
         "return kind, digest",
-        (PROGRAMS,),
+        (IDENTITY,),
     ),
     Mutation(
         "what is unknown is itself",
         "runner/identity.py",
         "            return _Same(value)  # A mark that stands for itself.\n        raise NoIdentity\n",
         "            return _Same(value)  # A mark that stands for itself.\n        return _Same(value)\n",
-        (PROGRAMS,),
+        (IDENTITY,),
     ),
     Mutation(
         "programs are never forgotten",

@@ -1124,7 +1124,7 @@ MUTATIONS = (
         "runner/programs.py",
         "_told(arrays), _settings())",
         "_told(arrays))",
-        (PROGRAMS, f"{RUN_STUDY}::test_x64_toggled_on_resume_is_refused"),
+        (IDENTITY,),
     ),
     Mutation(
         "shapes do not count",

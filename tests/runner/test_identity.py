@@ -2,9 +2,11 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
+from playbook_optax.runner import programs
 from playbook_optax.runner.identity import NoIdentity, identity
 
 ZEROS = np.zeros(2, np.float32)
@@ -57,3 +59,20 @@ def test_what_may_change_unseen_has_none():
             continue
         with pytest.raises(NoIdentity):
             identity(one)
+
+
+def test_what_was_traced_under_other_settings_is_not_found_again():
+    def outlined():
+        return programs.outline((added,), ZEROS, lambda: programs.Outline(object(), 1))
+
+    programs.forget()
+    try:
+        found = outlined()
+        assert outlined() is found
+        with jax.default_matmul_precision("float32"):
+            assert outlined() is not found
+        with jax.numpy_dtype_promotion("strict"):
+            assert outlined() is not found
+        assert outlined() is found
+    finally:
+        programs.forget()

@@ -26,9 +26,15 @@ def added(number, keep=0, *, scale=1.0):
     return lambda x: scale * x + number + keep
 
 
+def with_defaults(number, scale):
+    return lambda x, number=number, *, scale=scale: scale * x + number
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
+        (with_defaults(1, 1), with_defaults(2, 1)),
+        (with_defaults(1, 1), with_defaults(1, 2)),
         (added(1), added(1.0)),
         (added(1), added(2)),
         (added(1, scale=1.0), added(1, scale=2.0)),

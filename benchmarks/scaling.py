@@ -26,7 +26,7 @@ import numpy as np
 import playbook_optax as pbx
 from playbook_optax import zoo
 from playbook_optax.records import checkpoints, storage
-from playbook_optax.runner import execute, finished, plan, processes, remote, workers
+from playbook_optax.runner import execute, plan, processes, remote, workers
 from playbook_optax.runner.run import StudyRunner
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -103,7 +103,7 @@ def of_files(place):
     space = zoo.load(WORKLOAD).space
     for keep in ("best", "none"):
         runner_of(keep).run(space, num_trials=1, directory=place / keep)
-        block = storage.read_block(place / keep, 0)
+        block = storage.read_block(place / keep, 0, owner=None)
         for width in WIDTHS:
             size = len(storage.block_to_bytes(0, widened(block, width)))
             found[f"bytes of a block of {width}, keep={keep}"] = size
@@ -125,12 +125,12 @@ def of_files(place):
 def of_saves(place):
     """A save of one block in training; its numbers are noise, which no compression shortens."""
     runner, rng, found = runner_of(), np.random.default_rng(0), {}
-    state = jax.eval_shape(runner._trial.init, *runner._arguments)._replace(key=None)
+    state = runner.engine(1, 1)._data_shapes()
     for width in WIDTHS:
         arrays = [
-            rng.integers(0, 256, (width, *leaf.shape, leaf.dtype.itemsize), np.uint8)
+            rng.integers(0, 256, (width, *leaf.shape[1:], leaf.dtype.itemsize), np.uint8)
             .view(np.uint8 if leaf.dtype == bool else leaf.dtype)
-            .reshape(width, *leaf.shape)
+            .reshape(width, *leaf.shape[1:])
             for leaf in jax.tree.leaves(state)
         ]
         saves = checkpoints.Checkpoints(place, f"saves-{width}")
@@ -147,12 +147,13 @@ def of_saves(place):
 def of_directory(directory, width, block, spec):
     """Writing, listing and reading a study of many trials, all its blocks copies of one."""
     count = -(-NUM_TRIALS // width)
+    changed = {"num_trials": NUM_TRIALS, "trials_per_block": width}
+    storage.write_spec(directory, {**spec, **changed})
+    owner = storage.owner_of(storage.read_spec(directory))
     arrays, writing = widened(block, width), []
     for index in range(count):
         arrays["trial"] = np.arange(index * width, (index + 1) * width, dtype=np.int32)
-        writing.append(seconds(storage.write_block, directory, index, arrays))
-    changed = {"num_trials": NUM_TRIALS, "trials_per_block": width}
-    storage.write_spec(directory, {**spec, **changed})
+        writing.append(seconds(storage.write_block, directory, index, arrays, owner))
     blocks = f"{count} blocks of {width}"
     out = subprocess.run(
         [sys.executable, "-c", MEMORY, str(directory)], capture_output=True, text=True, check=True
@@ -162,7 +163,9 @@ def of_directory(directory, width, block, spec):
         f"seconds to list {blocks} (median of 9)": statistics.median(
             seconds(storage.finished_blocks, directory) for _ in range(9)
         ),
-        f"seconds to read and check {blocks}": seconds(finished.read, directory, range(count)),
+        f"seconds to read and check {blocks}": seconds(
+            lambda: [storage.read_block(directory, index, owner) for index in range(count)]
+        ),
         f"seconds of load_study, {blocks}": seconds(pbx.load_study, directory),
         f"bytes that load_study adds to a process, {blocks}": int(out.stdout),
     }

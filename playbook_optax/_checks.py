@@ -17,6 +17,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
+from playbook_optax._text import printable
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -42,8 +44,8 @@ def nearest(name: object, known: Iterable[object]) -> str:
     Returns:
       A sentence such as ``did you mean 'b1'? Known names: b1, b2``.
     """
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    names = [printable(k) for k in known]
+    close = difflib.get_close_matches(printable(name), names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known names: {', '.join(names) or 'none'}"
 
@@ -206,6 +208,61 @@ def check_eps(name: str, eps: Any, dtype: Any) -> None:
             f"{name} = {eps!r} is zero in {np.dtype(dtype).name}, the dtype of the moments; use "
             f"at least {float(jax.numpy.finfo(dtype).tiny):.2g}."
         )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Checks that `value` is True or False.
+
+    Args:
+      name: the argument's name.
+      value: what was given.
+
+    Raises:
+      ArgumentTypeError: it is something else, 0 and 1 included.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def fitting(name: str, values: Any) -> np.ndarray:
+    """An array in the dtype that JAX gives it, where no number is lost by that.
+
+    Args:
+      name: what to call it.
+      values: numbers of any shape; without x64 JAX makes 32 bits of 64.
+
+    Returns:
+      A NumPy array.
+
+    Raises:
+      ValueError: an integer would wrap around, a float become 0 or infinite, or values are masked.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        if np.ma.is_masked(values):
+            missing = int(np.ma.count_masked(values))
+            raise ValueError(
+                f"{name} is masked in {missing} places; drop or impute what is missing."
+            )
+        values = values.data
+    array = np.asarray(values)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if dtype == array.dtype:
+        return array
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = array.astype(dtype)
+    if array.dtype.kind in "iu":
+        lost = narrow.astype(array.dtype) != array
+    else:
+        lost = (np.isfinite(array) & ~np.isfinite(narrow)) | ((array != 0) & (narrow == 0))
+    if lost.any():
+        first = tuple(int(i) for i in np.argwhere(lost)[0])
+        where = f"[{', '.join(map(str, first))}]" if first else ""
+        raise ValueError(
+            f"{name}{where} = {array[first]!s} does not fit {np.dtype(dtype).name}, which JAX "
+            f"makes of {array.dtype.name}; there are {int(lost.sum())} such values. Rescale them, "
+            "or enable x64."
+        )
+    return narrow
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

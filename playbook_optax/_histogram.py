@@ -75,7 +75,21 @@ def add(counts: chex.Array, value: chex.Numeric) -> chex.Array:
       int32, shape (256,).
     """
     here = jnp.where(jnp.isfinite(value), bin_index(value), -1)
-    return counts + (jnp.arange(NUM_BINS, dtype=jnp.int32) == here).astype(jnp.int32)
+    return saturating_add(counts, jnp.arange(NUM_BINS, dtype=jnp.int32) == here)
+
+
+def saturating_add(counts: chex.Array, more: chex.Numeric) -> chex.Array:
+    """Sum of counts that stops at 2**31 - 1 instead of wrapping around.
+
+    Args:
+      counts: int32 of any shape, >= 0.
+      more: counts or booleans of a shape that broadcasts to it, >= 0.
+
+    Returns:
+      int32 of the shape of `counts`.
+    """
+    total = counts + jnp.asarray(more, jnp.int32)
+    return jnp.where(total < counts, np.int32(2**31 - 1), total)
 
 
 def add_below(below: chex.Array, value: chex.Numeric) -> chex.Array:
@@ -152,4 +166,5 @@ def percentile_of_below(below: chex.Array | np.ndarray, q: chex.Numeric) -> Any:
     log_edges = xp.asarray(np.log2(edges().astype(np.float64)), dtype)
     low, high = log_edges[index], log_edges[index + 1]
     value = xp.exp2(low + fraction * (high - low))
-    return xp.where(total > 0, value, xp.asarray(np.nan, dtype))[..., 0]
+    with jax.debug_nans(False):  # There is no percentile of nothing.
+        return xp.where(total > 0, value, xp.asarray(np.nan, dtype))[..., 0]

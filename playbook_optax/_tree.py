@@ -113,8 +113,24 @@ def cast_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> Any:
 
 
 def moment_dtype(dtype: Any) -> Any:
-    """The dtype for moments and norms of leaves of `dtype`: float32 or better (law 5)."""
-    return jnp.promote_types(dtype, jnp.float32)
+    """The dtype for moments and norms of leaves of `dtype`: float32 or better (law 5).
+
+    Said outright, because JAX promotes neither 8-bit floats nor, if it is strict, anything.
+    """
+    dtype = jnp.dtype(dtype)
+    wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if wide else jnp.dtype(jnp.float32)
+
+
+def widest_moment_dtype(*leaves: Any) -> Any:
+    """The dtype that holds the moments of all leaves; float32 of none."""
+    dtypes = [moment_dtype(jnp.result_type(leaf)) for leaf in leaves]
+    return np.result_type(np.float32, *dtypes)
+
+
+def owned(value: Any, dtype: Any) -> chex.Array:
+    """A number for a state: an array of its own, which may be donated when the caller's may not."""
+    return jnp.array(value, dtype, copy=True)
 
 
 # A sum is cut into this many rows that are added element by element (vectorized, and pairwise, so
@@ -187,7 +203,7 @@ def all_finite(tree: chex.ArrayTree) -> chex.Array:
     if not leaves:
         return jnp.asarray(True)
     # 0 * x is 0 if x is finite and NaN if not, and a sum is quicker than a conjunction.
-    wide = moment_dtype(jnp.result_type(*leaves))
+    wide = widest_moment_dtype(*leaves)
     (total,) = _sums(leaves, lambda part: (part * 0).astype(wide))
     return jnp.isfinite(total)
 
@@ -208,7 +224,7 @@ def scaled_global_norm(tree: chex.ArrayTree) -> tuple[chex.Array, chex.Array]:
     leaves = _joined([jnp.asarray(leaf) for leaf in jax.tree.leaves(tree) if jnp.size(leaf)])
     if not leaves:
         return jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
-    dtype = moment_dtype(jnp.result_type(*leaves))
+    dtype = widest_moment_dtype(*leaves)
     info = jnp.finfo(dtype)
     half = info.maxexp // 2
     # 16 bits of room above for the number of elements; below, enough for all digits of the sum.

@@ -323,6 +323,7 @@ def write_stability_report(
 
     Source: playbook, "How can optimization failures be debugged and mitigated?"
     """
+    report.check_folder(directory)
     headline, cost = stability_headline(verdict)
     decisions = stability_decisions(verdict)
     if not decisions:

@@ -8,19 +8,30 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import sys
 import sysconfig
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import jax
 import numpy as np
 import optax
 
 from playbook_optax import _checks, chapters, optimizers, report
+from playbook_optax._text import (
+    PARAGRAPH,
+    UNBOUNDED,
+    identifier,
+    is_dotted_name,
+    literal,
+    numeral,
+    printable,
+)
 from playbook_optax.analysis.axes import hyperparameters
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.findings import Finding
@@ -29,7 +40,8 @@ from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.stability import Stabilization, stabilize
 from playbook_optax.procedures.tune import find_recipe
 from playbook_optax.procedures.verdict import Verdict
-from playbook_optax.records.storage import StorageError, read_spec
+from playbook_optax.records.schema import read_trainable_spec
+from playbook_optax.records.storage import StorageError, read_file, stored_dtype, write_file
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
 from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.run import StudyRunner, run_study
@@ -41,8 +53,13 @@ from playbook_optax.tuning import PROGRAM, recipe_headline, write_recipe_report
 PROG = "playbook-optax"
 _COMMAND_FILE = "command.json"
 _MAX_COMMAND_BYTES = 1 << 16
+# What `run` believes of a study that anybody may have written: more than anybody trains, and few
+# enough to be listed.
+_MAX_RUNS, _MAX_VALUES = 10**6, 2**28
+# A small study may be smaller than its blocks, whose width the machine or a person chose.
+_MAX_IDLE = 1024
 _NUM_SHOWN = 5
-_WIDTH = 88
+_WIDTH, _CELL = 88, 100
 
 OptimizerName = Literal[
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "nadam", "adamw", "nadamw"
@@ -224,8 +241,10 @@ class Search(_Training):
         runner.prepare(space, num_trials=num_trials, directory=folder)
         _write_command(folder, "search", self.workload, optimizer, space)
         if self.prepare:
-            own = "" if _is_zoo(self.workload) else f" --workload {self.workload}"
-            print(f"Prepared. Train it with: {PROG} run {folder}{own} --worker I --of N")
+            own = "" if _is_zoo(self.workload) else f" --workload {_word(self.workload)}"
+            _print_line(
+                f"Prepared. Train it with: {PROG} run {_word(folder)}{own} --worker I --of N"
+            )
             return 0
         study = runner.run(space, num_trials=num_trials, directory=folder)
         return _finish(_judged(study, optimizer), folder)
@@ -288,18 +307,18 @@ class Tune:
         )
         page = write_recipe_report(recipe, folder, self.workload)
         for sentence in recipe_headline(recipe):
-            _print_text(sentence)
-        print("\nDecisions")
+            _print_paragraph(sentence)
+        _print_heading("Decisions")
         for chapter in recipe.chapters:
-            _print_text(f"{chapter.name}: {chapter.decision.message}", "- ")
+            _print_paragraph(f"{chapter.name}: {chapter.decision.message}", "- ")
         if recipe.point is None:
-            print(f"\nReport   {page}")
+            _print_places(Report=page)
             return 0
         if self.test:
-            print("\nTest data, read once")
+            _print_heading("Test data, read once")
             for name, value in recipe.final_evaluate().items():
-                _print_text(f"{name} = {report.shown_number(value)}", "- ")
-        print(f"\nRecipe   {folder / PROGRAM}\nReport   {page}")
+                _print_paragraph(f"{name} = {report.shown_number(value)}", "- ")
+        _print_places(Recipe=folder / PROGRAM, Report=page)
         return 0
 
 
@@ -335,18 +354,14 @@ class Stabilize(_Training):
             recipe = stabilized_source(verdict.answer, optimizer)
         page = chapters.write_stability_report(verdict, folder, self.workload, recipe)
         for sentence in chapters.stability_headline(verdict):
-            _print_text(sentence)
+            _print_paragraph(sentence)
         if verdict.answer is not None and verdict.answer.comparison is not None:
             table = chapters.remedy_table(verdict.answer.comparison)
-            print()
+            _print_line()
             _print_table(table.header, table.rows)
-        print("\nFindings")
-        for finding in verdict.findings:
-            _print_text(f"{finding.severity}: {finding.message} {finding.suggestion}", "- ")
-        if recipe is not None:
-            print("\nRecipe")
-            print(textwrap.indent(recipe, "  "))
-        print(f"\nReport   {page}")
+        _print_findings(verdict.findings)
+        _print_recipe(recipe)
+        _print_places(Report=page)
         return 0
 
 
@@ -365,23 +380,23 @@ class Run:
 
     def run(self) -> int:
         """Trains until the study is whole, by whomever."""
-        spec = read_spec(self.study)
+        spec = read_trainable_spec(self.study)
         name, optimizer = _stored_command(self.study)
         if self.workload is None and not _is_zoo(name):
             # What a directory names may be anybody's: only the person at the terminal imports it.
             raise UsageError(
-                f"the study is of your own workload {name!r}: say so with --workload {name}"
+                f"the study is of your own workload {name!r}: say so with --workload {_word(name)}"
             )
         if self.workload not in (None, name):
             raise UsageError(f"the study is of {name!r}, not of {self.workload!r}.")
-        points: Any = spec["points"]
-        if spec["space"] is not None:
-            points = SearchSpace.from_dict(spec["space"])
-        else:
-            points = {k: np.asarray(v, spec["dtypes"][k]) for k, v in points.items()}
-        key = jax.numpy.asarray(np.asarray(spec["key"]["data"], np.uint32))
-        if spec["key"]["impl"] is not None:
-            key = jax.random.wrap_key_data(key, impl=spec["key"]["impl"])
+        try:
+            _check_size(spec)
+            points, key = _points_and_key(spec)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise UsageError(f"the study in {str(self.study)!r} is not trained on: {reason}") from (
+                error
+            )
         study = run_study(
             load_workload(name).workload,
             functools.partial(_make_optimizer, optimizer),
@@ -396,7 +411,10 @@ class Run:
             worker=(self.worker, self.of),
             directory=self.study,
         )
-        print(f"{study.num_trials} trials are stored. See them with: {PROG} report {self.study}")
+        _print_line(
+            f"{study.num_trials} trials are stored. See them with: {PROG} report "
+            f"{_word(self.study)}"
+        )
         return 0
 
 
@@ -499,7 +517,7 @@ def default_num_trials(loaded: _Loaded) -> int:
 
 
 def _import(name: str) -> ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")):
+    if not is_dotted_name(name):
         raise UsageError(f"{name!r} is no module name; write package.module:attribute.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -554,27 +572,69 @@ def _write_command(
     """Keeps beside the study what its record does not hold and a later `report` shows."""
     kept = {"command": command, "workload": workload, "optimizer": optimizer}
     text = json.dumps({**kept, "space": space.to_dict()}, indent=1)
-    report.write_file(folder / _COMMAND_FILE, text.encode())
+    write_file(folder / _COMMAND_FILE, text.encode())
 
 
 def _is_zoo(name: str) -> bool:
     return ":" not in name
 
 
+def _command_beside(folder: Path) -> dict[str, Any]:
+    """What a command kept beside its study; nothing where that is missing or damaged."""
+    try:
+        command = json.loads(read_file(folder / _COMMAND_FILE, _MAX_COMMAND_BYTES))
+    except (FileNotFoundError, NotADirectoryError, StorageError, ValueError, RecursionError):
+        return {}
+    return command if isinstance(command, dict) else {}
+
+
 def _stored_command(folder: Path) -> tuple[str, str]:
     """The workload's name and the optimizer's that a command kept beside its study."""
-    try:
-        with open(folder / _COMMAND_FILE, "rb") as file:
-            command = json.loads(file.read(_MAX_COMMAND_BYTES))
-        name, optimizer = command["workload"], command["optimizer"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    command = _command_beside(folder)
+    if not {"workload", "optimizer"} <= set(command):
         raise UsageError(
             f"{folder / _COMMAND_FILE} is missing or damaged: only a study of `{PROG} search` "
             "can be trained on from its directory alone."
-        ) from error
-    if not isinstance(name, str) or not isinstance(optimizer, str) or optimizer not in _RANGES:
+        )
+    name, optimizer = command["workload"], command["optimizer"]
+    known = isinstance(optimizer, str) and optimizer in _RANGES
+    if not known or not isinstance(name, str) or not all(map(is_dotted_name, name.split(":"))):
         raise UsageError(f"{folder / _COMMAND_FILE} names no workload and optimizer of ours.")
     return name, optimizer
+
+
+def _check_size(spec: Mapping[str, Any]) -> None:
+    """Raises before memory is taken for a study of a size that nobody trains."""
+    counts = {
+        name: _checks.check_count(name, spec[name])
+        for name in ("num_trials", "num_seeds", "num_steps", "eval_every", "trials_per_block")
+    }
+    trials, width = counts["num_trials"], counts["trials_per_block"]
+    runs = trials * counts["num_seeds"]
+    evals = 1 - -counts["num_steps"] // counts["eval_every"]
+    if len(spec["step"]) != evals:
+        raise ValueError(f"it has {len(spec['step'])} evaluations, where its steps make {evals}.")
+    if width > max(_MAX_IDLE, 2 * trials):
+        raise ValueError(
+            f"trials_per_block = {width} is far more than its {trials} trials; call run_study with "
+            "this directory= yourself."
+        )
+    if runs > _MAX_RUNS or max(runs, width) * evals > _MAX_VALUES:
+        raise ValueError(
+            f"it is too large, {trials} trials x {counts['num_seeds']} seeds x {evals} evaluations "
+            f"in blocks of {width}; call run_study with this directory= yourself."
+        )
+
+
+def _points_and_key(spec: Mapping[str, Any]) -> tuple[Any, jax.Array]:
+    """What `run_study` was given once."""
+    key = jax.numpy.asarray(np.asarray(spec["key"]["data"], np.uint32))
+    if spec["key"]["impl"] is not None:
+        key = jax.random.wrap_key_data(key, impl=spec["key"]["impl"])
+    if spec["space"] is not None:
+        return SearchSpace.from_dict(spec["space"]), key
+    dtypes = {name: stored_dtype(spec["dtypes"][name]) for name in spec["points"]}
+    return {name: np.asarray(v, dtypes[name]) for name, v in spec["points"].items()}, key
 
 
 def _judged(study: Study, optimizer: str | None) -> _Judged:
@@ -590,14 +650,11 @@ def _judged_sweep(study: Study, verdict: Verdict, optimizer: str | None) -> _Jud
 def _stored(folder: Path) -> _Judged:
     """Judges a stored study by the rules of the command that made it; trusts nothing it reads."""
     study = load_study(folder)
-    if not (folder / _COMMAND_FILE).is_file():  # A pipe in its place would wait for ever.
-        return _judged(study, None)
+    command = _command_beside(folder)
     try:
-        with open(folder / _COMMAND_FILE, "rb") as file:
-            command = json.loads(file.read(_MAX_COMMAND_BYTES))
         name, optimizer = command["command"], command["optimizer"]
         space = SearchSpace.from_dict(command["space"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return _judged(study, None)
     if not (isinstance(optimizer, str) and optimizer in _RANGES):
         optimizer = None
@@ -631,16 +688,20 @@ def recipe_source(study: Study, optimizer: str | None) -> str | None:
         best = study.best()
     except NoFeasibleTrial:
         return None
-    if not set(best.point) <= set(inspect.signature(getattr(optimizers, optimizer)).parameters):
+    taken = inspect.signature(getattr(optimizers, identifier(optimizer, _RANGES))).parameters
+    try:
+        arguments = ", ".join(
+            f"{identifier(name, taken)}={numeral(best.point[name])}"
+            for name in hyperparameters(study)
+        )
+    except ValueError:  # Other names, labels or infinities: the study is somebody else's.
         return None
-    # A NumPy scalar's text is the shortest that gives the same bits back.
-    arguments = ", ".join(f"{name}={best.point[name]!s}" for name in hyperparameters(study))
     value = report.shown_number(best.value)
     return (
         "import playbook_optax as pbx\n\n"
         f"optimizer = pbx.{optimizer}({arguments})\n"
-        f"num_steps = {int(study.data['step'].values[-1])}  "
-        f"# {_printable(best.objective)} was best, {value}, at step {best.step}: keep checkpoints"
+        f"num_steps = {literal(int(study.data['step'].values[-1]))}  "
+        f"# {printable(best.objective)} was best, {value}, at step {best.step}: keep checkpoints"
     )
 
 
@@ -659,17 +720,17 @@ def stabilized_source(answer: Stabilization, optimizer: str) -> str | None:
         return None
     if remedy.startswith("optimizer/"):
         optimizer = remedy.removeprefix("optimizer/")
-    schedule = f"pbx.schedules.constant({answer.learning_rate:.6g})"
+    schedule = f"pbx.schedules.constant({_short(answer.learning_rate)})"
     if answer.warmup_steps:
-        schedule = f"pbx.schedules.prepend_warmup({schedule}, {answer.warmup_steps})"
+        schedule = f"pbx.schedules.prepend_warmup({schedule}, {literal(answer.warmup_steps)})"
     clipper = None
     if remedy == "clipping_during_warmup":
-        clipper = f"pbx.clip_until({answer.max_norm:.6g}, {answer.warmup_steps})"
+        clipper = f"pbx.clip_until({_short(answer.max_norm)}, {literal(answer.warmup_steps)})"
     elif answer.max_norm is not None:
-        clipper = f"pbx.clip_by_global_norm({answer.max_norm:.6g})"
+        clipper = f"pbx.clip_by_global_norm({_short(answer.max_norm)})"
     elif "adaptive" in remedy:
         clipper = "pbx.clip_by_percentile(90.0)"
-    base = f"pbx.{optimizer}(schedule)"
+    base = f"pbx.{identifier(optimizer, _RANGES)}(schedule)"
     if clipper is None:
         return f"import playbook_optax as pbx\n\nschedule = {schedule}\noptimizer = {base}"
     return (
@@ -678,12 +739,17 @@ def stabilized_source(answer: Stabilization, optimizer: str) -> str | None:
     )
 
 
+def _short(value: Any) -> str:
+    """A number as source, to six digits."""
+    return numeral(float(f"{value:.6g}"))
+
+
 def _finish(judged: _Judged, folder: Path) -> int:
     """Writes the report and tells what it says."""
     page = report.write_report(judged.study, folder, findings=judged.findings, recipe=judged.recipe)
     _tell(judged)
     pictures = sorted(path.name for path in folder.glob("*.png"))
-    print(f"\nReport   {page}\nPlots    {', '.join(pictures) or 'none'}, beside it")
+    _print_places(Report=page, Plots=f"{', '.join(pictures) or 'none'}, beside it")
     return 0
 
 
@@ -691,12 +757,12 @@ def _tell(judged: _Judged) -> None:
     """The best trials, the findings and the recipe, on the terminal."""
     study, findings, recipe = judged
     for sentence in report.verdict(study, findings):
-        _print_text(sentence)
+        _print_paragraph(sentence)
     if study.num_trials:
         out = outcomes(study)
         best = [int(trial) for trial in out.order[:_NUM_SHOWN]]
         if best:
-            print()
+            _print_line()
             _print_table(
                 ["trial", *report.shown_point(study, best[0]), out.objective, "at step"],
                 [
@@ -709,36 +775,63 @@ def _tell(judged: _Judged) -> None:
                     for trial in best
                 ],
             )
-    print("\nFindings")
+    _print_findings(findings)
+    _print_recipe(recipe)
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    _print_heading("Findings")
     for finding in findings:
-        _print_text(f"{finding.severity}: {finding.message} {finding.suggestion}", "- ")
-    if recipe is not None:
-        print("\nRecipe")
-        print(textwrap.indent(recipe, "  "))
+        _print_paragraph(f"{finding.severity}: {finding.message} {finding.suggestion}", "- ")
 
 
-def _printable(text: str) -> str:
-    """Text without control characters, which could command a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+def _print_recipe(source: str | None) -> None:
+    if source is None:
+        return
+    _print_heading("Recipe")
+    for line in source.split("\n"):
+        _print_line(f"  {line}".rstrip(), most=UNBOUNDED)
 
 
-def _print_text(text: str, bullet: str = "") -> None:
-    print(
-        textwrap.fill(
-            _printable(text.strip()),
-            _WIDTH,
-            initial_indent=bullet,
-            subsequent_indent=" " * len(bullet),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+def _print_places(**places: Any) -> None:
+    """Where to look, a line each."""
+    _print_line()
+    for name, place in places.items():
+        _print_line(f"{name:<9}{place}")
+
+
+def _print_heading(text: str) -> None:
+    _print_line()
+    _print_line(text)
+
+
+def _print_line(text: str = "", file: TextIO | None = None, most: int = PARAGRAPH) -> None:
+    """All that this program prints is printed here, as one line fit for a terminal."""
+    print(printable(text, most), file=file)
+
+
+def _word(text: Any) -> str:
+    """Text as one word of a shell, for what is to be typed again."""
+    return shlex.quote(printable(text, PARAGRAPH))
+
+
+def _print_paragraph(text: str, bullet: str = "") -> None:
+    lines = textwrap.wrap(
+        printable(text.strip(), PARAGRAPH),
+        _WIDTH,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    for line in lines:
+        _print_line(line)
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table: by rich on a terminal, aligned columns otherwise."""
-    header = [_printable(cell) for cell in header]
-    rows = [[_printable(cell) for cell in row] for row in rows]
+    header = [printable(cell, _CELL) for cell in header]
+    rows = [[printable(cell, _CELL) for cell in row] for row in rows]
     if sys.stdout.isatty():
         try:
             rich_table = _checks.require("rich.table", "cli", "The table")
@@ -754,7 +847,8 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             return
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
-        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        line = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+        _print_line(line.rstrip(), most=UNBOUNDED)
 
 
 _COMMANDS = {
@@ -803,8 +897,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception) -> int:
-    print(f"{PROG}: error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
+    _print_line(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning in one line, as `warnings.showwarning`."""
+    _print_line(f"{PROG}: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
 def _told_by_us(error: Exception) -> bool:
@@ -836,6 +942,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit code.
     """
+    warnings.showwarning = _warn
     use_cpu_cores()
     use_compilation_cache()
     try:
@@ -847,7 +954,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # What a shell says of a program that SIGPIPE ended.
     except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; the same command continues the study.", file=sys.stderr)
+        _print_line(f"{PROG}: interrupted; the same command continues the study.", sys.stderr)
         return 130
 
 

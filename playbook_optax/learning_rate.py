@@ -12,12 +12,19 @@ from playbook_optax._checks import (
     MAX_STEPS,
     ArgumentTypeError,
     check_count,
+    check_flag,
     check_number,
     check_steps,
     is_traced,
     named_arguments,
 )
-from playbook_optax._tree import check_matching, check_params, moment_dtype
+from playbook_optax._tree import (
+    check_matching,
+    check_params,
+    moment_dtype,
+    owned,
+    widest_moment_dtype,
+)
 from playbook_optax.schedules import as_steps, as_value
 
 
@@ -170,7 +177,7 @@ def scale_by_learning_rate(
     def init(params: chex.ArrayTree) -> ScaleByLearningRateState:
         check_params(params)
         step = jnp.zeros((), jnp.int32)
-        return ScaleByLearningRateState(step, rate_at(step).astype(jnp.float32))
+        return ScaleByLearningRateState(step, owned(rate_at(step), jnp.float32))
 
     def update(
         updates: chex.ArrayTree,
@@ -182,7 +189,7 @@ def scale_by_learning_rate(
         _check_updates(updates, params)
         rate = rate_at(state.step)
         return _scale(updates, -rate), ScaleByLearningRateState(
-            optax.safe_increment(state.step), rate.astype(jnp.float32)
+            optax.safe_increment(state.step), owned(rate, jnp.float32)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -320,24 +327,26 @@ def reduce_on_plateau(
         "accumulation_size", accumulation_size, at_least=1, fix="Use 1 to judge each value."
     )
     check_number("min_scale", min_scale, at_least=0.0, at_most=1.0, fix="Use 0 for no floor.")
-    if not isinstance(maximize, bool):
-        raise ArgumentTypeError(f"maximize must be True or False, got {maximize!r}.")
+    check_flag("maximize", maximize)
     max_reductions = check_count("max_reductions", max_reductions)
 
     def init(params: chex.ArrayTree) -> ReduceOnPlateauState:
         check_params(params)
-        dtype = moment_dtype(jnp.result_type(jnp.float16, *jax.tree.leaves(params)))
-        zero, nothing, one = jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.ones((), dtype)
+        dtype = widest_moment_dtype(*jax.tree.leaves(params))
+
+        def zero(dtype: Any = jnp.int32) -> chex.Array:
+            return jnp.zeros((), dtype)
+
         return ReduceOnPlateauState(
-            plateau_step=zero,
-            scale=one,
-            best_value=nothing,
-            num_judged=zero,
-            plateau_count=zero,
-            cooldown_count=zero,
-            avg_value=nothing,
-            num_averaged=zero,
-            num_reductions=zero,
+            plateau_step=zero(),
+            scale=jnp.ones((), dtype),
+            best_value=zero(dtype),
+            num_judged=zero(),
+            plateau_count=zero(),
+            cooldown_count=zero(),
+            avg_value=zero(dtype),
+            num_averaged=zero(),
+            num_reductions=zero(),
             reduction_steps=jnp.full((max_reductions,), MAX_STEPS, jnp.int32),
             reduction_scales=jnp.ones((max_reductions,), dtype),
         )
@@ -446,11 +455,13 @@ def plateau_info(opt_state: chex.ArrayTree) -> PlateauInfo:
             "it."
         )
     (state,) = found
-    nan = jnp.asarray(jnp.nan, state.best_value.dtype)
+    with jax.debug_nans(False):  # Before the first value there is no best one.
+        nothing = jnp.asarray(jnp.nan, state.best_value.dtype)
+        best_value = jnp.where(state.num_judged > 0, state.best_value, nothing)
     return PlateauInfo(
         step=state.plateau_step,
         scale=state.scale,
-        best_value=jnp.where(state.num_judged > 0, state.best_value, nan),
+        best_value=best_value,
         num_judged=state.num_judged,
         plateau_count=state.plateau_count,
         num_reductions=state.num_reductions,

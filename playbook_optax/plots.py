@@ -1,7 +1,7 @@
 """Draws what the analysis measured; computes nothing itself. Needs the extra `plots`."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,30 @@ from playbook_optax.records.study import Study
 # Okabe and Ito's colours, told apart by every kind of colour vision; marks differ in shape too.
 BLUE, VERMILLION, BLACK, GREY, ORANGE = "#0072B2", "#D55E00", "#000000", "#777777", "#E69F00"
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Numbers beyond are drawn there: axes with their margins have to fit a float.
+_SMALLEST, _LARGEST = 1e-100, 1e100
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+
+T = TypeVar("T")
+
+
+def _drawable(info: T) -> T:
+    """What is drawn, with all its numbers inside of what Matplotlib can lay out."""
+    shown: Any = info
+    if isinstance(info, float) or (isinstance(info, np.ndarray) and info.dtype.kind == "f"):
+        values = np.asarray(info, np.float64)
+        within = np.sign(values) * np.clip(np.abs(values), _SMALLEST, _LARGEST)
+        shown = np.where(np.isfinite(values) & (values != 0), within, values)
+        shown = float(shown) if isinstance(info, float) else shown
+    elif isinstance(info, tuple) and hasattr(info, "_asdict"):
+        shown = shown._replace(**{n: _drawable(v) for n, v in shown._asdict().items()})
+    elif isinstance(info, (tuple, list)):
+        shown = type(info)(map(_drawable, info))
+    elif isinstance(info, dict):
+        # A point is read as text, in the legend.
+        shown = {n: _drawable(v) if isinstance(v, np.ndarray) else v for n, v in info.items()}
+    result: T = shown
+    return result
 
 
 def _pyplot() -> Any:
@@ -158,7 +181,7 @@ def plot_axis(
     Source: "Identifying bad search space boundaries" and "How can optimization failures be
       debugged and mitigated?" (figure 7a).
     """
-    info = axis_plot_info(study, name, objective, maximize)
+    info = _drawable(axis_plot_info(study, name, objective, maximize))
     line, out = info.axis, info.outcomes
     ax = _new_axes(ax)
     others = out.usable.copy()
@@ -194,7 +217,7 @@ def plot_axis(
     if out.infeasible.any():
         _draw_infeasible(ax, info)
     _set_x_axis(ax, line, info.x)
-    for row in stability_info(study, objective, maximize):
+    for row in _drawable(stability_info(study, objective, maximize)):
         if row.name == name and row.p_value <= row.limit:
             _shade_beyond(ax, line, row.edge, row.direction)
     if line.declared and line.kind != "categorical":
@@ -344,7 +367,7 @@ def plot_curves(
 
     Source: "Examining the training curves".
     """
-    info = best_curves(study, num_trials, objective, maximize)
+    info = _drawable(best_curves(study, num_trials, objective, maximize))
     names = list(info.metrics)[:1] if ax is not None else list(info.metrics)
     if ax is None:
         figure, grid = _pyplot().subplots(
@@ -428,7 +451,7 @@ def plot_gradient_norms(
 
     Source: "How can optimization failures be debugged and mitigated?" (gradient clipping).
     """
-    info = norm_histogram(study, trials)
+    info = _drawable(norm_histogram(study, trials))
     limit = _threshold(threshold, info.threshold)
     ax = _new_axes(ax)
     filled = np.flatnonzero(info.counts)
@@ -546,7 +569,7 @@ def plot_norm_trace(
 
     Source: "How can optimization failures be debugged and mitigated?" (gradient clipping).
     """
-    info = norm_trace(study, trials)
+    info = _drawable(norm_trace(study, trials))
     limit = _threshold(threshold, info.threshold)
     cells = [ax]
     if ax is None:
@@ -611,7 +634,7 @@ def plot_instability(
 
     Source: "Identifying unstable workloads".
     """
-    info = instability_curves(study, num_trials, objective, maximize)
+    info = _drawable(instability_curves(study, num_trials, objective, maximize))
     ax = _new_axes(ax, 7.0, 4.4)
     for i, (trial, row) in enumerate(zip(info.trials, info.rows, strict=True)):
         colour = SERIES[i % len(SERIES)]
@@ -681,7 +704,7 @@ def plot_curves_compared(runs: Any, metric: str | None = None, ax: Any = None) -
 
     Source: "Examining the training curves".
     """
-    info = compared_curves(runs, metric)
+    info = _drawable(compared_curves(runs, metric))
     ax = _new_axes(ax, 7.0, 4.2)
     lines = zip(info.labels, info.steps, info.curves, strict=True)
     for i, (label, step, curve) in enumerate(lines):
@@ -725,7 +748,7 @@ def plot_remedies(info: RemedyComparison, axes: Any = None) -> Any:
 
     Source: "How can optimization failures be debugged and mitigated?"
     """
-    rows = [row for row in info.rows if len(row.learning_rates) > 1]
+    rows = [row for row in _drawable(info.rows) if len(row.learning_rates) > 1]
     if axes is None:
         _, axes = _pyplot().subplots(
             2,
@@ -843,6 +866,7 @@ def plot_budget(info: BudgetInfo, ax: Any = None) -> Any:
 
     Source: "How many trials are needed to get good results with quasi-random search?" (figure 3).
     """
+    info = _drawable(info)
     ax = _new_axes(ax, 7.0, 4.2)
     table = np.asarray([row[1:6] for row in info.rows])
     seen = table[np.isfinite(table)]

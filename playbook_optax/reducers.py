@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -140,7 +141,8 @@ def _count(count: int) -> chex.Array:
 
 def _or_nan(seen: chex.Array, value: chex.Array) -> chex.Array:
     # Empty states hold 0, not NaN, so that a state is finite from the start; results say NaN.
-    return jnp.where(seen, value, jnp.nan)
+    with jax.debug_nans(False):
+        return jnp.where(seen, value, jnp.nan)
 
 
 @named_arguments
@@ -237,7 +239,9 @@ def mean() -> Reducer:
     def compute(state: MeanState) -> chex.Array:
         total = state.mean_total
         exact = jnp.where(jnp.isfinite(total), total + state.mean_lost, total)
-        return _or_nan(state.mean_count > 0, exact / jnp.maximum(state.mean_count, 1))
+        return _or_nan(
+            state.mean_count > 0, exact / jnp.maximum(state.mean_count, 1).astype(exact.dtype)
+        )
 
     return _reducer(
         lambda: MeanState(_count(0), _zero(), _zero()),

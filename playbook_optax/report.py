@@ -6,7 +6,7 @@ import functools
 import hashlib
 import io
 import os
-import tempfile
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from playbook_optax import _checks, plots
+from playbook_optax._text import UNBOUNDED, printable
 from playbook_optax.analysis.axes import axis, hyperparameters
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.records import storage
 from playbook_optax.records.study import Study
 
 REPORT = "report.html"
@@ -28,6 +30,11 @@ _DPI = 130
 _NARROW = 0.8
 _WIDE, _VERY_WIDE = 6.5, 8.0
 _MAX_TRIALS = {"report": 1000, "recipe": 50}
+# The names of the files that a page is written beside, and its own.
+_FILES = re.compile(
+    r"report\.html|recipe\.py|(axis|figure|decision_\d+|study_\d+)_\d+\.png|curves\.png|"
+    r"gradient_norms\.png"
+)
 # More of a name than this makes no picture clearer.
 _MAX_LETTERS, _MAX_LINES = 90, 3
 
@@ -205,8 +212,7 @@ class Pictures:
 
 def _tame(text: str, most: int = _MAX_LETTERS) -> str:
     """At most three lines of `most` letters, all of them letters that a font can be asked for."""
-    lines = ["".join(c if c.isprintable() else "\ufffd" for c in x) for x in text.split("\n")]
-    kept = [x if len(x) <= most else f"{x[: most - 1]}…" for x in lines]
+    kept = [printable(line, most) for line in text.split("\n")]
     return "\n".join(kept if len(kept) <= _MAX_LINES else [*kept[: _MAX_LINES - 1], "…"])
 
 
@@ -227,6 +233,33 @@ def _tame_texts(figure: Any) -> None:
                 most = max(60 // max(len(side.get_majorticklocs()), 1), 8)
                 most = most if side is ax.xaxis else 40
                 side.set_major_formatter(tamed(side.get_major_formatter(), most))
+
+
+def check_folder(directory: str | os.PathLike[str]) -> Path:
+    """Sees to it that a page can be written, before anything is drawn for it.
+
+    Args:
+      directory: where to write; made when missing.
+
+    Returns:
+      The path of the folder.
+
+    Raises:
+      NotWritable: it cannot be made or written in, or a folder has the name of one of the files.
+      ValueError: it is empty or an address.
+    """
+    folder = storage.check_folder(storage.root(directory))
+    try:
+        places = list(folder.iterdir())
+    except OSError as error:
+        raise storage.file_error(folder, "list", error) from error
+    for path in places:
+        if _FILES.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            raise storage.NotWritable(
+                f"cannot write {str(path)!r}: a folder has that name. Move it, or choose another "
+                "directory."
+            )
+    return folder
 
 
 def shown_number(value: Any) -> str:
@@ -475,6 +508,7 @@ def write_report(
 
     Raises:
       ImportError: jinja2 or matplotlib is not installed (the extra ``report``).
+      NotWritable: the directory or a file in it cannot be written.
 
     Example:
       >>> import tempfile
@@ -491,6 +525,7 @@ def write_report(
     Source: playbook, "Extracting insight from experimental results".
     """
     _checks.require("jinja2", "report", "The report")
+    folder = check_folder(directory)
     found = by_severity(diagnose(study) if findings is None else findings)
     headline, trust = verdict(study, found)
     out = outcomes(study) if study.num_trials else None
@@ -503,7 +538,7 @@ def write_report(
             ("at step", str(int(out.best_step[out.best]))),
         ]
     return _write_page(
-        directory,
+        folder,
         "report.html",
         draw_plots(study),
         name=str(study.spec.get("name", "study")),
@@ -554,6 +589,7 @@ def write_chapter(
 
     Raises:
       ImportError: jinja2 is not installed (the extra ``report``).
+      NotWritable: the directory or a file in it cannot be written.
 
     Source: playbook, "How can optimization failures be debugged and mitigated?"
     """
@@ -567,7 +603,7 @@ def write_chapter(
     decided = [_shown_decision(decision) for decision in decisions]
     pictures = _place_figures([(f"decision-{i}", part) for i, part in enumerate(decided, 1)])
     return _write_page(
-        directory,
+        check_folder(directory),
         "chapter.html",
         pictures,
         name=name,
@@ -621,6 +657,7 @@ def write_recipe(
 
     Raises:
       ImportError: jinja2 or matplotlib is not installed (the extra ``report``).
+      NotWritable: the directory or a file in it cannot be written.
       ValueError: negative trial-steps in `budget`.
 
     Example:
@@ -635,6 +672,7 @@ def write_recipe(
     Source: playbook, "A scientific approach to improving model performance".
     """
     _checks.require("jinja2", "report", "The report")
+    folder = check_folder(directory)
     costs = _shown_budget(budget) if budget else None
     decided = [_shown_decision(decision) for decision in decisions]
     pictures = pictures or Pictures()
@@ -673,7 +711,7 @@ def write_recipe(
         titles = [(f"study-{i}", title) for i, (title, _) in enumerate(studies, 1)]
         links.append(("studies", "Studies", titles))
     return _write_page(
-        directory,
+        folder,
         "recipe.html",
         [figure for _, part in sections for figure in part["figures"]],
         name=name,
@@ -744,9 +782,7 @@ def _with_evidence(findings: Sequence[Finding]) -> list[tuple[Finding, list[tupl
     ]
 
 
-def _write_page(
-    directory: str | os.PathLike[str], template: str, pictures: Sequence[Figure], **values: Any
-) -> Path:
+def _write_page(folder: Path, template: str, pictures: Sequence[Figure], **values: Any) -> Path:
     """Renders a page, everything escaped, and writes it with its figures beside it."""
     jinja2 = _checks.require("jinja2", "report", "The report")
     loader = jinja2.PackageLoader("playbook_optax")
@@ -756,11 +792,13 @@ def _write_page(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_fit_for_a_page,
     )
     # The policy names the only style that may apply, by its hash.
     style, _, _ = loader.get_source(environment, "style.css")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    recipe = values["recipe"] and _visible(values["recipe"])
+    # What is read is then what runs.
+    recipe = values["recipe"] and _fit_for_a_page(values["recipe"].replace("\r\n", "\n"))
     page = environment.get_template(template).render(
         **{
             **values,
@@ -771,44 +809,18 @@ def _write_page(
             "style_hash": f"sha256-{digest}",
         }
     )
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     for figure in pictures:
         if Path(figure.file).name != figure.file:
             raise ValueError(
                 f"file = {figure.file!r} of figure {figure.title!r} is not a name in the report's "
                 "directory. Give a name without a path."
             )
-        write_file(folder / figure.file, figure.png)
-    # JSON can hold half a surrogate pair, which UTF-8 cannot.
-    return write_file(folder / REPORT, page.encode(errors="backslashreplace"))
+        storage.write_file(folder / figure.file, figure.png)
+    return storage.write_file(folder / REPORT, page.encode())
 
 
-def _visible(source: str) -> str:
-    """Source with control characters as escapes: what is read is then what runs."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
-        for c in source.replace("\r\n", "\n")
-    )
-
-
-def write_file(path: Path, content: bytes) -> Path:
-    """Replaces a file as a whole; a link in its place is replaced, not followed out of there.
-
-    Args:
-      path: the file, in an existing directory.
-      content: all of it.
-
-    Returns:
-      `path`.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+def _fit_for_a_page(value: Any) -> Any:
+    """Text with an escape for each letter that hides or reorders others; markup stays."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return printable(value, UNBOUNDED, keep="\n\t")

@@ -24,7 +24,7 @@ from playbook_optax._checks import (
     is_traced,
     named_arguments,
 )
-from playbook_optax._tree import moment_dtype
+from playbook_optax._tree import moment_dtype, widest_moment_dtype
 
 Count = Any  # int, or integer array of any shape
 ScheduleFn = Callable[[Any], Any]
@@ -103,7 +103,7 @@ def _fractions(
 
 def _endpoints(*values: Any) -> list[jax.Array]:
     arrays = [as_value(value) for value in values]
-    dtype = jnp.result_type(*arrays)
+    dtype = widest_moment_dtype(*arrays)
     return [array.astype(dtype) for array in arrays]
 
 

@@ -306,9 +306,10 @@ class Categorical:
     """A choice among values that change numbers, not the structure of the program.
 
     If all values are numbers, points hold the numbers themselves: int32 when all are integers,
-    float32 otherwise. Anything else (strings, booleans, None, a mixture) reaches the trial as its
-    int32 index into `values`, and `label` says what it means. A choice that changes the structure
-    of the program (an optimizer, a width) belongs in a study of its own.
+    float32 otherwise. Booleans are numbers as well, True 1 and False 0, in int32. Anything else
+    (strings, None, a mixture) reaches the trial as its int32 index into `values`. `label` says what
+    a number means. A choice that changes the structure of the program (an optimizer, a width)
+    belongs in a study of its own.
 
     Source: "Why use quasi-random search instead of more sophisticated black box optimization
     algorithms during the exploration phase of tuning?".
@@ -350,7 +351,7 @@ class Categorical:
                         "numbers, or strings as labels."
                     )
         seen: set[Any] = set()
-        for label, code in zip(self.labels, self._codes().tolist(), strict=True):
+        for label, code in zip(self.labels, self.codes.tolist(), strict=True):
             mark = code if self.numeric else label
             if mark in seen:
                 raise ValueError(
@@ -360,7 +361,7 @@ class Categorical:
 
     @property
     def numeric(self) -> bool:
-        """Whether points hold the values themselves, rather than their indices."""
+        """Whether the values are numbers, which have an order and a distance."""
         return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in self.values)
 
     @property
@@ -369,14 +370,21 @@ class Categorical:
         return tuple(_label(v) for v in self.values)
 
     @property
+    def boolean(self) -> bool:
+        """Whether every value is True or False."""
+        return all(isinstance(v, bool) for v in self.values)
+
+    @property
+    def codes(self) -> np.ndarray:
+        """What points hold for each value: numbers themselves, otherwise indices."""
+        if not (self.numeric or self.boolean):
+            return np.arange(len(self.values), dtype=np.int32)
+        return np.array(self.values, self._dtype)
+
+    @property
     def _dtype(self) -> type[np.int32] | type[np.float32]:
         numbers = self.numeric and not all(isinstance(v, int) for v in self.values)
         return np.float32 if numbers else np.int32
-
-    def _codes(self) -> np.ndarray:
-        if not self.numeric:
-            return np.arange(len(self.values), dtype=np.int32)
-        return np.array(self.values, self._dtype)
 
     def __eq__(self, other: object) -> bool:
         # Labels tell True from 1 and 1.0, which Python's == does not.
@@ -399,7 +407,7 @@ class Categorical:
         Raises:
           ValueError: it is none of the choices.
         """
-        (found,) = np.nonzero(self._codes() == np.asarray(value))
+        (found,) = np.nonzero(self.codes == np.asarray(value))
         if not found.size:
             raise ValueError(f"value = {value!r} is not a choice of {self}.")
         return self.labels[int(found[0])]
@@ -410,11 +418,11 @@ class Categorical:
 
     def _values(self, unit: Any, xp: ModuleType) -> Any:
         index = _share(unit, len(self.values), xp).astype(np.int32)
-        return xp.asarray(self._codes())[index]
+        return xp.asarray(self.codes)[index]
 
     def to_unit(self, value: chex.Array) -> chex.Array:
         """The centre of the share of the choice nearest to each value: float32."""
-        codes = self._codes()
+        codes = self.codes
         value = jnp.asarray(value, codes.dtype)
         order = np.argsort(codes, kind="stable")
         # Half-way points between neighbours, in sorted order, name the nearest choice.
@@ -430,18 +438,23 @@ class Categorical:
                 f"num_per_dimension = {num} for a choice among {len(self.values)}: a grid takes "
                 "all choices. Leave it out."
             )
-        return self._codes()
+        return self.codes
 
     def to_dict(self) -> dict[str, Any]:
         """The parameter as JSON-able data; a value that JSON cannot hold becomes its label."""
         plain = [v if _is_plain(v) else _label(v) for v in self.values]
-        return {"kind": "categorical", "values": plain}
+        return {"kind": "boolean" if self.boolean else "categorical", "values": plain}
 
 
 Parameter: TypeAlias = Float | Integer | Categorical
 Sampler: TypeAlias = Callable[..., chex.Array]
 
-_KINDS: dict[str, type[Any]] = {"float": Float, "integer": Integer, "categorical": Categorical}
+_KINDS: dict[str, type[Any]] = {
+    "float": Float,
+    "integer": Integer,
+    "categorical": Categorical,
+    "boolean": Categorical,
+}
 
 
 class SearchSpace(Mapping[str, Parameter]):
@@ -771,13 +784,16 @@ class SearchSpace(Mapping[str, Parameter]):
             check_choice(f"{where}['kind']", kind, _KINDS)
             fields = [f.name for f in dataclasses.fields(_KINDS[kind])]
             _check_keys(where, entry, ("name", "kind", *fields))
-            if kind == "categorical":
+            if _KINDS[kind] is Categorical:
                 values = entry["values"]
                 if not isinstance(values, (list, tuple)) or not all(map(_is_plain, values)):
                     raise ArgumentTypeError(
                         f"{where}['values'] must be a list of strings, numbers, booleans or null, "
                         f"got {values!r}."
                     )
+                if kind == "categorical" and all(isinstance(v, bool) for v in values):
+                    # Written when points held the index of a boolean.
+                    entry = {**entry, "values": [_label(v) for v in values]}
             pairs.append((entry["name"], _KINDS[kind](**{f: entry[f] for f in fields})))
         return cls(pairs)
 

@@ -16,6 +16,7 @@ from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.analysis.training_length import best_step_info
 from playbook_optax.procedures import tune as parts
 from playbook_optax.procedures.tune import Chapter, Recipe, find_recipe
+from playbook_optax.records import storage
 from playbook_optax.records.study import Study
 from playbook_optax.report import Decision, Figure, Pictures, Table, shown_number, shown_point
 from playbook_optax.runner.trainer import HOW, Trainer
@@ -138,6 +139,7 @@ def write_recipe_report(
 
     Raises:
       ImportError: jinja2 or matplotlib is not installed (the extra ``report``).
+      NotWritable: the directory or a file in it cannot be written.
 
     Example:
       >>> import tempfile
@@ -154,12 +156,11 @@ def write_recipe_report(
 
     Source: playbook, "Extracting insight from experimental results".
     """
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = report.check_folder(directory)
     source = None
     if recipe.point is not None:
         source = recipe.to_python(workload)
-        report.write_file(folder / PROGRAM, source.encode())
+        storage.write_file(folder / PROGRAM, source.encode())
     pictures = Pictures()
     decisions = [made for chapter in recipe.chapters for made in _decisions(chapter, pictures)]
     headline, trust = recipe_headline(recipe)

@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
 
 from playbook_optax import cli, zoo
-from playbook_optax.records.study import load_study
+from playbook_optax.records import storage
+from playbook_optax.records.study import Study, load_study, study_from_blocks
 from playbook_optax.search_space import Float, SearchSpace
 
 MODULE = """
@@ -329,3 +335,279 @@ def test_run_needs_what_tune_kept(folder, capsys):
     assert "missing or damaged" in capsys.readouterr().err
     assert cli.run(["run", str(folder / "nothing")]) == 2
     assert cli.run(["run", str(directory), "--worker", "2", "--of", "2"]) == 2
+
+
+# A directory from somebody else ------------------------------------------------------------------
+
+ESCAPES = "\x1b]0;title\x07\x1b[2J\r\u202e\u2028\ud800"
+
+
+@pytest.fixture
+def soon():
+    """A call that waits for ever fails instead."""
+
+    def ring(*_):
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def foreign_study(place, labels=None, name="study", objective="valid/loss"):
+    """A study that is stored under its right checksum, with what somebody put into it."""
+    study = Study.from_arrays(
+        {"learning_rate": np.array([0.1, 0.2, 0.3]), **{name: [0, 1, 2] for name in labels or ()}},
+        {objective: np.array([[2.0, 1.0], [2.0, 0.5], [2.0, 0.7]])},
+        np.array([0, 10]),
+        objective=objective,
+        name=name,
+    )
+    if labels:
+        study = study_from_blocks({**study.spec, "labels": labels}, study._blocks)
+    study.save(place)
+    optimizer = "momentum" if "momentum" in (labels or ()) else "sgd"
+    command = {"command": "search", "workload": "digits_mlp", "optimizer": optimizer}
+    command["space"] = SPACE
+    (place / "command.json").write_text(json.dumps(command))
+    return place
+
+
+@pytest.mark.parametrize("parameter", ["learning_rate", "momentum"])
+def test_code_in_a_stored_label_stands_in_no_recipe(tmp_path, capsys, parameter):
+    code = "__import__('pathlib').Path('escaped').touch()"
+    labels = {parameter: [code, f"{code}#", "0.1)\nimport os #"]}
+    place = foreign_study(tmp_path / "study", labels)
+    for command in ("report", "diagnose"):
+        assert cli.run([command, str(place)]) == 0
+        assert "Recipe" not in capsys.readouterr().out
+    assert "download=" not in (place / "report.html").read_text()
+    # The same study with numbers has one.
+    place = foreign_study(tmp_path / "other")
+    assert cli.run(["report", str(place)]) == 0
+    assert "optimizer = pbx.sgd(learning_rate=0.2)" in capsys.readouterr().out
+    assert "download=" in (place / "report.html").read_text()
+
+
+def test_nothing_of_a_foreign_directory_commands_the_terminal(tmp_path, capsys):
+    place = foreign_study(tmp_path / "study", None, ESCAPES, f"valid/{ESCAPES}")
+    (place / "\x1b[2Jnews.png").write_bytes(b"")
+    for command in ("report", "diagnose"):
+        assert cli.run([command, str(place)]) == 0
+        said = capsys.readouterr().out
+        assert "\\x1b[2J\\r\\u202e" in "".join(said.split())
+        assert all(line.isprintable() for line in said.split("\n"))
+        # The objective is a comment of the recipe, and no more than that.
+        (comment,) = [line for line in said.split("\n") if line.startswith("  num_steps = ")]
+        assert comment.startswith("  num_steps = 10  # valid/\\x1b]0;title")
+    (place / "command.json").write_text(
+        json.dumps({"workload": f"a:{ESCAPES}", "optimizer": "sgd"})
+    )
+    spec = storage.read_spec(place)
+    forge(place, {**spec, "num_trials": 4, "labels": {"learning_rate": [ESCAPES]}})
+    for arguments in (["run", str(place)], ["report", f"{place}/{ESCAPES[:-1]}"]):
+        assert complaint(capsys, *arguments).isprintable()
+
+
+def forge(place, spec):
+    """Puts another spec into a study's place, under its right checksum."""
+    (place / "study.json").unlink()
+    storage.write_spec(place, spec)
+
+
+def fill(kind, path):
+    """Puts something else in the place of a file."""
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    elif kind == "large":
+        with open(path, "wb") as file:
+            file.truncate(10**11)
+    else:
+        path.write_text({"deep": "[" * 60000, "list": "[]", "empty": ""}[kind])
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    "kind", ["fifo", "device", "loop", "folder", "socket", "large", "deep", "list", "empty"]
+)
+def test_anything_in_the_place_of_a_file_is_refused_at_once(tmp_path, monkeypatch, capsys, kind):
+    place = foreign_study(tmp_path / "study")
+    monkeypatch.chdir(place)  # A socket's path is short.
+    fill(kind, place / "command.json")
+    said = complaint(capsys, "run", str(place))
+    assert "command.json is missing or damaged" in said
+    for command in ("report", "diagnose"):
+        assert cli.run([command, str(place)]) == 0
+        assert "Recipe" not in capsys.readouterr().out
+    fill(kind, place / "study.json")
+    for command in ("run", "report", "diagnose"):
+        assert "study.json" in complaint(capsys, command, str(place))
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("kind", ["fifo", "device", "loop", "folder", "socket"])
+def test_anything_in_the_place_of_a_block_is_refused_at_once(tmp_path, monkeypatch, capsys, kind):
+    place = foreign_study(tmp_path / "study")
+    monkeypatch.chdir(place / "blocks")
+    fill(kind, place / "blocks" / "block-00000000.pbx")
+    for command in ("report", "diagnose"):
+        assert "block-00000000.pbx" in complaint(capsys, command, str(place))
+    shutil.rmtree(place / "blocks")
+    (place / "blocks").symlink_to("blocks")
+    for command in ("report", "diagnose"):
+        assert "blocks" in complaint(capsys, command, str(place))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A study of the zoo that is stored and not trained, without tracing it: (directory, spec)."""
+    place = tmp_path_factory.mktemp("prepared") / "study"
+    spec = {
+        "name": "digits_mlp",
+        "num_trials": 12,
+        "num_seeds": 1,
+        "num_steps": 20,
+        "eval_every": 5,
+        "step": [0, 5, 10, 15, 20],
+        "trials_per_block": 8,
+        "keep": "none",
+        "independent": False,
+        "space": SPACE,
+        "points": None,
+        "dtypes": {"learning_rate": "float32"},
+        "key": {"impl": "threefry2x32", "data": [0, 0]},
+    }
+    storage.write_spec(place, spec)
+    cli._write_command(
+        place, "search", "digits_mlp", "momentum", SearchSpace({"learning_rate": Float(0.1, 1.0)})
+    )
+    return place, spec
+
+
+def without(name):
+    return lambda spec: spec.pop(name)
+
+
+TABLE = {"space": None, "points": {"learning_rate": [0.1] * 12}}
+FORGED = {
+    "width": ({"trials_per_block": 10**9}, "trials_per_block = 1000000000 is far more"),
+    "wider": ({"trials_per_block": 2048}, "trials_per_block = 2048 is far more than its 12 trials"),
+    "width 0": ({"trials_per_block": 0}, "trials_per_block must be >= 1"),
+    "width text": ({"trials_per_block": "8"}, "trials_per_block must be an integer"),
+    "width true": ({"trials_per_block": True}, "trials_per_block must be an integer"),
+    "trials": ({"num_trials": 10**9}, "it is too large"),
+    "both": ({"num_trials": 10**9, "trials_per_block": 10**9}, "it is too large"),
+    "trials of 64 bits": ({"num_trials": 2**40}, "num_trials must be >= 1"),
+    "seeds": ({"num_seeds": 10**9}, "it is too large"),
+    "steps": ({"num_steps": 2**31 - 1}, "it has 5 evaluations, where its steps make 429496731"),
+    "evaluations": ({"num_steps": 2**31 - 1, "eval_every": 1}, "where its steps make 2147483648"),
+    "no interval": ({"eval_every": 0}, "eval_every must be >= 1"),
+    "many values": (
+        {"num_trials": 10**5, "num_steps": 10**4, "eval_every": 1, "step": [*range(10**4 + 1)]},
+        "it is too large",
+    ),
+    "step": ({"step": 5}, "object of type 'int' has no len"),
+    "space": ({"space": [1]}, "is not trained on"),
+    "range": ({"space": {"learning_rate": {"kind": "float", "low": 1, "high": 0}}}, "is not trai"),
+    "key": ({"key": [0, 0]}, "is not trained on"),
+    "key of another kind": ({"key": {"impl": ESCAPES, "data": [0, 0]}}, "is not trained on"),
+    "negative key": ({"key": {"impl": None, "data": [-1, 0]}}, "is not trained on"),
+    "points": ({"space": None, "points": [1, 2]}, "is not trained on"),
+    "dtype": ({**TABLE, "dtypes": {"learning_rate": "U1000000000"}}, "dtype 'U1000000000' is not"),
+    "no dtype": ({**TABLE, "dtypes": {}}, "it lacks 'learning_rate'"),
+    "text": ({**TABLE, "points": {"learning_rate": ["x"]}}, "could not convert string to float"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_size_is_refused_before_memory_is_taken(
+    prepared, tmp_path, capsys, monkeypatch, case
+):
+    def trained(*args, **named):
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr(cli, "run_study", trained)
+    place, spec = prepared
+    folder = tmp_path / "study"
+    shutil.copytree(place, folder)
+    with pytest.raises(AssertionError, match="it trains"):
+        cli.run(["run", str(folder)])
+    change, said = FORGED[case]
+    forge(folder, {**spec, **change})
+    tracemalloc.start()
+    try:
+        line = complaint(capsys, "run", str(folder))
+        assert tracemalloc.get_traced_memory()[1] < 2e7
+    finally:
+        tracemalloc.stop()
+    assert said in line
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize("name", ["num_trials", "num_steps", "step", "key", "space", "points"])
+def test_a_study_that_lacks_something_is_refused(prepared, tmp_path, capsys, name):
+    place, spec = prepared
+    folder = tmp_path / "study"
+    shutil.copytree(place, folder)
+    spec = {**spec, "space": None} if name == "points" else spec
+    forge(folder, {n: value for n, value in spec.items() if n != name})
+    assert f"it lacks '{name}'" in complaint(capsys, "run", str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["own:x; rm -rf /", "own:$(id)", "a b:c", "own:x\n", ESCAPES, "", 3]
+)
+def test_a_stored_name_that_cannot_be_a_workload_is_no_hint(prepared, tmp_path, capsys, name):
+    folder = tmp_path / "study"
+    shutil.copytree(prepared[0], folder)
+    (folder / "command.json").write_text(json.dumps({"workload": name, "optimizer": "sgd"}))
+    assert "names no workload and optimizer of ours" in complaint(capsys, "run", str(folder))
+
+
+def test_what_is_to_be_typed_again_is_one_word_of_a_shell(prepared, tmp_path, capsys):
+    assert cli._word("runs/a b;c") == "'runs/a b;c'"
+    assert cli._word("a\x1b'b") == "'a\\x1b'\"'\"'b'"
+    folder = tmp_path / "study"
+    shutil.copytree(prepared[0], folder)
+    command = {"workload": "package.module:build", "optimizer": "sgd"}
+    (folder / "command.json").write_text(json.dumps(command))
+    assert complaint(capsys, "run", str(folder)).endswith("--workload package.module:build")
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "study/blocks/block-00000000.pbx"])
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, capsys, where):
+    place = foreign_study(tmp_path / "study")
+    (tmp_path / "file").write_text("mine")
+    target = tmp_path / where
+    said = complaint(capsys, "report", str(place), "--directory", str(target))
+    assert "cannot" in said
+    assert str(target) in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_warning_of_the_program_is_one_line(capsys, monkeypatch):
+    def warns(arguments):
+        warnings.warn(f"two\nlines {ESCAPES}", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "run", warns)
+    monkeypatch.setattr(cli, "use_cpu_cores", lambda: None)
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    with warnings.catch_warnings():  # Which puts back what shows warnings.
+        warnings.simplefilter("always")
+        assert cli.main([]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("playbook-optax: warning: two lines \\x1b]0;")
+    assert line.isprintable()

@@ -14,8 +14,11 @@ PACKAGE = pathlib.Path(playbook_optax.__file__).parent
 # The floor of each module or folder directly below the package.
 FLOORS = {
     "_checks": 0,
+    "_direction": 0,
     "_feasibility": 0,
     "_histogram": 0,
+    "_portable": 0,
+    "_text": 0,
     "_tree": 0,
     "optimizers": 1,
     "schedules": 1,

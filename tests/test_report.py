@@ -1,24 +1,30 @@
 """The report: what is in it, in which order, and that nothing from a study becomes markup."""
 
 import base64
+import csv
 import dataclasses
+import errno
 import functools
 import hashlib
 import html.parser
 import os
 import re
+import stat
 import sys
+import types
 
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from playbook_optax import report, tuning
+from playbook_optax import chapters, report, tuning
 from playbook_optax.analysis.findings import Finding
+from playbook_optax.procedures import stability
 from playbook_optax.procedures import tune as parts
 from playbook_optax.procedures.verdict import Verdict
-from playbook_optax.records.study import Study, load_study
+from playbook_optax.records import storage
+from playbook_optax.records.study import Study, load_study, study_from_blocks
 from playbook_optax.search_space import Categorical, Float, SearchSpace
 
 EVIL = "<script>alert(1)</script>$\\frac{"
@@ -452,8 +458,8 @@ def test_what_a_recipe_shows_is_what_runs(tmp_path):
 def test_any_name_can_be_drawn_and_written(name, tmp_path):
     study = make_study(name + "/loss", name)
     path = report.write_report(study, tmp_path)
-    wanted = name.encode(errors="backslashreplace").decode().replace("\x00", "")
-    assert wanted[:8] in path.read_text("utf-8").replace("\x00", "")
+    wanted = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in f"{name}/loss")
+    assert f"best {wanted}" in path.read_text("utf-8")
     width, height = (int(Page(text_of(tmp_path)).all("img")[0][k]) for k in ("width", "height"))
     assert 300 < width < 2000
     assert 300 < height < 2000
@@ -475,7 +481,7 @@ def test_labels_of_a_categorical_axis_are_cut_as_all_names_are():
     )
     assert picture.size[0] < 3000
     labels = [tick.get_text() for tick in seen[0].get_xticklabels()]
-    assert labels == ["a" * 19 + "…", "\ufffd", "b"]
+    assert labels == ["a" * 19 + "…", "\\ud800", "b"]
 
 
 def test_a_wide_drawing_is_a_wide_figure():
@@ -567,3 +573,220 @@ def test_a_picture_is_written_into_the_directory_or_not_at_all(file, tmp_path):
     with pytest.raises(ValueError, match="Give a name without a path"):
         report.write_chapter("n", "t", "h", "t", [make_decision(figures=[picture])], folder)
     assert [p.name for p in tmp_path.rglob("*")] == ["page"]
+
+
+# Where a page cannot be written -------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawing_is_a_mistake(monkeypatch):
+    def draw(*arguments, **options):
+        raise AssertionError("it draws")
+
+    monkeypatch.setattr(report, "draw_figure", draw)
+
+
+def write_study(folder):
+    return report.write_report(make_study(), folder)
+
+
+def write_recipe(folder):
+    return report.write_recipe(
+        name="digits",
+        headline="Adam at 0.01.",
+        trust="Five seeds agree.",
+        recipe="optimizer = pbx.adam(0.01)",
+        facts=[],
+        decisions=[],
+        studies=[("Round 1", make_study())],
+        directory=folder,
+    )
+
+
+def write_tuned(folder):
+    decision = Finding("decided", "info", "Decided.", {}, "A section")
+    verdict = Verdict(None, (), {"sweep_0": make_study()}, 60)
+    recipe = parts.Recipe(
+        workload=None,
+        pipeline=parts.Pipeline(None, None),
+        optimizer_name="sgd",
+        point=None,
+        num_steps=20,
+        eval_every=10,
+        objective="valid/loss",
+        maximize=False,
+        values=np.array([]),
+        chapters=(parts.Chapter(parts.LEARNING_RATE_CHAPTER, decision, verdict),),
+        total_budget=180,
+        params=None,
+        model_state=None,
+        key=None,
+    )
+    return tuning.write_recipe_report(recipe, folder)
+
+
+def write_stability(folder):
+    sweep = Verdict(None, (), {"sweep": make_study()}, 60)
+    answer = types.SimpleNamespace(steps={stability.SWEEP: sweep}, comparison=None)
+    verdict = Verdict(answer, (), sweep.studies, 60)
+    return chapters.write_stability_report(verdict, folder)
+
+
+WRITERS = [write_study, write_recipe, write_tuned, write_stability]
+
+
+@pytest.mark.usefixtures("drawing_is_a_mistake")
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("where", ["page", "page/below"])
+def test_a_file_in_the_place_of_the_folder_is_told_before_anything_is_drawn(tmp_path, write, where):
+    (tmp_path / "page").write_text("mine")
+    with pytest.raises(storage.NotWritable, match=re.escape(str(tmp_path / where))):
+        write(tmp_path / where)
+    assert (tmp_path / "page").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("drawing_is_a_mistake")
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("report.html", "recipe.py", "axis_0.png", "axis_12.png", "curves.png", "figure_0.png"),
+        *("gradient_norms.png", "decision_1_0.png", "study_10_12.png"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_drawn(tmp_path, write, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("mine")
+    with pytest.raises(storage.NotWritable, match=re.escape(str(tmp_path / name))):
+        write(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*")] == [name, "mine"]
+
+
+@pytest.mark.usefixtures("drawing_is_a_mistake")
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EDQUOT])
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_drawn(
+    tmp_path, write, code, monkeypatch
+):
+    def refuse(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(storage.NotWritable, match=re.escape(str(tmp_path))) as caught:
+        write(tmp_path)
+    full = code in (errno.ENOSPC, errno.EDQUOT)
+    assert ("the disk is full" if full else os.strerror(code)) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_files_that_a_page_does_not_have_are_free(tmp_path):
+    for name in ("reports.html", "axis.png", "xcurves.png", "blocks", "curves.png.d"):
+        (tmp_path / name).mkdir()
+    assert report.check_folder(tmp_path) == tmp_path
+    assert report.check_folder(tmp_path / "new" / "folder").is_dir()
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_a_disk_that_fills_up_on_the_way_leaves_whole_files(tmp_path, monkeypatch, call, num):
+    """The first is the probe's, then come two pictures and the page."""
+    before = write_study(tmp_path / "page")
+    old = {path: path.read_bytes() for path in before.parent.iterdir()}
+    pictures = iter(range(2))
+    monkeypatch.setattr(
+        report,
+        "draw_figure",
+        lambda file, *_: report.Figure(file, "t", "a", b"\x89PNG%016d" % next(pictures) * 20),
+    )
+    count = 0
+
+    def until_full(function, *arguments, **options):
+        nonlocal count
+        path = arguments[0]
+        ours = call == "fsync" or ".tmp-" in os.fspath(path)
+        if ours and not (call == "fsync" and stat.S_ISDIR(os.fstat(path).st_mode)):
+            count += 1
+            if count > num - (call == "replace"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*arguments, **options)
+
+    if call == "open":
+        monkeypatch.setattr(storage, "open", functools.partial(until_full, open), raising=False)
+    else:
+        monkeypatch.setattr(os, call, functools.partial(until_full, getattr(os, call)))
+    with pytest.raises(storage.NotWritable, match="the disk is full") as caught:
+        write_study(tmp_path / "page")
+    monkeypatch.undo()
+    assert str(tmp_path / "page" / ["axis_0.png", "curves.png", "report.html"][num - 1]) in str(
+        caught.value
+    )
+    new = {path: path.read_bytes() for path in before.parent.iterdir()}
+    assert set(new) == set(old)
+    replaced = [path.name for path in old if new[path] != old[path]]
+    assert sorted(replaced) == ["axis_0.png", "curves.png"][: num - 1]
+    assert all(len(new[before.parent / name]) == 400 for name in replaced)
+
+
+def test_pages_honour_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        path = write_study(tmp_path / "page")
+        os.umask(0o027)
+        other = recipe_page(tmp_path / "other", decisions=[], studies=[])[0]
+    finally:
+        os.umask(before)
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in path.parent.iterdir()} == {
+        "axis_0.png": 0o600,
+        "curves.png": 0o600,
+        "report.html": 0o600,
+    }
+    assert stat.S_IMODE(other.stat().st_mode) == 0o640
+
+
+# What numbers and letters can be ------------------------------------------------------------------
+
+EXTREMES = [1e308, 1.0, 5e-324, 1e-3], [-1e308, 1e308, 0.0, 1.0], [5e-324, 1e-323, 0.0, 2e-323]
+
+
+@pytest.mark.parametrize("numbers", [*EXTREMES, [1e308, 1.1e308, 1.5e308, 1.7e308]])
+@pytest.mark.parametrize("what", ["rates", "losses"])
+def test_the_largest_and_smallest_numbers_are_drawn(tmp_path, numbers, what):
+    rates = numbers if what == "rates" else [0.1, 0.2, 0.3, 0.4]
+    last = np.array(numbers if what == "losses" else [1.0, 0.5, 0.7, np.nan])
+    losses = np.stack([np.where(np.isfinite(last), last, 2.0), last], axis=1)
+    study = Study.from_arrays(
+        {"learning_rate": np.array(rates)},
+        {"valid/loss": losses, "train/loss": losses},
+        np.array([0, 10]),
+        objective="valid/loss",
+    )
+    path = report.write_report(study, tmp_path)
+    best = report.shown_number(study.best().value)
+    assert f"valid/loss = {best} at step" in path.read_text("utf-8")
+    assert (tmp_path / "axis_0.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_letter_of_a_study_reorders_or_hides_others_on_the_page(tmp_path):
+    name = "loss\u202e\u2066\u200b\x1b[2J\ud800\u2028\u061c"
+    study = make_study(f"valid/{name}", f"rate{name}")
+    study = dataclasses.replace(study, spec={**study.spec, "name": name, "device_kind": name})
+    finding = [Finding("code", "info", name, {name: [name]}, name, name)]
+    text = report.write_report(study, tmp_path, findings=finding).read_text("utf-8")
+    assert all(c.isprintable() or c in "\n\t" for c in text)
+    shown = "loss\\u202e\\u2066\\u200b\\x1b[2J\\ud800\\u2028\\u061c"
+    (headline,) = re.findall('<p class="headline">(.*)</p>', text)
+    assert headline == f"The best of 6 trials is trial 3: valid/{shown} = 1 at step 10."
+    assert f"<title>{shown}: Study report</title>" in text
+
+
+def test_a_table_of_any_letters_is_written_and_runs_no_formula(tmp_path):
+    labels = ["\ud800", "=1+1", "\n=1+1", "＝1+1", "é\u202e", "-"]
+    study = make_study(parameter="=decay", infeasible=(False,) * 6)
+    spec = {**study.spec, "labels": {"=decay": labels}}
+    blocks = [{**block, "point/=decay": np.arange(6)} for block in study._blocks]
+    study_from_blocks(spec, blocks).to_csv(tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[1] == "'=decay"
+    shown = ["\\ud800", "'=1+1", "'\n=1+1", "'＝1+1", "é\u202e", "'-"]
+    assert [row[1] for row in rows] == shown

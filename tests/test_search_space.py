@@ -183,6 +183,8 @@ def test_categoricals():
     assert words.label(1) == "b"
     assert Categorical([True, False]).labels == ("True", "False")
     assert not Categorical([True, False]).numeric
+    assert Categorical([True, False]).codes.tolist() == [1, 0]
+    assert Categorical(["a", "b"]).codes.tolist() == [0, 1]
     assert Categorical([jax.nn.relu, jax.nn.tanh]).labels == ("relu", "tanh")
     assert Categorical([np.float32(0.25)]).from_unit(0.7) == 0.25
     with pytest.raises(ValueError, match="value = 3 is not a choice"):
@@ -548,3 +550,21 @@ def test_the_last_index_of_all():
     space = SearchSpace({"a": Float(1e-4, 1.0, scale="log"), "b": Integer(1, 9)})
     last = space.sample(KEY, 2, start=2**31 - 2)
     np.testing.assert_array_equal(space.sample(KEY, 1, start=2**31 - 2)["a"], last["a"][:1])
+
+
+@pytest.mark.parametrize("choices", [[True, False], [False, True]])
+def test_booleans_are_numbers(choices):
+    space = SearchSpace({"on": Categorical(choices)})
+    values = np.asarray(space.sample(jax.random.key(0), 16)["on"])
+    assert values.dtype == np.int32
+    assert set(values.tolist()) == {0, 1}
+    assert [space.label("on", code) for code in (0, 1)] == ["False", "True"]
+    np.testing.assert_array_equal(space["on"].from_unit(space["on"].to_unit(values)), values)
+    assert SearchSpace.from_dict(space.to_dict()) == space
+    assert space.grid(2)["on"].tolist() == [int(choice) for choice in choices]
+
+
+def test_booleans_that_were_stored_as_indices_keep_their_meaning():
+    stored = [{"name": "on", "kind": "categorical", "values": [True, False]}]
+    old = SearchSpace.from_dict({"parameters": stored})
+    assert [old.label("on", index) for index in (0, 1)] == ["True", "False"]

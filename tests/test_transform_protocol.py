@@ -326,3 +326,68 @@ def test_float64_stays_float64(name):
         assert specs(state) == specs(tx.init(weights))
         _, mixed = tx.update(weights, tx.init(weights.astype(jnp.float32)))
         assert specs(mixed) == specs(tx.init(weights.astype(jnp.float32)))
+
+
+# States that are donated --------------------------------------------------------------------------
+
+WRAPPERS = {
+    "alone": lambda tx: tx,
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "masked": lambda tx: optax.masked(tx, True),
+    "chain": lambda tx: optax.chain(tx, optax.identity()),
+    "twice": lambda tx: optax.chain(norms.clip_by_global_norm(1.0, name="other"), tx),
+}
+
+
+@every_transform
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_state_that_is_donated_is_nobody_elses(name, wrapper):
+    factory, h = TRANSFORMS[name]
+    given = {k: jnp.asarray(v) for k, v in h.items()}
+    weights = jnp.ones(3)
+    tx = WRAPPERS[wrapper](optax.with_extra_args_support(factory(**given)))
+
+    def step(state, weights):
+        updates, state = tx.update(jnp.ones(3), state, weights)
+        return state, updates
+
+    donating = jax.jit(step, donate_argnums=0)
+    # What `update` returns outside of jit is given away as well as what `init` does.
+    for state in (tx.init(weights), step(tx.init(weights), weights)[0]):
+        for _ in range(3):
+            state, _ = donating(state, weights)
+        jax.block_until_ready(state)
+    for value in (weights, *given.values()):
+        assert not value.is_deleted()
+
+
+# Switches of JAX ----------------------------------------------------------------------------------
+
+SWITCHES = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "disable_jit": lambda: jax.disable_jit(True),
+    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "checking_leaks": lambda: jax.checking_leaks(),
+}
+
+
+@every_transform
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_switches_for_debugging_change_nothing(name, switch, dtype):
+    weights = {"w": jnp.linspace(-1, 1, 3).astype(dtype)}
+    grads = {"w": jnp.linspace(-1, 2, 3).astype(dtype)}
+
+    def run():
+        tx = make(name)
+        state, seen = tx.init(weights), []
+        for _ in range(3):
+            updates, state = tx.update(grads, state, weights)
+            seen.append(updates["w"])
+        return [np.asarray(u.astype(jnp.float32)) for u in seen]
+
+    plain = run()
+    with SWITCHES[switch]():
+        switched = run()
+    np.testing.assert_allclose(switched, plain, rtol=1e-6)

@@ -108,7 +108,9 @@ def hyperparameters(study: Study) -> list[str]:
 
 def _guess_scale(values: np.ndarray) -> str:
     """A scale for trials from elsewhere: logarithmic when they span more than a decade."""
-    if values.min() > 0 and values.max() > 10 * values.min():
+    with np.errstate(over="ignore"):
+        decade = 10 * values.min()
+    if values.min() > 0 and values.max() > decade:
         return "log"
     if values.min() >= 0.5 and values.max() < 1:
         gaps = 1 - values
@@ -165,8 +167,10 @@ def axis(study: Study, name: str) -> Axis:
     if getattr(parameter, "include_zero", False):
         start, low = low / 2, 0.0
     ends = to_scale([start, high], scale)
-    width = ends[1] - ends[0]
     place = to_scale(drawn_at(values, start, scale), scale)
+    if abs(ends).max() > np.finfo(np.float64).max / 4:  # A width that no float holds.
+        ends, place = ends / 4, place / 4
+    width = ends[1] - ends[0]
     unit = (place - ends[0]) / width if width > 0 else np.full(len(values), 0.5)
     whole = raw.dtype.kind in "iu" if parameter is None else isinstance(parameter, Integer)
     kind = "integer" if whole else "float"
@@ -178,7 +182,7 @@ def _categorical(name: str, raw: np.ndarray, choices: Any) -> Axis:
     if choices is None:
         choices = sorted({str(v) for v in raw})
         index = np.asarray([choices.index(str(v)) for v in raw], np.float64)
-    elif all(isinstance(c, (int, float)) and not isinstance(c, bool) for c in choices):
+    elif raw.dtype.kind in "iuf" and _are_numbers(choices):
         numbers = np.asarray(choices, np.float64)
         index = np.abs(raw.astype(np.float64)[:, None] - numbers[None, :]).argmin(axis=1)
         index = index.astype(np.float64)
@@ -201,6 +205,12 @@ def _categorical(name: str, raw: np.ndarray, choices: Any) -> Axis:
         True,
         tuple(map(str, choices)),
     )
+
+
+def _are_numbers(choices: Any) -> bool:
+    """Whether points hold the choices themselves, not their indices."""
+    booleans = [isinstance(c, bool) for c in choices]
+    return all(isinstance(c, (int, float)) for c in choices) and len(set(booleans)) == 1
 
 
 class AxisPlot(NamedTuple):

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from playbook_optax import _checks
 from playbook_optax.analysis.boundaries import boundary_findings, boundary_info
 from playbook_optax.analysis.curves import curve_findings, curve_info
@@ -140,8 +142,10 @@ def diagnose(
     # Without a single value only the first rule has anything to say.
     rules = RULES if out.best >= 0 else RULES[:1]
     found = []
-    for rule in rules:
-        found += rule.conclude(rule.inform(study, objective, maximize))
+    # Sums of numbers near the largest float are infinite, and compared as such.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rule in rules:
+            found += rule.conclude(rule.inform(study, objective, maximize))
     found += _unchecked(study)
     if all(f.severity == "info" for f in found):
         skipped = [f.code.removesuffix("_check_skipped") for f in found if "_skipped" in f.code]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from playbook_optax import _checks
+from playbook_optax._text import PARAGRAPH, printable
 
 SEVERITIES = ("error", "warning", "info")
 """The severities of a Finding, the gravest first."""
@@ -35,12 +36,13 @@ def _plain(value: Any, path: str) -> Any:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Finding:
     """One thing that a study says.
 
     Attributes:
       code: short name of the kind of finding, such as `best_near_boundary`; stable, for programs.
+        This text and those below are fit for a terminal: what commands one is an escape.
       severity: `"error"` (the study answers nothing), `"warning"` (act before trusting it) or
         `"info"`.
       message: what was found, in complete sentences with the numbers.
@@ -67,7 +69,14 @@ class Finding:
 
     def __post_init__(self) -> None:
         _checks.check_choice("severity", self.severity, SEVERITIES)
+        # They tell names of a study, which may be anybody's.
+        for name in ("code", "message", "section", "suggestion"):
+            object.__setattr__(self, name, printable(getattr(self, name), PARAGRAPH))
         object.__setattr__(self, "evidence", _plain(dict(self.evidence), "evidence"))
+
+    def __repr__(self) -> str:
+        told = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+        return printable(f"Finding({', '.join(told)})", PARAGRAPH)
 
     def __str__(self) -> str:
         advice = f" {self.suggestion}" if self.suggestion else ""

@@ -14,6 +14,9 @@ SECTION = "Extracting insight from experimental results"
 LEVEL = 0.05
 SMALL = 0.2
 """A hyperparameter that surely explains less than this share does not matter."""
+# Farther than this outside its range a trial says nothing about the range, and its square, summed
+# over trials, leaves no digit for the others.
+_MAX_UNIT = 1e3
 MIN_FREEDOM = 8
 """Residual degrees of freedom that the fit needs before it is believed."""
 
@@ -57,11 +60,16 @@ class ImportanceInfo(NamedTuple):
 
 
 def _terms(line: Axis) -> np.ndarray:
-    """(trial, num_terms) regressors: linear and quadratic, or one indicator per further choice."""
+    """(trial, num_terms) regressors: linear and quadratic, or one indicator per further choice.
+
+    There is none where the values lie in no places that could be compared.
+    """
     if line.kind == "categorical":
         seen = np.unique(line.values)
         return (line.values[:, None] == seen[None, 1:]).astype(np.float64)
     levels = len(np.unique(line.unit))
+    if levels < 2 or not np.all(np.abs(line.unit) <= _MAX_UNIT):
+        return np.empty((len(line.unit), 0))
     x = line.unit - line.unit.mean()
     return np.stack([x, x**2], axis=1)[:, : min(levels - 1, 2)]
 
@@ -74,7 +82,10 @@ def _residual(terms: list[np.ndarray], y: np.ndarray) -> float:
 
 
 def _upper_share(f: float, num: int, freedom: int) -> float:
-    """Upper 95% limit of the explained share, by inverting the noncentral F distribution."""
+    """Upper 95% limit of the explained share, by inverting the noncentral F distribution.
+
+    1 where SciPy cannot tell.
+    """
     from scipy import optimize, stats
 
     def excess(noncentrality: float) -> float:
@@ -82,10 +93,12 @@ def _upper_share(f: float, num: int, freedom: int) -> float:
 
     if stats.f.cdf(f, num, freedom) <= LEVEL:
         return 0.0
-    high = 10.0
+    low, high = 1e-9, 10.0
     while excess(high) > 0:
         high *= 2
-    effect = optimize.brentq(excess, 0.0 + 1e-9, high) / (num + freedom + 1)
+    if not excess(low) > 0 >= excess(high):
+        return 1.0
+    effect = optimize.brentq(excess, low, high) / (num + freedom + 1)
     return float(effect / (1 + effect))
 
 
@@ -140,14 +153,14 @@ def importance_info(
     widths = {n: t.shape[1] for n, t in varied.items()}
     freedom = len(ranks) - 1 - sum(widths.values())
     whole = _residual(list(varied.values()), ranks) if freedom > 0 and varied else 0.0
-    needs = {n: _num_needed(w, sum(widths.values()) - w) for n, w in widths.items()}
+    needs = {n: _num_needed(w, sum(widths.values()) - w) for n, w in widths.items() if w}
     rows = []
     for name in names:
         if name not in varied:
             rows.append(ImportanceRow(name, 0.0, 1.0, 1.0, 0, "not varied"))
             continue
         num = widths[name]
-        if freedom < MIN_FREEDOM or np.ptp(ranks) == 0:
+        if num == 0 or freedom < MIN_FREEDOM or np.ptp(ranks) == 0:
             rows.append(ImportanceRow(name, 0.0, 1.0, 1.0, num, "cannot tell"))
             continue
         rest = _residual([t for n, t in varied.items() if n != name], ranks)

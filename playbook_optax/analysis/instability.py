@@ -561,7 +561,8 @@ def _compared(
 ) -> InstabilityInfo:
     """Adds what a comparison by learning rate says."""
     varied = [n for n in hyperparameters(study) if len(np.unique(axis(study, n).values)) > 1]
-    names = [n for n in LEARNING_RATES if n in varied]
+    # A column of text may have any name.
+    names = [n for n in LEARNING_RATES if n in varied and study.points[n].dtype.kind in "iuf"]
     rate_name = names[0] if names else ""
     above: tuple[int, ...] = ()
     checks: list[int] = []
@@ -575,7 +576,7 @@ def _compared(
         if above:
             share = float(unstable[list(above)].mean())
         for factor in CHECKS:
-            with np.errstate(divide="ignore", invalid="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 off = np.nan_to_num(np.abs(np.log(rates / (factor * best_rate))), nan=np.inf)
             nearest = int(np.argmin(off))
             if off[nearest] <= np.log(2.0) and nearest not in (*checks, best):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from playbook_optax import _checks
-from playbook_optax.records.study import Study, _direction
+from playbook_optax._direction import direction
+from playbook_optax.records.study import Study
 
 
 class Outcomes(NamedTuple):
@@ -132,7 +133,8 @@ def outcomes(study: Study, objective: str | None = None, maximize: bool | None =
     if objective is None:
         objective = study.objective
     if maximize is None:
-        maximize = study.maximize if objective == study.objective else _direction(objective)
+        own = study.maximize if objective == study.objective else None
+        maximize = direction("objective", objective, own)
     data = study.data
     curve = mean_curve(study, objective)
     step = np.asarray(data["step"].values)

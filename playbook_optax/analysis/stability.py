@@ -107,7 +107,12 @@ def stability_info(
         distance = place - sign * line.unit[out.best]
         good_distance = float(np.median(place - sign * line.unit[out.good()]))
         ends = to_scale([line.start, line.high], line.scale)
-        edge = float(from_scale(ends[0] + sign * place * (ends[1] - ends[0]), line.scale))
+        share = sign * place
+        with np.errstate(over="ignore"):
+            width = ends[1] - ends[0]
+        # A width that no float holds is not needed.
+        at = ends[0] + share * width if width < np.inf else (1 - share) * ends[0] + share * ends[1]
+        edge = float(from_scale(at, line.scale))
         limit = LEVEL / (2 * len(lines))
         rows.append(
             StabilityRow(

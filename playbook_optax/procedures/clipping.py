@@ -315,7 +315,7 @@ def subdirectory(directory: str | os.PathLike[str] | None, name: str) -> pathlib
     """
     if directory is None:
         return None
-    folder = pathlib.Path(directory)
+    folder = storage.root(directory)
     for part in pathlib.PurePath(name).parts:
         folder /= part
         if folder.is_symlink():

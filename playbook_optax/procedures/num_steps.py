@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from playbook_optax import _checks, _tree
+from playbook_optax._direction import direction
 from playbook_optax.analysis.boundaries import boundary_findings, boundary_info
 from playbook_optax.analysis.curves import BOUND_SECTION, SECTION, curve_findings
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
@@ -47,7 +48,6 @@ PICK_SECTION = (
 PERFECT = {"error_rate": 0.0, "error": 0.0, "accuracy": 1.0}
 """What a metric of the training set shows when it is fitted perfectly, by the last part of its
 name; the losses have no such value."""
-RISING = ("accuracy", "score")
 COARSE = 0.1
 """Largest part of an answer that the distance between evaluations may be."""
 REGULARIZERS = ("weight_decay", "dropout", "label_smoothing", "l1", "l2", "mixup", "augment")
@@ -221,9 +221,9 @@ def _perfect_fit(
         if last not in PERFECT:
             return None
         value = PERFECT[last]
-    if maximize is None:
-        maximize = any(word in last for word in RISING)
-    return _Fit(metric, float(value), bool(maximize))
+    if maximize is None and last in PERFECT:
+        maximize = PERFECT[last] > 0
+    return _Fit(metric, float(value), direction("fit_metric", metric, maximize))
 
 
 def _uses_key(work: Workload) -> bool:

@@ -1,13 +1,17 @@
-"""A recipe as a program: plain Optax and our transforms, and a loop that anyone can read."""
+"""A recipe as a program: plain Optax and our transforms, and a loop that anyone can read.
 
-import keyword
+Text of a workload, a space or a stored file stands in it as a literal of `_text.literal` or in a
+comment; names are names of ours, or importable ones that a person gave or a module holds.
+"""
+
 import sys
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, search_spaces
+from playbook_optax._text import identifier, is_dotted_name, literal, numeral, printable
 from playbook_optax.runner.plan import fingerprint_data
 from playbook_optax.trials.workload import Workload, resolve
 
@@ -77,7 +81,7 @@ def program(
     key = np.asarray(jax.random.key_data(recipe.key)).tolist()
     kind = str(jax.random.key_impl(recipe.key))
     # What most keys are needs no word.
-    impl = "" if kind == "threefry2x32" else f", impl={kind!r}"
+    impl = "" if kind == "threefry2x32" else f", impl={literal(kind)}"
     if resolve(recipe.workload, point).batch is None:
         fed = {
             "given": "batch",
@@ -93,41 +97,31 @@ def program(
             "before": "",
         }
     head = (
-        f'"""{_comment(recipe)}"""\n\n' + "\n".join(imports) + "\n\n" + "\n".join(lines) + "\n"
-        f"{schedule}{optimizer}num_steps, eval_every = {recipe.num_steps}, {recipe.eval_every}\n"
+        f"# {_comment(recipe)}\n\n" + "\n".join(imports) + "\n\n" + "\n".join(lines) + "\n"
+        f"{schedule}{optimizer}"
+        f"num_steps, eval_every = {numeral(recipe.num_steps)}, {numeral(recipe.eval_every)}\n"
     )
-    return head + _TRAIN.format(key=key, impl=impl, better=">" if recipe.maximize else "<", **fed)
+    return head + _TRAIN.format(
+        key=literal(key), impl=impl, better=">" if recipe.maximize else "<", **fed
+    )
 
 
 def _comment(recipe: "Recipe") -> str:
-    """What stands above the program; nothing in it can end the string."""
-    name = "".join(c for c in resolve_name(recipe) if c.isalnum() or c in "_-. /")
+    """What stands above the program, in one line."""
     spread = f" (standard deviation {recipe.spread:.3g})" if len(recipe.values) > 1 else ""
-    objective = "".join(c for c in recipe.objective if c.isalnum() or c in "_-. /")
     return (
-        f"{name}, tuned: {objective} = {recipe.value:.4g}{spread} over {len(recipe.values)} "
+        f"{printable(resolve(recipe.workload, recipe.point).name)}, tuned: "
+        f"{printable(recipe.objective)} = {recipe.value:.4g}{spread} over {len(recipe.values)} "
         "seed(s), at the best checkpoint."
     )
 
 
-def resolve_name(recipe: "Recipe") -> str:
-    """The workload's name."""
-    return resolve(recipe.workload, recipe.point).name
-
-
-def _number(value: Any) -> str:
-    """A number as source, with all its digits."""
-    if isinstance(value, (bool, np.bool_)):
-        return repr(bool(value))
-    if isinstance(value, (int, np.integer)):
-        return repr(int(value))
-    number = float(value)
-    short = str(np.float32(number))
-    return short if float(np.float32(short)) == number else repr(number)
+def _items(point: dict[str, Any]) -> list[str]:
+    return [f"{literal(name)}: {numeral(value)}" for name, value in point.items()]
 
 
 def _point(point: dict[str, Any]) -> str:
-    return "{" + ", ".join(f"{name!r}: {_number(value)}" for name, value in point.items()) + "}"
+    return "{" + ", ".join(_items(point)) + "}"
 
 
 def _reference(value: Any) -> str | None:
@@ -138,22 +132,21 @@ def _reference(value: Any) -> str | None:
         held: Any = sys.modules.get(module)
         for part in name.split("."):
             held = getattr(held, part, None)
-        if held is value:
+        if held is value and is_dotted_name(module) and is_dotted_name(name):
             return f"{module}:{name}"
     for module_name, loaded in list(sys.modules.items()):
         # A prompt keeps its last answer as `builtins._`, which another process lacks.
-        if module_name in (*_MAIN, "builtins") or not _is_path(module_name):
+        if module_name in (*_MAIN, "builtins") or not _is_public(module_name):
             continue
         for attribute, held in list(getattr(loaded, "__dict__", {}).items()):
-            if held is value and _is_path(attribute):
+            if held is value and _is_public(attribute):
                 return f"{module_name}:{attribute}"
     return None
 
 
-def _is_path(text: str) -> bool:
+def _is_public(text: str) -> bool:
     """Whether it is a dotted name that a program can import, none of it private."""
-    parts = text.split(".")
-    return all(p.isidentifier() and not keyword.iskeyword(p) and p[0] != "_" for p in parts)
+    return is_dotted_name(text) and not any(part[0] == "_" for part in text.split("."))
 
 
 def _check_place(name: str, where: str | None) -> None:
@@ -161,7 +154,7 @@ def _check_place(name: str, where: str | None) -> None:
     if where is None:
         return
     parts = where.split(":") if isinstance(where, str) else []
-    if len(parts) != 2 or not all(p.isidentifier() for part in parts for p in part.split(".")):
+    if len(parts) != 2 or not all(map(is_dotted_name, parts)):
         raise ValueError(
             f"{name} must be 'module:attribute', such as 'package.models:resnet', got {where!r}."
         )
@@ -202,7 +195,7 @@ def _workload(
         return [f"# The name `workload` is your workload at {_point(point)}."], []
     if ":" not in where:
         return (
-            [f"workload = zoo.load({where!r}).workload"],
+            [f"workload = zoo.load({literal(where)}).workload"],
             ["from playbook_optax import zoo"],
         )
     module, _, attribute = where.partition(":")
@@ -232,17 +225,17 @@ def _schedule(recipe: "Recipe", point: dict[str, Any], where: str | None) -> tup
         return "", []
     steps = recipe.num_steps - pipeline.warmup_steps
     if pipeline.make_schedule is tune.cosine:
-        rate = _number(point[tune.LEARNING_RATE])
+        rate = numeral(point[tune.LEARNING_RATE])
         imports: list[str] = []
-        made = f"pbx.schedules.cosine_decay({rate}, {steps})"
+        made = f"pbx.schedules.cosine_decay({rate}, {numeral(steps)})"
     else:
         name, imports = _imported(pipeline.make_schedule, where, "make_schedule")
         first = steps if pipeline.extended_from is None else min(pipeline.extended_from, steps)
-        made = f"{name}({_point(point)}, {first})"
+        made = f"{name}({_point(point)}, {numeral(first)})"
         if first < steps:
-            made = f"pbx.schedules.extend_for_longer_run({made}, {steps - first})"
+            made = f"pbx.schedules.extend_for_longer_run({made}, {numeral(steps - first)})"
     if pipeline.warmup_steps:
-        made = f"pbx.schedules.prepend_warmup({made}, {pipeline.warmup_steps})"
+        made = f"pbx.schedules.prepend_warmup({made}, {numeral(pipeline.warmup_steps)})"
     return made, imports
 
 
@@ -268,16 +261,19 @@ def _optimizer(
     if recipe.optimizer_name is not None:
         arguments = ["learning_rate=schedule"] if made else []
         # What else there is in a point is the workload's.
-        taken = tune.optimizer_arguments(recipe.optimizer_name)
-        arguments += [f"{n}={_number(value)}" for n, value in rest.items() if n in taken]
-        base = f"pbx.{recipe.optimizer_name}({', '.join(arguments)})"
+        name = identifier(recipe.optimizer_name, search_spaces.TABLE)
+        taken = tune.optimizer_arguments(name)
+        arguments += [
+            f"{identifier(n, taken)}={numeral(value)}" for n, value in rest.items() if n in taken
+        ]
+        base = f"pbx.{name}({', '.join(arguments)})"
     else:
         name, more = _imported(recipe.pipeline.make_optimizer, where, "make_optimizer")
         imports = imports + [line for line in more if line not in imports]
-        items = [f"{n!r}: {_number(v)}" for n, v in rest.items()]
+        items = _items(rest)
         items += ["'learning_rate': schedule"] if made else []
         base = f"optax.with_extra_args_support({name}({{{', '.join(items)}}}))"
     if recipe.pipeline.max_norm is not None:
-        clipper = f"pbx.clip_by_global_norm({_number(recipe.pipeline.max_norm)})"
+        clipper = f"pbx.clip_by_global_norm({numeral(recipe.pipeline.max_norm)})"
         base = f"optax.chain({clipper}, {base})"
     return schedule, f"optimizer = {base}\n", imports

@@ -1,11 +1,13 @@
 """From an untuned workload to a recipe: the playbook's procedures, one after another."""
 
+import copy
 import dataclasses
 import functools
 import inspect
 import math
 import os
 import pathlib
+import reprlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from playbook_optax import _checks, norms, optimizers, schedules, search_spaces
+from playbook_optax import _checks, _portable, norms, optimizers, schedules, search_spaces
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
@@ -149,6 +151,10 @@ class Pipeline:
         return schedules.prepend_warmup(made, self.warmup_steps) if self.warmup_steps else made
 
 
+# What of a pipeline is code.
+_FUNCTIONS = ("make_optimizer", "make_schedule")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
     """A tuned training recipe with the evidence for each decision.
@@ -188,6 +194,29 @@ class Recipe:
     model_state: Any = dataclasses.field(repr=False)
     key: chex.PRNGKey = dataclasses.field(repr=False)
     report: pathlib.Path | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = {name: getattr(self.pipeline, name) for name in _FUNCTIONS}
+        sent: dict[str, Any] = {n: _portable.send_functions(f) for n, f in made.items()}
+        return {
+            **vars(self),
+            "workload": _portable.send_functions(self.workload),
+            "pipeline": dataclasses.replace(self.pipeline, **sent),
+            "key": _portable.send_key(self.key),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sent = {name: getattr(state["pipeline"], name) for name in _FUNCTIONS}
+        made: dict[str, Any] = {n: _portable.receive_functions(f) for n, f in sent.items()}
+        state["pipeline"] = dataclasses.replace(state["pipeline"], **made)
+        state["workload"] = _portable.receive_functions(state["workload"])
+        state["key"] = _portable.receive_key(state["key"])
+        vars(self).update(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recipe":
+        parts = ("point", "values", "chapters", "params", "model_state")
+        copied = {name: copy.deepcopy(getattr(self, name), memo) for name in parts}
+        return dataclasses.replace(self, **copied)
 
     @property
     def value(self) -> float:
@@ -545,6 +574,7 @@ class _Tuner:
         content = {
             "num_trials": self._num_trials,
             "num_steps": self._num_steps,
+            "key": keys.describe_key(self._key),
             "overrides": dict(sorted(overrides.items())),
             "optimizer": self._name,
             "space": self._space.to_dict(),
@@ -556,16 +586,17 @@ class _Tuner:
         if self._directory is None:
             return
         try:
-            stored = storage.read_document(pathlib.Path(self._directory) / INDEX)
+            stored = storage.read_document(storage.root(self._directory) / INDEX)
         except (storage.NoStudy, storage.CorruptSpec):
             return  # A damaged one is written anew; the studies check themselves.
         for name, now in self._index().items():
             before = stored.get(name)
             if before != now:
                 raise storage.StorageError(
-                    f"{os.fspath(self._directory)!r} holds another tuning: {name} is {before!r} "
-                    f"there and {now!r} here. Choose an empty directory. Copy into it the folders "
-                    "of the chapters before the one that changes, and they are not trained again."
+                    f"{os.fspath(self._directory)!r} holds another tuning: {name} is "
+                    f"{reprlib.repr(before)} there and {now!r} here. Choose an empty directory. "
+                    "Copy into it the folders of the chapters before the one that changes, and "
+                    "they are not trained again."
                 )
 
     # Chapters -----------------------------------------------------------------------------------
@@ -1104,7 +1135,7 @@ class _Tuner:
         self._chapters.append(Chapter(name, decision, verdict or Verdict(None, (), {}, 0)))
         if self._directory is not None and self._spent() and not self._is_indexed:
             # Not before the first study, which may yet be refused.
-            storage.write_document(pathlib.Path(self._directory) / INDEX, self._index())
+            storage.write_document(storage.root(self._directory) / INDEX, self._index())
             self._is_indexed = True
 
     def _spent(self) -> int:

@@ -68,15 +68,22 @@ class Checkpoints:
     Args:
       directory: the study directory.
       name: names the group: lower-case letters, digits and hyphens, at most 64.
+      owner: the study; a save of another one is as good as none.
 
     Raises:
       ValueError: another name.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], name: str) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        name: str,
+        owner: storage.Owner = storage.NOBODY,
+    ) -> None:
         if not _NAME.fullmatch(name):
             raise ValueError(f"name = {name!r} must be of lower-case letters, digits and hyphens.")
-        self._folder = Path(directory) / _FOLDER / name
+        self._folder = storage.root(directory) / _FOLDER / name
+        self._owner = owner
 
     def write(self, step: int, arrays: Sequence[np.ndarray], meta: Mapping[str, Any]) -> None:
         """Saves arrays, and removes all but the newest `NUM_KEPT` saves.
@@ -101,6 +108,7 @@ class Checkpoints:
             made = True
             _write_arrays(temporary, arrays)
             manifest = {
+                "study": self._owner.study,
                 "step": step,
                 "meta": dict(meta),
                 "arrays": [[str(array.dtype), list(array.shape)] for array in arrays],
@@ -120,18 +128,17 @@ class Checkpoints:
         finally:
             _remove(temporary)
         # What is newer was passed over when this work began, unless another worker is ahead.
-        kept = [save for save in self._saves() if _step(save) <= step or _is_sound(save)]
+        kept = [save for save in self._saves() if _step(save) <= step or self._is_sound(save)]
         for save in self._saves():
             if save not in kept[:NUM_KEPT]:
                 shutil.rmtree(save, ignore_errors=True)
 
-    @staticmethod
-    def _place(temporary: Path, final: Path) -> None:
+    def _place(self, temporary: Path, final: Path) -> None:
         """Gives a save its name; a sound one of that step stays, being the same."""
         try:
             _rename(temporary, final)
         except FileExistsError:
-            if not _is_sound(final):
+            if not self._is_sound(final):
                 # Whoever else replaces it has written the same.
                 shutil.rmtree(final, ignore_errors=True)
                 with contextlib.suppress(FileExistsError):
@@ -140,26 +147,32 @@ class Checkpoints:
     def meta(self) -> dict[str, Any] | None:
         """The meta of the newest save whose manifest is sound; None if there is none."""
         for save in self._saves():
-            manifest = _manifest(save)
+            manifest = self._manifest(save)
             if manifest is not None:
                 return dict(manifest["meta"])
         return None
 
+    def foreign(self) -> bool:
+        """Whether there are saves, and all that can be read are another study's."""
+        manifests = [found for save in self._saves() if (found := _manifest(save)) is not None]
+        return bool(manifests) and not any(self._owns(manifest) for manifest in manifests)
+
     def read_newest(
-        self, like: Sequence[Any]
+        self, like: Sequence[Any], last: int = _checks.MAX_STEPS
     ) -> tuple[int, list[np.ndarray], dict[str, Any]] | None:
         """The newest save that is what was written, and of these dtypes and shapes.
 
         Args:
           like: what has ``dtype`` and ``shape``, one for each array.
+          last: saves of later steps are passed over.
 
         Returns:
           (step, arrays, meta); None if there is no sound save.
         """
         wanted = [[str(np.dtype(one.dtype)), list(one.shape)] for one in like]
         for save in self._saves():
-            manifest = _manifest(save)
-            if manifest is None or manifest["arrays"] != wanted:
+            manifest = self._manifest(save)
+            if manifest is None or manifest["step"] > last or manifest["arrays"] != wanted:
                 continue
             if not _intact(save, manifest["files_sha256"]):
                 continue
@@ -174,6 +187,21 @@ class Checkpoints:
             shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # Other groups have saves there.
             self._folder.parent.rmdir()
+
+    def _owns(self, manifest: Mapping[str, Any]) -> bool:
+        if "study" not in manifest:
+            return not self._owner.bound
+        return bool(manifest["study"] == self._owner.study)
+
+    def _manifest(self, save: Path) -> dict[str, Any] | None:
+        """A save's manifest; None if it is not what was written, or another study's."""
+        manifest = _manifest(save)
+        return manifest if manifest is not None and self._owns(manifest) else None
+
+    def _is_sound(self, save: Path) -> bool:
+        """Whether a save is of this study, its files those that were written."""
+        manifest = self._manifest(save)
+        return manifest is not None and _intact(save, manifest["files_sha256"])
 
     def _saves(self) -> list[Path]:
         """Folders of finished saves, newest first."""
@@ -194,7 +222,7 @@ def groups(directory: str | os.PathLike[str]) -> list[str]:
     Returns:
       Names in alphabetical order.
     """
-    folder = Path(directory) / _FOLDER
+    folder = storage.root(directory) / _FOLDER
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -217,7 +245,7 @@ def remove_temporary_folders(directory: str | os.PathLike[str]) -> int:
     """
     removed = 0
     for name in groups(directory):
-        folder = Path(directory) / _FOLDER / name
+        folder = storage.root(directory) / _FOLDER / name
         for path in _children(folder):
             match = _TEMPORARY.fullmatch(path.name)
             if match and not storage.process_exists(int(match.group(1))):
@@ -235,7 +263,7 @@ def _children(folder: Path) -> Iterable[Path]:
 
 def _real_folder(folder: Path) -> None:
     """Makes a folder; a link there could lead writes out of the study directory."""
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     if folder.is_symlink():
         raise storage.NotWritable(
             f"{str(folder)!r} is a symbolic link: nothing is written outside the study directory. "
@@ -305,15 +333,9 @@ def _manifest(save: Path) -> dict[str, Any] | None:
         manifest = storage.read_document(save / _MANIFEST)
     except (storage.StorageError, OSError):
         return None
-    if not all(isinstance(manifest.get(field), kind) for field, kind in _FIELDS.items()):
+    if not all(type(manifest.get(field)) is kind for field, kind in _FIELDS.items()):
         return None
-    return manifest
-
-
-def _is_sound(save: Path) -> bool:
-    """Whether a save's files are those that were written."""
-    manifest = _manifest(save)
-    return manifest is not None and _intact(save, manifest["files_sha256"])
+    return manifest if manifest["step"] == _step(save) else None
 
 
 def _write_arrays(folder: Path, arrays: Sequence[np.ndarray]) -> None:

@@ -1,15 +1,15 @@
 """Trials from elsewhere, the user's own loop or another tool's table, as one block of a study."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from playbook_optax import _feasibility
-from playbook_optax._checks import check_count, nearest
+from playbook_optax._checks import MAX_STEPS, ArgumentTypeError, check_count, nearest
 from playbook_optax.records import storage
-from playbook_optax.search_space import Categorical, SearchSpace
+from playbook_optax.search_space import Categorical, Parameter, SearchSpace
 
 if TYPE_CHECKING:
     import pandas
@@ -22,17 +22,86 @@ def labels_of(space: SearchSpace | None) -> dict[str, tuple[str, ...]]:
       space: the search space, or None.
 
     Returns:
-      Hyperparameter to labels, for every categorical whose choices are not numbers.
+      Hyperparameter to labels in the order of the numbers that points hold, for every categorical
+      whose choices are not numbers.
     """
     return {
-        name: parameter.labels
+        name: ("False", "True") if parameter.boolean else parameter.labels
         for name, parameter in (space or {}).items()
         if isinstance(parameter, Categorical) and not parameter.numeric
     }
 
 
+def check_points(what: str, values: np.ndarray) -> None:
+    """Checks the values of a hyperparameter.
+
+    Args:
+      what: whose they are, the subject of a sentence.
+      values: numbers (trial,).
+
+    Raises:
+      ValueError: one is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
+    if len(bad):
+        raise ValueError(
+            f"{what} is not finite in {len(bad)} trials, the first {bad[0]}. A "
+            "hyperparameter that only some trials have makes two studies."
+        )
+
+
+def check_indices(what: str, values: np.ndarray, labels: Sequence[str]) -> None:
+    """Checks that values are indices of labels.
+
+    Args:
+      what: whose they are, the subject of a sentence.
+      values: numbers (trial,).
+      labels: what the indices mean.
+
+    Raises:
+      ValueError: they are no integers, or there is no such label.
+    """
+    if values.dtype.kind not in "iu":
+        raise ValueError(
+            f"{what} must hold indices of choices, which are integers, not {values.dtype}."
+        )
+    bad = np.flatnonzero((values < 0) | (values >= len(labels)))
+    if len(bad):
+        raise ValueError(
+            f"{what} is {values[bad[0]]} in trial {bad[0]}, but its choices are 0 to "
+            f"{len(labels) - 1}."
+        )
+
+
+def check_scale(what: str, values: np.ndarray, parameter: Parameter) -> None:
+    """Checks that values have a place on the scale of their range, inside it or not.
+
+    Args:
+      what: whose they are, the subject of a sentence.
+      values: finite numbers (trial,).
+      parameter: of the search space.
+
+    Raises:
+      ValueError: one has none.
+    """
+    scale = getattr(parameter, "scale", "linear")
+    numbers = values.astype(np.float64)
+    # 0 is drawn where a log scale begins.
+    bad = np.flatnonzero((numbers < 0) if scale == "log" else (numbers >= 1))
+    if len(bad) and scale != "linear":
+        raise ValueError(
+            f"{what} is {values[bad[0]]} in trial {bad[0]}, which the scale {scale!r} of its range "
+            "does not have."
+        )
+
+
 def _numbers(what: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
+    if np.ma.is_masked(values):
+        raise ValueError(f"{what} is masked in places: drop those trials, or say what they are.")
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # Lists of different lengths.
+        raise ValueError(f"{what} must be an array of numbers: {error}.") from error
     # Names such as bfloat16 have kind "V" in NumPy but are floats all the same.
     if array.dtype.kind not in "biuf" and "float" not in array.dtype.name:
         raise ValueError(f"{what} must be an array of numbers, got dtype {array.dtype}.")
@@ -113,16 +182,15 @@ class Imported:
                     f"points[{name!r}] has {len(values)} trials but points[{first!r}] has "
                     f"{shape[0]}."
                 )
-            bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
-            if len(bad):
-                raise ValueError(
-                    f"points[{name!r}] is not finite in {len(bad)} trials, the first {bad[0]}. A "
-                    "hyperparameter that only some trials have makes two studies."
-                )
+            check_points(f"points[{name!r}]", values)
         if space is not None:
             absent = [name for name in space if name not in checked_points]
             if absent:
                 raise ValueError(f"points lacks {', '.join(absent)}, which space has.")
+        for name, labels in labels_of(space).items():
+            check_indices(f"points[{name!r}]", checked_points[name], labels)
+        for name, parameter in (space or {}).items():
+            check_scale(f"points[{name!r}]", checked_points[name], parameter)
         checked_metrics = {}
         leading: tuple[int, ...] | None = None
         for name, values in metrics.items():
@@ -256,6 +324,8 @@ class Imported:
             "norm_edges": None,
             "source": source,
             "unchecked": unchecked,
+            # Nothing else tells two tables of equal shapes apart.
+            "contents": storage.digest_arrays(block),
             **extra,
         }
         return spec, block
@@ -292,6 +362,8 @@ class Table:
             raise ValueError(
                 "trial must name the column that tells trials apart, because step= is."
             )
+        if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+            raise ArgumentTypeError(f"metrics must be a list of columns, got {metrics!r}.")
         self.frame, self.objective, self.metrics = frame, objective, [objective]
         self.metrics += [name for name in metrics if name != objective]
         self.trial, self.step = trial, step
@@ -301,23 +373,28 @@ class Table:
             ("step", step),
             ("state", state),
             ("infeasible", infeasible),
-            ("objective", objective),
-            *(("metrics", name) for name in self.metrics),
         ):
             if name is not None:
                 self._require(what, name)
+        for name in self.metrics:
+            self._require("objective" if name == objective else "metrics", name)
         rows, failed = self._rows(state, infeasible)
         self.rows, self.failed = rows, failed
         if not len(rows):
             raise ValueError("frame has no finished trial.")
         self.ids, self.index = self._trials()
 
-    def _require(self, what: str, column: str) -> None:
-        if column not in self.frame.columns:
+    def _require(self, what: str, column: Any) -> None:
+        if not isinstance(column, Hashable):
+            raise ArgumentTypeError(f"{what} must be the name of a column, got {column!r}.")
+        found = int((self.frame.columns == column).sum())
+        if not found:
             raise ValueError(
                 f"{what} = {column!r} is not a column of frame: "
                 f"{nearest(column, self.frame.columns)}"
             )
+        if found > 1:
+            raise ValueError(f"{what} = {column!r} is {found} columns of frame. Rename them.")
 
     def _parameter_columns(
         self, parameters: Sequence[str] | Mapping[str, str] | None, space: SearchSpace | None
@@ -325,9 +402,12 @@ class Table:
         if isinstance(parameters, Mapping):
             columns = dict(parameters)
         elif parameters is not None or space is not None:
-            if isinstance(parameters, str):
-                raise ValueError(f"parameters must be a list of names, got {parameters!r}.")
+            if isinstance(parameters, str) or not isinstance(parameters, Sequence | None):
+                raise ArgumentTypeError(f"parameters must be a list of names, got {parameters!r}.")
             names = list(parameters if parameters is not None else space)  # type: ignore[arg-type]
+            for name in names:
+                if not isinstance(name, str):
+                    raise ArgumentTypeError(f"parameters must be text, got {name!r}.")
             known = set(self.frame.columns)
             columns = {
                 n: f"params_{n}" if n not in known and f"params_{n}" in known else n for n in names
@@ -369,6 +449,12 @@ class Table:
         if self.trial is None:
             return list(range(len(self.rows))), np.arange(len(self.rows))
         names = self.frame[self.trial].to_numpy()[self.rows]
+        for row, name in zip(self.rows, names, strict=True):
+            if not isinstance(name, Hashable) or _is_missing(name):
+                raise ValueError(
+                    f"trial = {self.trial!r} tells nothing in row {row}: {name!r}. Every row needs "
+                    "the number or the name of its trial."
+                )
         ids = list(dict.fromkeys(names.tolist()))
         if self.step is None and len(ids) < len(names):
             raise ValueError(
@@ -381,34 +467,62 @@ class Table:
     def _column(self, name: str) -> np.ndarray:
         return self.frame[name].to_numpy()[self.rows]
 
-    def _parameter(self, name: str, column: str, labels: Sequence[Any] | None) -> Any:
+    def _parameter(self, name: str, column: str, parameter: Parameter | None) -> Any:
         """One hyperparameter by trial, constant within each; text as the index of its label."""
-        values = self._column(column)
-        if values.dtype.kind == "O" and all(type(v) in (int, float) for v in values):
-            values = np.asarray([float(v) for v in values])
-        by_trial = values[np.unique(self.index, return_index=True)[1]]
-        for row, (value, first) in enumerate(zip(values, by_trial[self.index], strict=True)):
-            if not (_is_missing(value) and _is_missing(first)) and not bool(value == first):
+        cells = [None if _is_missing(cell) else cell for cell in self._column(column)]
+        for row, cell in zip(self.rows, cells, strict=True):
+            if cell is not None and not _is_plain(cell):
+                raise ValueError(
+                    f"parameters: column {column!r} holds {cell!r} in row {row}; a hyperparameter "
+                    "is a number or text."
+                )
+        choice = isinstance(parameter, Categorical) and not parameter.numeric
+        numbers = None if choice else [_number(cell) for cell in cells]
+        if (
+            parameter is None
+            and numbers is not None
+            and any(
+                number is None and cell is not None
+                for number, cell in zip(numbers, cells, strict=True)
+            )
+        ):
+            numbers = None
+        values = cells if numbers is None else numbers
+        for row, cell, value in zip(self.rows, cells, values, strict=True):
+            if cell is not None and value is None:
+                raise ValueError(
+                    f"parameters: column {column!r} holds {cell!r} in row {row}, and {name!r} is a "
+                    "number in space."
+                )
+        first = np.unique(self.index, return_index=True)[1]
+        by_trial = [values[row] for row in first]
+        for row, value in enumerate(values):
+            if value != by_trial[self.index[row]]:
                 raise ValueError(
                     f"parameters: column {column!r} changes within trial "
                     f"{self.ids[self.index[row]]!r}; a hyperparameter is constant in a trial."
                 )
-        if labels is None and by_trial.dtype.kind in "iuf":
-            return by_trial, None
-        if any(_is_missing(v) for v in by_trial) and "None" not in (labels or ()):
+        labels = parameter.labels if isinstance(parameter, Categorical) and choice else None
+        if None in by_trial and "None" not in (labels or ()):
             raise ValueError(
                 f"parameters: column {column!r} is empty for some trials. A hyperparameter that "
                 "only some trials have makes two studies."
             )
-        texts = ["None" if _is_missing(v) else str(v) for v in by_trial]
-        known = sorted(set(texts)) if labels is None else [str(v) for v in labels]
+        if numbers is not None:
+            whole = all(isinstance(value, int) for value in by_trial)
+            fits = whole and all(abs(value) < 2**63 for value in by_trial)
+            return np.asarray(by_trial, np.int64 if fits else np.float64), None
+        texts = [str(value) for value in by_trial]
+        known = sorted(set(texts)) if labels is None else list(labels)
         strange = sorted(set(texts) - set(known))
         if strange:
             raise ValueError(
                 f"parameters: {name!r} is {strange[0]!r} in frame, which space has not."
             )
         index = np.asarray([known.index(text) for text in texts], np.int32)
-        return index, known if labels is None else None
+        if isinstance(parameter, Categorical):
+            return parameter.codes[index], None
+        return index, known
 
     def record(
         self, maximize: bool, space: SearchSpace | None, num_steps: int | None, name: str
@@ -432,17 +546,19 @@ class Table:
             if self.step is not None:
                 raise ValueError("num_steps is read from the step column: leave one of them out.")
         points, labels = {}, {}
-        of_space = labels_of(space)
         for parameter, column in self.columns.items():
-            points[parameter], found = self._parameter(parameter, column, of_space.get(parameter))
+            known = None if space is None else space.get(parameter)
+            points[parameter], found = self._parameter(parameter, column, known)
             if found is not None:
                 labels[parameter] = found
         if self.step is None:
             steps, place = np.asarray([num_steps or 0], np.int64), np.zeros(len(self.rows), int)
         else:
             raw = _numbers(f"the column {self.step!r}", self._column(self.step)).astype(np.float64)
-            if not np.all(np.isfinite(raw) & (raw == np.floor(raw))):
-                raise ValueError(f"step = {self.step!r} must be a column of whole numbers.")
+            if not np.all((raw >= 0) & (raw <= MAX_STEPS) & (raw == np.floor(raw))):
+                raise ValueError(
+                    f"step = {self.step!r} must be a column of whole numbers from 0 to 2**31 - 1."
+                )
             steps, place = np.unique(raw.astype(np.int64), return_inverse=True)
         shape = (len(self.ids), len(steps))
         present = np.zeros(shape, bool)
@@ -454,10 +570,10 @@ class Table:
             )
         curves = {}
         for metric in self.metrics:
-            values = self._column(metric)
-            if values.dtype.kind == "O":
-                values = np.asarray([np.nan if _is_missing(v) else v for v in values])
-            values = _numbers(f"the column {metric!r}", values)
+            cells: Any = self._column(metric)
+            if cells.dtype.kind == "O":
+                cells = [np.nan if _is_missing(v) else v for v in cells]
+            values = _numbers(f"the column {metric!r}", cells)
             values = values if values.dtype.kind == "f" else values.astype(np.float64)
             curves[metric] = np.full(shape, np.nan, values.dtype)
             curves[metric][self.index, place] = values
@@ -482,7 +598,28 @@ class Table:
         )
 
 
+def _number(cell: Any) -> int | float | None:
+    """A cell as a number, of text too; None where it is none, or missing."""
+    if isinstance(cell, (bool, np.bool_)) or cell is None:
+        return None
+    if isinstance(cell, (int, np.integer)):
+        return int(cell)
+    if isinstance(cell, str) and "_" in cell:  # Python reads "1_000", which no table means.
+        return None
+    for kind in (int, float) if isinstance(cell, str) else (float,):
+        try:
+            return kind(cell)
+        except (ValueError, TypeError, OverflowError):
+            continue
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a cell holds one number or text, or nothing."""
+    return isinstance(value, (str, int, float, np.generic)) or _is_missing(value)
+
+
 def _is_missing(value: Any) -> bool:
     import pandas
 
-    return bool(pandas.isna(value))
+    return pandas.isna(value) is True  # Of a list it is an array.

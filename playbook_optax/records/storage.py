@@ -6,6 +6,12 @@ complete: it is written to a temporary name beside it, synced and renamed. Files
 only, nothing stored is ever unpickled, and no size that a file declares is believed before it has
 been compared with the size that the file has.
 
+Every file names the study that it is of, by the digest of the spec (`study_identity`), inside its
+own digest: a block or a save of another study is refused. ``study.json`` is written once. A longer
+study adds ``trials-00000012.json``, which says how many trials there are now, and where points come
+from a table the longer table; the largest counts, so that of two processes that extend a study at
+once the shorter extension takes nothing away.
+
 An array file is, in this order:
 
 ====================  ==========================================================================
@@ -13,13 +19,15 @@ bytes                 content
 ====================  ==========================================================================
 8                     the magic ``PBXARRAY``
 8                     length of the header in bytes, unsigned, little-endian
-header length         strict JSON: ``format``, ``index``, ``arrays`` (``name``, ``dtype``,
-                      ``shape``, ``offset``, ``nbytes`` of each), padded with spaces
+header length         strict JSON: ``format``, ``study`` (see `study_identity`), ``index``,
+                      ``arrays`` (``name``, ``dtype``, ``shape``, ``offset``, ``nbytes`` of each),
+                      padded with spaces
 as declared           the arrays, little-endian, C order, each at a multiple of 64 bytes
 32                    SHA-256 of everything before it
 ====================  ==========================================================================
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -32,21 +40,28 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-SCHEMA_VERSION = 1
-BLOCK_FORMAT = 1
+from playbook_optax._text import PARAGRAPH, printable
+
+SCHEMA_VERSION = 2
+BLOCK_FORMAT = 2
+# The first that bound a file to its study; what is older is read without a proof of it.
+_BOUND_SCHEMA, _BOUND_FORMAT = 2, 2
 
 _SPEC_NAME = "study.json"
 _BLOCKS_NAME = "blocks"
 _BLOCK_PATTERN = re.compile(r"block-([0-9]{8})\.pbx")
+_EXTENSION_PATTERN = re.compile(r"trials-([0-9]{8,10})\.json")
 _TEMPORARY_PATTERN = re.compile(r"\.tmp-([0-9]{1,10})-[0-9a-f]{16}")
 _MAX_BLOCKS = 10**8
+# How far a study has come, not which study it is: each extension changes these.
+_PROGRESS = ("num_trials", "planned_trials", "points", "schema_version")
 
 # The digest stands at a fixed place, so that it covers every byte after it, white space included.
 _SPEC_PREFIX = b'{\n "sha256": "'
@@ -54,16 +69,28 @@ _MAGIC = b"PBXARRAY"
 _PRELUDE = struct.Struct("<8sQ")
 _DIGEST_BYTES = 32
 _ALIGNMENT = 64
+# A drive's letter is no scheme.
+_ADDRESS_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
-_MAX_JSON_BYTES = 64 * 2**20
+# Looked at before anything is parsed. A document of many points has some MB. Parsed, numbers take 5
+# times their size, text of a letter or two 20 times, and empty lists so much that their number is
+# limited as well.
+_MAX_JSON_BYTES = 32 * 2**20
+_MAX_JSON_CONTAINERS = 10**6
 _MAX_JSON_DEPTH = 64
+# Some 100 bytes describe an array: this is room for 40,000 of them in one block.
+_MAX_HEADER_BYTES = 4 * 2**20
 _MAX_DIMENSIONS = 32
 _STALE_SECONDS = 3600.0
 _COMMIT_ATTEMPTS = 3
 
+# What opening a socket, a device without a driver, or a link to itself gives.
+_NO_FILE = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP, errno.ELOOP)
+
 _ENTRY_FIELDS = {"name", "dtype", "shape", "offset", "nbytes"}
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-_JSON_BRACKET = re.compile(r"[\[\]{}]")
+# A string, or what is left of the text after its beginning, or a bracket. Nothing is tried twice:
+# the repetitions are possessive and a string needs no end.
+_JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 
 _DTYPES = {
     np.dtype(name).name: np.dtype(name)
@@ -77,6 +104,11 @@ _DTYPES = {
 }
 
 
+# An array that a file declares: name, dtype, shape.
+Declared = tuple[str, np.dtype, tuple[int, ...]]
+CheckLayout = Callable[[Sequence[Declared]], None]
+
+
 def stored_dtype(name: str) -> np.dtype:
     """The dtype of this name; `ValueError` unless it is one that is stored."""
     if name not in _DTYPES:
@@ -86,6 +118,10 @@ def stored_dtype(name: str) -> np.dtype:
 
 class StorageError(Exception):
     """Something about a study directory that the caller has to know; the base of all below."""
+
+    def __str__(self) -> str:
+        # It tells what a file holds, which may be anything.
+        return printable(super().__str__(), PARAGRAPH)
 
 
 class NoStudy(StorageError, FileNotFoundError):  # noqa: N818
@@ -102,6 +138,10 @@ class CorruptSpec(StorageError):  # noqa: N818
 
 class CorruptBlock(StorageError):  # noqa: N818
     """A block's file is not what was once written: run that block again."""
+
+
+class ForeignBlock(CorruptBlock):
+    """A block's file is sound, and of another study."""
 
 
 class NewerFormat(StorageError):  # noqa: N818
@@ -158,6 +198,29 @@ def as_stored(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _decode(_encode(item, f"spec[{name!r}]")) for name, item in spec.items()}
 
 
+def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """What a block's arrays are, for the spec: name to [dtype, shape of one run].
+
+    Args:
+      arrays: name to array with a leading axis of runs.
+
+    Returns:
+      A mapping that JSON can hold.
+    """
+    return {name: [array.dtype.name, list(array.shape[1:])] for name, array in arrays.items()}
+
+
+def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of arrays' names, dtypes, shapes and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(
+            f"{name!r}{array.dtype.name}{array.shape}".encode("utf-8", "backslashreplace")
+        )
+        digest.update(_little_endian(array))
+    return digest.hexdigest()
+
+
 def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return [_decode(item) for item in value]
@@ -177,11 +240,19 @@ def _decode(value: Any) -> Any:
 
 
 def _check_depth(text: str) -> None:
-    depth = 0
-    for bracket in _JSON_BRACKET.finditer(_JSON_STRING.sub("", text)):
-        depth += 1 if bracket.group() in "[{" else -1
-        if depth > _MAX_JSON_DEPTH:
-            raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+    """Raises where parsing would go too deep or make too many lists and objects."""
+    depth = containers = 0
+    for token in _JSON_TOKEN.finditer(text):
+        first = text[token.start()]
+        if first in "[{":
+            depth += 1
+            containers += 1
+            if depth > _MAX_JSON_DEPTH:
+                raise ValueError(f"nested deeper than {_MAX_JSON_DEPTH} levels")
+            if containers > _MAX_JSON_CONTAINERS:
+                raise ValueError(f"more than {_MAX_JSON_CONTAINERS} lists and objects")
+        elif first in "]}":
+            depth -= 1
 
 
 def _refuse_constant(token: str) -> Any:
@@ -204,6 +275,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
     """The object that `raw` holds; `ValueError` for anything that is not strict JSON."""
+    if len(raw) > _MAX_JSON_BYTES:
+        raise ValueError(f"{len(raw)} bytes of JSON are too many")
     text = raw.decode("utf-8")
     _check_depth(text)
     document = json.loads(
@@ -223,12 +296,66 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
 def _open_for_reading(path: Path, corrupt: type[StorageError]) -> tuple[int, int]:
     """A descriptor and the real size of a regular file; a pipe or a device is refused unread."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise _unreadable(path, error, corrupt) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise corrupt(f"{str(path)!r} is not a regular file.")
     return descriptor, status.st_size
+
+
+def _unreadable(
+    path: Path, error: OSError, corrupt: type[StorageError] | None = None
+) -> StorageError:
+    """The system's refusal as ours: `corrupt` where no file can be there, such as a socket."""
+    kind = corrupt if corrupt is not None and error.errno in _NO_FILE else StorageError
+    return kind(f"{str(path)!r} cannot be read: {error.strerror or error}.")
+
+
+def read_file(path: Path, most_bytes: int) -> bytes:
+    """Reads a small file beside a study, whatever lies in its place.
+
+    Args:
+      path: the file.
+      most_bytes: a larger one is refused unread.
+
+    Returns:
+      All of it.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is none.
+      StorageError: it is not a regular file, too large, or cannot be read.
+    """
+    descriptor, size = _open_for_reading(path, StorageError)
+    with open(descriptor, "rb") as file:
+        if size > most_bytes:
+            raise StorageError(f"{str(path)!r} has {size} bytes; at most {most_bytes} are read.")
+        try:
+            return file.read(most_bytes)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def write_file(path: Path, content: bytes) -> Path:
+    """Replaces a file as a whole; a link in its place is replaced, not followed out of there.
+
+    Args:
+      path: the file, in an existing directory.
+      content: all of it.
+
+    Returns:
+      `path`.
+
+    Raises:
+      NotWritable: the system refused; what was there stays.
+    """
+    _commit(path, lambda: (content,), replace=True)
+    return path
 
 
 def sync_directory(directory: Path) -> None:
@@ -240,6 +367,23 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, and brings their names to the disk.
+
+    Raises:
+      OSError: the system refused.
+    """
+    missing = []
+    for one in (folder, *folder.parents):
+        if one.exists():
+            break
+        missing.append(one)
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        with contextlib.suppress(PermissionError):  # One may write in a folder and not read it.
+            sync_directory(one.parent)
 
 
 def _write_temporary(folder: Path, chunks: Iterable[bytes]) -> Path:
@@ -306,14 +450,41 @@ def _place(temporary: Path, path: Path, *, replace: bool) -> bool:
     return True
 
 
+def root(directory: str | os.PathLike[str]) -> Path:
+    """A directory as it was meant: ``~`` is the home directory.
+
+    Args:
+      directory: what a user gave.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: it is empty, which would be wherever one stands, or an address such as
+        ``gs://bucket/runs``, where a rename does not put a file in place whole.
+    """
+    text = os.fsdecode(directory)
+    if not text:
+        raise ValueError("directory is empty; write '.' for the current directory.")
+    if _ADDRESS_PATTERN.match(text):
+        raise ValueError(
+            f"directory = {text!r} is an address, not a directory: studies are stored in file "
+            "systems only. Mount it, or write to a local directory and copy it there."
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"directory = {text!r} cannot be expanded: {error}") from error
+
+
 def _blocks_folder(directory: str | os.PathLike[str]) -> Path:
-    return Path(directory) / _BLOCKS_NAME
+    return root(directory) / _BLOCKS_NAME
 
 
 def _prepare(folder: Path) -> Path:
     """Makes `folder`; a ``blocks`` that is a link could lead writes out of the directory."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise file_error(folder, "create the directory", error) from error
     if folder.name == _BLOCKS_NAME and folder.is_symlink():
@@ -333,11 +504,18 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
     Raises:
       NotWritable: the directory cannot be made, or nothing can be written in it.
     """
-    for folder in (_prepare(Path(directory)), _prepare(_blocks_folder(directory))):
-        try:
-            _write_temporary(folder, (b"probe",)).unlink(missing_ok=True)
-        except OSError as error:
-            raise file_error(folder, "write in", error) from error
+    for folder in (root(directory), _blocks_folder(directory)):
+        check_folder(folder)
+
+
+def check_folder(folder: Path) -> Path:
+    """Makes one folder where it is missing and writes a probe: `check_writable` of any folder."""
+    _prepare(folder)
+    try:
+        _write_temporary(folder, (b"probe",)).unlink(missing_ok=True)
+    except OSError as error:
+        raise file_error(folder, "write in", error) from error
+    return folder
 
 
 def process_exists(pid: int) -> bool:
@@ -367,7 +545,7 @@ def remove_temporary_files(directory: str | os.PathLike[str]) -> int:
     """
     removed = 0
     blocks = _blocks_folder(directory)
-    for folder in (Path(directory), blocks):
+    for folder in (root(directory), blocks):
         if not folder.is_dir() or (folder == blocks and folder.is_symlink()):
             continue
         for path in folder.iterdir():
@@ -394,7 +572,7 @@ def remove_temporary_files(directory: str | os.PathLike[str]) -> int:
 def _document_bytes(spec: Mapping[str, Any]) -> bytes:
     content = dict(spec)
     version = content.pop("schema_version", SCHEMA_VERSION)
-    if isinstance(version, bool) or not isinstance(version, int) or version != SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise ValueError(
             f"spec['schema_version'] = {version!r} cannot be written: this version of "
             f"playbook_optax writes {SCHEMA_VERSION}."
@@ -405,13 +583,58 @@ def _document_bytes(spec: Mapping[str, Any]) -> bytes:
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=True)
     _check_depth(text)
     rest = b'",' + text.removeprefix("{").encode("ascii") + b"\n"
-    if len(rest) > _MAX_JSON_BYTES // 2:
-        raise ValueError(f"spec needs {len(rest)} bytes of JSON, which is too much for study.json.")
-    return _SPEC_PREFIX + hashlib.sha256(rest).hexdigest().encode("ascii") + rest
+    whole = _SPEC_PREFIX + hashlib.sha256(rest).hexdigest().encode("ascii") + rest
+    if len(whole) > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"spec needs {len(whole)} bytes of JSON, which is too much for study.json: "
+            f"{_MAX_JSON_BYTES} are read."
+        )
+    return whole
+
+
+class Owner(NamedTuple):
+    """The study that a file must be of.
+
+    Attributes:
+      study: `study_identity` of its spec.
+      bound: False for a study that was begun before files named theirs: its own old ones pass.
+    """
+
+    study: str
+    bound: bool = True
+
+
+# What travels between processes, which have agreed on the study, names none.
+NOBODY = Owner("")
+
+
+def study_identity(spec: Mapping[str, Any]) -> str:
+    """Which study a spec is of, whatever its number of trials.
+
+    Args:
+      spec: as given to `write_spec`, or as read.
+
+    Returns:
+      SHA-256 of all of it but how far it has come, in hexadecimal.
+
+    Example:
+      >>> spec = {"objective": "loss", "num_trials": 6}
+      >>> study_identity(spec) == study_identity({**spec, "num_trials": 12})
+      True
+    """
+    kept = {name: value for name, value in spec.items() if name not in _PROGRESS}
+    text = json.dumps(_encode(kept, "spec"), sort_keys=True, allow_nan=False, ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def owner_of(spec: Mapping[str, Any]) -> Owner:
+    """What the files of a study must name."""
+    version = spec.get("schema_version", SCHEMA_VERSION)
+    return Owner(study_identity(spec), version >= _BOUND_SCHEMA)
 
 
 def write_spec(
-    directory: str | os.PathLike[str], spec: Mapping[str, Any], *, replace: bool = True
+    directory: str | os.PathLike[str], spec: Mapping[str, Any], *, replace: bool = False
 ) -> bool:
     """Writes ``study.json``, whole or not at all.
 
@@ -420,7 +643,8 @@ def write_spec(
       spec: string-keyed mapping of numbers, strings, booleans, None, lists and such mappings.
         Tuples are stored as lists and NumPy scalars as numbers. The order of keys is kept.
         ``schema_version`` is added.
-      replace: False keeps a ``study.json`` that another process wrote first.
+      replace: whether a study that is there gives way, its extensions with it; otherwise the
+        first writer wins.
 
     Returns:
       Whether this call's spec is the one now stored; False only without `replace`.
@@ -429,18 +653,98 @@ def write_spec(
       ValueError: `spec` holds something that JSON cannot, or another schema version.
       NotWritable: the system refused.
     """
-    return write_document(Path(directory) / _SPEC_NAME, spec, replace=replace)
+    path = root(directory) / _SPEC_NAME
+    if replace:
+        # First, so that whoever reads meanwhile sees the old study, perhaps a shorter one.
+        for extension in _extensions(path.parent):
+            _remove_file(extension)
+    return write_document(path, spec, replace=replace)
+
+
+def extend_spec(directory: str | os.PathLike[str], spec: Mapping[str, Any]) -> None:
+    """Says that a stored study has more trials; fewer change nothing.
+
+    Args:
+      directory: the study directory.
+      spec: the stored spec with the new ``num_trials``, and with the longer ``points`` if points
+        come from a table.
+
+    Raises:
+      StorageError: another process extends the study by other points.
+      NotWritable: the system refused.
+    """
+    count = spec["num_trials"]
+    content = {
+        "study": study_identity(spec),
+        "num_trials": count,
+        "points": as_stored({"points": spec.get("points")})["points"],
+    }
+    path = root(directory) / f"trials-{count:08d}.json"
+    written = write_document(path, content, replace=False)
+    theirs = read_spec(directory)
+    if not agree_so_far(theirs.get("points"), content["points"]):
+        if written:
+            _remove_file(path)
+        raise StorageError(
+            f"{str(directory)!r} is being extended by another process, with other points. Let one "
+            "of the two finish, or choose another directory."
+        )
+
+
+def agree_so_far(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether of two tables of points, name to list, one begins with the other; None is none."""
+    if one is None or other is None:
+        return one is None and other is None
+    if set(one) != set(other):
+        return False
+    return all(
+        values[: len(other[name])] == other[name][: len(values)] for name, values in one.items()
+    )
+
+
+def _remove_file(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise file_error(path, "remove", error) from error
+
+
+def _extensions(directory: Path) -> list[Path]:
+    """The files that extend a study, the longest first."""
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [name for name in names if _EXTENSION_PATTERN.fullmatch(name)]
+    return [directory / name for name in sorted(found, key=_count_of, reverse=True)]
+
+
+def _count_of(name: str) -> int:
+    return int(name.removeprefix("trials-").removesuffix(".json"))
 
 
 def write_document(path: Path, content: Mapping[str, Any], *, replace: bool = True) -> bool:
-    """Writes strict JSON with its SHA-256, whole or not at all: `write_spec` to any path."""
+    """Writes strict JSON with its SHA-256, whole or not at all.
+
+    Args:
+      path: the file, by any name.
+      content: as for `write_spec`.
+      replace: whether a file of that name gives way; otherwise the first writer wins.
+
+    Returns:
+      Whether this call's content is what is stored now.
+
+    Raises:
+      ValueError: as `write_spec`.
+      NotWritable: as `write_spec`.
+    """
     document = _document_bytes(content)
     _prepare(path.parent)
     return _commit(path, lambda: (document,), replace=replace)
 
 
 def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads ``study.json``.
+    """Reads ``study.json`` and how far the study was extended.
 
     Args:
       directory: the study directory.
@@ -451,23 +755,54 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       NoStudy: there is no such file, and no block either.
       CorruptSpec: it is missing though there are blocks, its content does not match its digest,
-        or it is not strict JSON.
+        it is not strict JSON, or an extension is damaged or of another study.
       NewerFormat: a newer version of this package wrote it.
     """
+    folder = root(directory)
     try:
-        return read_document(Path(directory) / _SPEC_NAME)
+        return _read_extended(folder)
     except NoStudy:
         if not finished_blocks(directory):
             raise
     # The spec is written before the first block: either it came just now, or it was lost.
     try:
-        return read_document(Path(directory) / _SPEC_NAME)
+        return _read_extended(folder)
     except NoStudy as error:
         raise CorruptSpec(
             f"{str(directory)!r} holds blocks, but its {_SPEC_NAME} is missing: nobody can say "
             "what they are of. Restore it from a copy, or start the study again in an empty "
             "directory."
         ) from error
+
+
+def _read_extended(folder: Path) -> dict[str, Any]:
+    """The spec of the longest extension."""
+    spec = read_document(folder / _SPEC_NAME)
+    for path in _extensions(folder):
+        try:
+            extension = read_document(path)
+        except NoStudy:  # Removed meanwhile, by who replaced the study.
+            continue
+        except CorruptSpec as error:
+            raise CorruptSpec(
+                f"{str(path)!r} is damaged, so that nobody can say how far the study was extended. "
+                "Remove it and make the call that extended the study again: its blocks are kept."
+            ) from error
+        count = extension.get("num_trials")
+        table = extension.get("points")
+        if extension.get("study") != study_identity(spec):
+            raise CorruptSpec(
+                f"{str(path)!r} extends another study than {_SPEC_NAME} beside it: one of the two "
+                "was copied here. Restore the other, or remove this file and make the call that "
+                "extended the study again."
+            )
+        known = type(count) is int and count == _count_of(path.name)
+        if not known or not isinstance(table, (dict, type(None))):
+            raise CorruptSpec(f"{str(path)!r} does not say how far the study was extended.")
+        if type(spec.get("num_trials")) is int and count > spec["num_trials"]:
+            return {**spec, "num_trials": count} | ({} if table is None else {"points": table})
+        break
+    return spec
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -480,7 +815,10 @@ def read_document(path: Path) -> dict[str, Any]:
     with open(descriptor, "rb") as file:
         if size > _MAX_JSON_BYTES:
             raise CorruptSpec(f"{str(path)!r} has {size} bytes, too many for a {path.name}.")
-        raw = file.read(size)
+        try:
+            raw = file.read(size)
+        except OSError as error:
+            raise CorruptSpec(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     advice = "Restore it from a copy, or start the study again in an empty directory."
     start = len(_SPEC_PREFIX)
     stored, rest = raw[start : start + 64], raw[start + 64 :]
@@ -504,12 +842,50 @@ def read_document(path: Path) -> dict[str, Any]:
         )
     if not intact:
         raise CorruptSpec(f"{str(path)!r} does not match its checksum: it was changed. {advice}")
-    if type(version) is not int or version != SCHEMA_VERSION:
+    if type(version) is not int or version < 1:
         raise CorruptSpec(f"{str(path)!r} has schema version {version!r}. {advice}")
     return spec
 
 
 # Blocks -----------------------------------------------------------------------------------------
+
+
+def wrong_rows(
+    arrays: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+) -> np.ndarray | None:
+    """Which rows of a block are not what they should be.
+
+    Args:
+      arrays: of the block.
+      expected: name to array, such as trials and points.
+
+    Returns:
+      bool (row,); None where an array is missing, or of another dtype or length.
+    """
+    wrong = np.zeros(len(next(iter(expected.values()))), bool)
+    for name, values in expected.items():
+        found = arrays.get(name)
+        if found is None or found.dtype != values.dtype or found.shape != values.shape:
+            return None
+        wrong |= found != values
+    return wrong
+
+
+def is_padding(wrong: np.ndarray, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether rows with wrong points repeat the row before, as beyond the end of a table.
+
+    A table that has grown since ends further on: such a block is trained again.
+
+    Args:
+      wrong: bool (row,), some of them True.
+      arrays: of the block.
+
+    Returns:
+      Whether nothing but padding is wrong.
+    """
+    first = int(np.argmax(wrong))
+    points = [values for name, values in arrays.items() if name.startswith("point/")]
+    return first > 0 and all((values[first:] == values[first - 1]).all() for values in points)
 
 
 def _check_index(index: int) -> int:
@@ -533,7 +909,7 @@ def _little_endian(array: np.ndarray) -> bytes:
     return (array.byteswap() if sys.byteorder == "big" else array).tobytes()
 
 
-def _block_header(index: int, arrays: Mapping[str, np.ndarray]) -> bytes:
+def _block_header(index: int, arrays: Mapping[str, np.ndarray], study: str) -> bytes:
     entries = []
     end = 0
     for name, array in arrays.items():
@@ -558,12 +934,13 @@ def _block_header(index: int, arrays: Mapping[str, np.ndarray]) -> bytes:
                 "nbytes": array.nbytes,
             }
         )
-    document = {"format": BLOCK_FORMAT, "index": index, "arrays": entries}
+    document = {"format": BLOCK_FORMAT, "study": study, "index": index, "arrays": entries}
     header = json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
-    if len(header) > _MAX_JSON_BYTES // 2:
-        raise ValueError(f"the header of {len(entries)} arrays is too large to be stored.")
     size = _PRELUDE.size + len(header)
-    return header + b" " * (_aligned(size) - size)
+    header += b" " * (_aligned(size) - size)
+    if len(header) > _MAX_HEADER_BYTES:
+        raise ValueError(f"the header of {len(entries)} arrays is too large to be stored.")
+    return header
 
 
 def _block_chunks(header: bytes, arrays: Mapping[str, np.ndarray]) -> Iterator[bytes]:
@@ -582,7 +959,12 @@ def _block_chunks(header: bytes, arrays: Mapping[str, np.ndarray]) -> Iterator[b
 
 
 def write_block(
-    directory: str | os.PathLike[str], index: int, arrays: Mapping[str, np.ndarray]
+    directory: str | os.PathLike[str],
+    index: int,
+    arrays: Mapping[str, np.ndarray],
+    owner: Owner = NOBODY,
+    *,
+    replace: bool = False,
 ) -> bool:
     """Stores one finished block; a sound block that is there already stays (the first writer wins).
 
@@ -591,9 +973,12 @@ def write_block(
       index: the block's index, >= 0.
       arrays: name to array; any names; numbers and booleans, bfloat16 and float16 included, any
         shape. Order is kept.
+      owner: the study that they are of.
+      replace: whether a sound block gives way as well.
 
     Returns:
-      Whether this call's arrays were stored. A file that is corrupt is replaced.
+      Whether this call's arrays were stored. A file that is corrupt, or another study's, is
+      replaced.
 
     Raises:
       ValueError: an array has a dtype that is not stored (object, text, dates).
@@ -602,26 +987,29 @@ def write_block(
     """
     path = _block_path(directory, index)
     host = {name: np.asarray(array) for name, array in arrays.items()}
-    header = _block_header(int(index), host)
+    header = _block_header(int(index), host, owner.study)
     _prepare(path.parent)
 
     def chunks() -> Iterator[bytes]:
         return _block_chunks(header, host)
 
-    if not path.exists() and _commit(path, chunks, replace=False):
+    if (replace or not path.exists()) and _commit(path, chunks, replace=replace):
         return True
     try:
-        read_block(directory, index)
+        read_block(directory, index, owner)
     except (CorruptBlock, NoStudy):
         return _commit(path, chunks, replace=True)
     return False
 
 
-def _layout(header: Any, index: int) -> tuple[list[tuple[str, np.dtype, tuple[int, ...]]], int]:
+def _layout(header: Any, index: int) -> tuple[list[Declared], int]:
     """What a header declares, checked in Python integers, and the size of all its data."""
     if type(header.get("index")) is not int or header["index"] != index:
         raise ValueError(f"the file says that it is block {header.get('index')!r}")
-    if set(header) != {"format", "index", "arrays"} or not isinstance(header["arrays"], list):
+    fields = {"format", "index", "arrays"}
+    if header["format"] >= _BOUND_FORMAT:
+        fields |= {"study"}
+    if set(header) != fields or not isinstance(header["arrays"], list):
         raise ValueError("the header does not have the known fields")
     layout = []
     names = set()
@@ -651,7 +1039,29 @@ def _layout(header: Any, index: int) -> tuple[list[tuple[str, np.dtype, tuple[in
     return layout, end
 
 
-def _read_block_file(file: Any, size: int, index: int) -> dict[str, np.ndarray]:
+def _newer_block(index: int, version: Any) -> NewerFormat:
+    return NewerFormat(
+        f"block {index} has format {version}, this version of playbook_optax reads up to "
+        f"{BLOCK_FORMAT}: upgrade playbook-optax."
+    )
+
+
+def _check_owner(header: Mapping[str, Any], owner: Owner) -> None:
+    """Raises unless a block is of a study."""
+    if "study" not in header:
+        if owner.bound:
+            raise _OfAnother("it names no study, and is of an older one than this")
+    elif header["study"] != owner.study:
+        raise _OfAnother("it is of another study: it was copied here, or study.json was")
+
+
+class _OfAnother(ValueError):  # noqa: N818
+    """A sound file of another study."""
+
+
+def _read_block_file(
+    file: Any, size: int, index: int, owner: Owner | None, check: CheckLayout | None = None
+) -> dict[str, np.ndarray]:
     if size < _PRELUDE.size + _DIGEST_BYTES:
         raise ValueError(f"it has only {size} bytes")
     prelude = file.read(_PRELUDE.size)
@@ -659,17 +1069,29 @@ def _read_block_file(file: Any, size: int, index: int) -> dict[str, np.ndarray]:
     if magic != _MAGIC:
         raise ValueError("it does not begin as an array file does")
     data_start = _PRELUDE.size + header_length
-    if header_length > _MAX_JSON_BYTES or data_start + _DIGEST_BYTES > size:
+    if header_length > _MAX_HEADER_BYTES or data_start + _DIGEST_BYTES > size:
         raise ValueError(f"its header of {header_length} bytes does not fit its {size} bytes")
     raw_header = file.read(header_length)
     header = _parse_json(raw_header)
     version = header.get("format")
     newer = type(version) is int and version > BLOCK_FORMAT
     if not newer:
+        if type(version) is not int or version < 1:
+            raise ValueError(f"its format is {version!r}")
         layout, data_bytes = _layout(header, index)
         expected = data_start + data_bytes + _DIGEST_BYTES
         if size != expected:
             raise ValueError(f"it has {size} bytes, its header declares {expected}")
+        if check is not None:
+            try:
+                check(layout)
+            except ValueError:
+                if owner is not None:  # Other arrays, perhaps because it is another study's.
+                    _check_owner(header, owner)
+                raise
+    elif size > _MAX_JSON_BYTES:
+        # Nothing says how large it should be: it is not read for the sake of the message.
+        raise _newer_block(index, version)
     # What is hashed is what is used: the file is read once.
     rest = memoryview(file.read(size - data_start))
     digest = hashlib.sha256(prelude + raw_header)
@@ -677,12 +1099,9 @@ def _read_block_file(file: Any, size: int, index: int) -> dict[str, np.ndarray]:
     if len(rest) != size - data_start or digest.digest() != rest[-_DIGEST_BYTES:]:
         raise ValueError("it does not match its checksum")
     if newer:
-        raise NewerFormat(
-            f"block {index} has format {version}, this version of playbook_optax reads up to "
-            f"{BLOCK_FORMAT}: upgrade playbook-optax."
-        )
-    if type(version) is not int or version != BLOCK_FORMAT:
-        raise ValueError(f"its format is {version!r}")
+        raise _newer_block(index, version)
+    if owner is not None:
+        _check_owner(header, owner)
     arrays = {}
     end = 0
     for name, dtype, shape in layout:
@@ -696,7 +1115,12 @@ def _read_block_file(file: Any, size: int, index: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_block(directory: str | os.PathLike[str], index: int) -> dict[str, np.ndarray]:
+def read_block(
+    directory: str | os.PathLike[str],
+    index: int,
+    owner: Owner | None = NOBODY,
+    check: CheckLayout | None = None,
+) -> dict[str, np.ndarray]:
     """Reads one block back, bit for bit, or says that it is not what was written.
 
     The file's real size is compared with the declared sizes before anything is allocated, then
@@ -705,14 +1129,19 @@ def read_block(directory: str | os.PathLike[str], index: int) -> dict[str, np.nd
     Args:
       directory: the study directory.
       index: the block's index, >= 0.
+      owner: the study that it must be of; None takes any.
+      check: raises `ValueError` where the declared arrays are not those that the study has
+        (`schema.layout_of`); called before anything is read but the header.
 
     Returns:
       Name to read-only array, in the order in which they were written.
 
     Raises:
       NoStudy: there is no such block.
+      ForeignBlock: it is of another study.
       CorruptBlock: the file is damaged, cut short or another block's; run the block again.
       NewerFormat: a newer version of this package wrote it.
+      StorageError: it is larger than the memory.
     """
     path = _block_path(directory, index)
     try:
@@ -721,8 +1150,17 @@ def read_block(directory: str | os.PathLike[str], index: int) -> dict[str, np.nd
         raise NoStudy(f"block {index} is not there: {str(path)!r} is missing.") from error
     with open(descriptor, "rb") as file:
         try:
-            return _read_block_file(file, size, int(index))
-        except (ValueError, RecursionError) as error:
+            return _read_block_file(file, size, int(index), owner, check)
+        except MemoryError as error:
+            raise StorageError(
+                f"{str(path)!r} declares {size} bytes, more than there is memory for."
+            ) from error
+        except _OfAnother as error:
+            raise ForeignBlock(
+                f"{str(path)!r} cannot be used: {error}. Run the study again with the same "
+                "directory=, which runs this block again."
+            ) from error
+        except (ValueError, RecursionError, OSError) as error:
             raise CorruptBlock(
                 f"{str(path)!r} is damaged: {error}. Run the study again with the same directory=, "
                 "which runs this block again."
@@ -743,7 +1181,7 @@ def block_to_bytes(index: int, arrays: Mapping[str, np.ndarray]) -> bytes:
       ValueError: an array has a dtype that is not stored.
     """
     host = {name: np.asarray(array) for name, array in arrays.items()}
-    return b"".join(_block_chunks(_block_header(_check_index(index), host), host))
+    return b"".join(_block_chunks(_block_header(_check_index(index), host, NOBODY.study), host))
 
 
 def block_from_bytes(raw: bytes, index: int) -> dict[str, np.ndarray]:
@@ -761,7 +1199,7 @@ def block_from_bytes(raw: bytes, index: int) -> dict[str, np.ndarray]:
       NewerFormat: a newer version of this package wrote them.
     """
     try:
-        return _read_block_file(io.BytesIO(raw), len(raw), _check_index(index))
+        return _read_block_file(io.BytesIO(raw), len(raw), _check_index(index), NOBODY)
     except (ValueError, RecursionError) as error:
         raise CorruptBlock(f"block {index} was damaged on its way: {error}.") from error
 
@@ -774,10 +1212,16 @@ def finished_blocks(directory: str | os.PathLike[str]) -> list[int]:
 
     Returns:
       Indices in rising order; temporary and foreign files are ignored.
+
+    Raises:
+      StorageError: the system does not list the folder.
     """
+    folder = _blocks_folder(directory)
     try:
-        names = os.listdir(_blocks_folder(directory))
+        names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     matches = (_BLOCK_PATTERN.fullmatch(name) for name in names)
     return sorted(int(match.group(1)) for match in matches if match)

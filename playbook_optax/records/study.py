@@ -5,10 +5,11 @@ Analysis reads this record and nothing else. Our runner assembles it from the bl
 `Study.from_dataframe` from another tool's table.
 """
 
+import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from playbook_optax import _feasibility
-from playbook_optax._checks import ArgumentTypeError, check_count, named_arguments, nearest
-from playbook_optax.records import storage, summary, weights
+from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
+from playbook_optax._direction import direction
+from playbook_optax._text import printable
+from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
 
@@ -37,8 +40,12 @@ _NORMS = (
 )
 _DIMENSIONS = ("trial", "seed", "eval", "norm_bin")
 _COORDINATES = (*_DIMENSIONS, "step", "norm_low", "norm_high")
-_RISING_WORDS = ("accuracy", "score", "auc", "precision", "recall", "reward", "return")
 _FINAL = "final/"
+# What a spreadsheet takes for the beginning of a formula, in full width and after a break too.
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
+
+# What trains: it holds programs and devices, and stays in its process.
+_TRAINING = ("_extend", "_replay")
 
 Block = Mapping[str, np.ndarray]
 
@@ -94,6 +101,8 @@ class Study:
     Source: playbook, "Why use quasi-random search instead of more sophisticated black box
     optimization algorithms during the exploration phase of tuning?" (post hoc analysis of all
     trials, without running them again).
+
+    It can be copied and pickled; a copy from another process is a record, which cannot train.
     """
 
     data: "xarray.Dataset"
@@ -104,6 +113,20 @@ class Study:
     _extend: "Callable[[int], Study] | None" = None
     _replay: "Callable[..., xarray.Dataset] | None" = None
     _directory: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The record alone: a copy in another process cannot train."""
+        state = {name: value for name, value in vars(self).items() if name not in _TRAINING}
+        return {**state, "spec": dict(self.spec)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(
+            {**dict.fromkeys(_TRAINING), **state, "spec": MappingProxyType(state["spec"])}
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Study":
+        spec = MappingProxyType(copy.deepcopy(dict(self.spec), memo))
+        return dataclasses.replace(self, data=self.data.copy(deep=True), spec=spec)
 
     @property
     def num_trials(self) -> int:
@@ -228,7 +251,8 @@ class Study:
                 f"objective = {objective!r} was not recorded: {nearest(objective, known)}"
             )
         if maximize is None:
-            maximize = self.maximize if objective == self.objective else _direction(objective)
+            own = self.maximize if objective == self.objective else None
+            maximize = direction("objective", objective, own)
         # An unfinished study without a complete trial has no metrics yet.
         if self.num_trials == 0:
             raise NoFeasibleTrial("The study has no complete trial yet.")
@@ -331,8 +355,7 @@ class Study:
                 f"from_step = {first} is not in the run, whose updates are 0 to {total - 1}."
             )
         count = total - first if num_steps is None else check_count("num_steps", num_steps)
-        if not isinstance(per_layer, bool):
-            raise ArgumentTypeError(f"per_layer must be True or False, got {per_layer!r}.")
+        check_flag("per_layer", per_layer)
         return self._replay(self, index, chosen, first, min(first + count, total), per_layer)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -346,19 +369,27 @@ class Study:
         """
         storage.check_writable(directory)
         occupied = f"{os.fspath(directory)!r} holds another study: choose an empty directory."
-        try:
+        with contextlib.suppress(storage.NoStudy):
+            storage.read_spec(directory)  # Blocks whose study.json was lost are not overwritten.
+        mine = dict(self.spec)
+        if not storage.write_spec(directory, mine):
             there = storage.read_spec(directory)
-        except storage.NoStudy:
-            there = None
-        if there is not None:
-            mine = storage.as_stored(self.spec)
-            if there["num_trials"] > self.num_trials or _identity(there) != _identity(mine):
+            if there["schema_version"] == 1:  # Begun before these were recorded.
+                mine = {name: mine[name] for name in mine if name not in ("arrays", "member")}
+            known = storage.study_identity(there) == storage.study_identity(mine)
+            if not known or there["num_trials"] > self.num_trials:
                 raise storage.StorageError(occupied)
+            mine = there
+        owner = storage.owner_of(mine)
         for index, block in enumerate(self._blocks):
-            written = storage.write_block(directory, index, block)
-            if not written and not _same_arrays(storage.read_block(directory, index), block):
-                raise storage.StorageError(occupied)
-        storage.write_spec(directory, self.spec)
+            written = storage.write_block(directory, index, block, owner)
+            if not written:
+                stored = storage.read_block(directory, index, owner)
+                if not _same_arrays(stored, block):
+                    raise storage.StorageError(occupied)
+        if mine["num_trials"] < self.num_trials:
+            longer = {name: self.spec.get(name) for name in ("num_trials", "points")}
+            storage.extend_spec(directory, {**mine, **longer})
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """A tidy table for people and other tools: one row per trial (and seed).
@@ -374,7 +405,7 @@ class Study:
         seeds = self.num_seeds
         columns: dict[str, Any] = {"trial": np.repeat(np.arange(self.num_trials), seeds)}
         if seeds > 1:
-            columns["seed"] = np.tile(np.arange(seeds), self.num_trials)
+            columns["seed"] = np.arange(self.num_trials * seeds) % seeds
         labels = labels_of(self.space)
         for name, values in self.points.items():
             if name in labels:
@@ -385,7 +416,7 @@ class Study:
                 columns[name] = self._with_seeds(name).reshape(-1)
         for name in _metric_names(self.data):
             columns[_FINAL + name] = self._with_seeds(name)[..., -1].reshape(-1)
-        return pandas.DataFrame(columns)
+        return pandas.DataFrame({name: _for_pandas(array) for name, array in columns.items()})
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dataframe` as CSV; text that a spreadsheet would run as a formula is quoted.
@@ -397,7 +428,8 @@ class Study:
         for name in frame.columns:
             if frame[name].dtype.kind not in "biuf":
                 frame[name] = frame[name].map(escape_cell)
-        frame.to_csv(path, index=False)
+        # JSON can hold half a surrogate pair, which UTF-8 cannot.
+        frame.to_csv(path, index=False, errors="backslashreplace")
 
     @staticmethod
     @named_arguments
@@ -407,7 +439,7 @@ class Study:
         step: Any,
         *,
         objective: str,
-        maximize: bool = False,
+        maximize: bool | None = None,
         space: SearchSpace | None = None,
         infeasible: Any = None,
         name: str = "study",
@@ -425,7 +457,7 @@ class Study:
           metrics: name to numbers of shape (trial, eval), or (trial, seed, eval) with seeds.
           step: updates made before each evaluation, rising integers, shape (eval,).
           objective: the metric to optimize.
-          maximize: whether larger is better.
+          maximize: whether larger is better; not if None, which a name such as "accuracy" refuses.
           space: the space that the points came from, for the boundary checks.
           infeasible: booleans of shape (trial,), or (trial, seed), if it is known otherwise.
           name: what to call the study.
@@ -446,6 +478,7 @@ class Study:
           ['', '', 'high_loss']
         """
         arrays = Imported.checked(points, metrics, step, objective, space)
+        maximize = direction("objective", objective, maximize)
         spec, block = arrays.record(
             objective, maximize, space, infeasible, name, source="from_arrays", extra={}
         )
@@ -459,7 +492,7 @@ class Study:
         objective: str,
         parameters: Sequence[str] | Mapping[str, str] | None = None,
         metrics: Sequence[str] = (),
-        maximize: bool = False,
+        maximize: bool | None = None,
         space: SearchSpace | None = None,
         trial: str | None = None,
         step: str | None = None,
@@ -485,7 +518,7 @@ class Study:
             default the names in `space`. For a name without a column, ``params_<name>`` is read.
             Text becomes a label.
           metrics: further columns to record. Name the training loss "train/loss" to have it judged.
-          maximize: whether larger is better.
+          maximize: as in `from_arrays`.
           space: the space that the trials came from, if it is known.
           trial: the column that tells trials apart, needed with `step`.
           step: the column of updates made before each evaluation. A row whose objective is empty
@@ -513,6 +546,7 @@ class Study:
           (1, [False, False, True])
         """
         table = Table(frame, objective, parameters, metrics, space, trial, step, state, infeasible)
+        maximize = direction("objective", objective, maximize)
         spec, block = table.record(maximize, space, num_steps, name)
         return study_from_blocks(spec, [block])
 
@@ -526,14 +560,14 @@ class Study:
         """What ran, on what, and what it came to: a title and rows of text."""
         direction = "higher" if self.maximize else "lower"
         rows = [
-            ("objective", f"{summary.printable(self.objective)}, {direction} is better"),
+            ("objective", f"{printable(self.objective)}, {direction} is better"),
             ("search", summary.ranges_text(self.points, self.space)),
             ("best", best_text(self)),
             ("infeasible", infeasible_text(self)),
             ("ran on", summary.environment_text(self.spec)),
-            ("stored in", summary.printable(self._directory or "", 200)),
+            ("stored in", printable(self._directory or "", 200)),
         ]
-        name = summary.printable(self.spec.get("name", "study"))
+        name = printable(self.spec.get("name", "study"))
         return f"Study {name}: {size_text(self)}", [(n, text) for n, text in rows if text]
 
     def _check_trial(self, trial: int) -> int:
@@ -638,6 +672,11 @@ def infeasible_text(study: Study) -> str:
     return f"{infeasible.sum()} of {infeasible.size} {unit}: {told}" if told else "none"
 
 
+def _for_pandas(array: np.ndarray) -> np.ndarray:
+    """A column that pandas knows: float32 for bfloat16 and its like, which it holds exactly."""
+    return array.astype(np.float32) if array.dtype.isbuiltin == 2 else array
+
+
 def escape_cell(value: Any) -> Any:
     """Puts an apostrophe before text that a spreadsheet would run as a formula.
 
@@ -651,7 +690,7 @@ def escape_cell(value: Any) -> Any:
       >>> escape_cell("=1+1"), escape_cell("adam"), escape_cell(-1.0)
       ("'=1+1", 'adam', -1.0)
     """
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if isinstance(value, str) and value.startswith(_FORMULA):
         return f"'{value}"
     return value
 
@@ -673,7 +712,8 @@ def load_study(
 
     Raises:
       NoStudy: there is no study.
-      CorruptSpec, CorruptBlock: a file is damaged; nothing is read silently wrong.
+      CorruptSpec, CorruptBlock: a file is damaged or holds what no study has; the message names
+        the file and the field. Nothing is read silently wrong.
       NewerFormat: a newer version of this package wrote it.
 
     Example:
@@ -691,14 +731,38 @@ def load_study(
     Source: playbook, "How many trials are needed to get good results with quasi-random search?" (a
     finished study is read again and again).
     """
-    spec = storage.read_spec(directory)
-    blocks = [storage.read_block(directory, index) for index in storage.finished_blocks(directory)]
+    spec = schema.read_spec(directory)
+    read = schema.block_reader(directory, spec)
+    blocks = [read(index) for index in storage.finished_blocks(directory)]
     try:
+        blocks = [block for block in blocks if _is_of_table(spec, block)]
         return study_from_blocks(spec, blocks, weights_like=weights_like, directory=directory)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise storage.StorageError(
             f"{os.fspath(Path(directory))!r} is not a consistent study: {error}"
         ) from error
+
+
+def _is_of_table(spec: Mapping[str, Any], block: Block) -> bool:
+    """Whether a block has the points of the spec's table; False of one to be trained again.
+
+    Raises:
+      ValueError: its points are neither those of the table nor the padding of a shorter one.
+    """
+    if spec.get("points") is None:
+        return True
+    rows = np.flatnonzero(block["trial"] < spec["num_trials"])
+    arrays = {name: array[rows] for name, array in block.items()}
+    expected = {
+        f"{_POINT}{name}": np.asarray(values)[arrays["trial"]].astype(spec["dtypes"][name])
+        for name, values in spec["points"].items()
+    }
+    wrong = storage.wrong_rows(arrays, expected)
+    if wrong is not None and not wrong.any():
+        return True
+    if wrong is None or not storage.is_padding(wrong, arrays):
+        raise ValueError("the points of a block are not those of study.json.")
+    return False
 
 
 def study_from_blocks(
@@ -747,6 +811,8 @@ def study_from_blocks(
         plan = {**plan, "num_trials": num_trials, "planned_trials": plan["num_trials"]}
     else:
         plan.pop("planned_trials", None)
+    if blocks:
+        plan.setdefault("arrays", storage.describe_arrays(blocks[0]))
     data = _dataset(plan, _gather(blocks, rows))
     stored = None if directory is None else os.fsdecode(directory)
     return Study(data, MappingProxyType(plan), blocks, rows, weights_like, extend, replay, stored)
@@ -818,6 +884,33 @@ def _gather(blocks: Sequence[Block], rows: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.concatenate([block[name] for block in blocks])[order] for name in names}
 
 
+def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
+    """Checks that names can stand beside each other, and beside the record's own, in a study.
+
+    Args:
+      hyperparameters: names of hyperparameters.
+      metrics: names of metrics.
+
+    Raises:
+      ValueError: the record itself uses a name, or a metric and a hyperparameter share one.
+    """
+    own, hyperparameters, metrics = (
+        (*_COORDINATES, *_OUTCOMES, *_NORMS),
+        [*hyperparameters],
+        {*metrics},
+    )
+    for what, names in (("hyperparameter", hyperparameters), ("metric", metrics)):
+        for name in names:
+            if name in own:
+                raise ValueError(
+                    f"the {what} name {name!r} is used by the record itself: rename it. So are "
+                    f"{', '.join(other for other in own if other != name)}."
+                )
+    for name in hyperparameters:
+        if name in metrics:
+            raise ValueError(f"{name!r} is both a metric and a hyperparameter: rename one of them.")
+
+
 def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarray.Dataset":
     import xarray
 
@@ -830,6 +923,12 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         shaped.setflags(write=False)
         return (*runs, *more), shaped
 
+    check_names(
+        *(
+            [name.removeprefix(kind) for name in arrays if name.startswith(kind)]
+            for kind in (_POINT, _METRIC)
+        )
+    )
     num_evals = len(plan["step"])
     data_vars: dict[str, Any] = {}
     for name, array in arrays.items():
@@ -841,8 +940,6 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
                 f"metric {metric!r} has shape {array.shape[1:]} per run, but there are {num_evals} "
                 "evaluation steps."
             )
-        if metric in (*_COORDINATES, *_OUTCOMES, *_NORMS):
-            raise ValueError(f"the metric name {metric!r} is used by the record itself: rename it.")
         data_vars[metric] = variable(array, "eval")
     if arrays and plan["objective"] not in data_vars:
         raise ValueError(
@@ -853,24 +950,17 @@ def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarr
         "trial": np.arange(num_trials),
         "step": ("eval", np.asarray(plan["step"], np.int32)),
     }
-    if num_seeds > 1:
+    if num_seeds > 1 and num_trials:
         coords["seed"] = np.arange(num_seeds)
     labels = plan.get("labels") or {}
     for name, array in arrays.items():
         if not name.startswith(_POINT):
             continue
         parameter = name.removeprefix(_POINT)
-        if parameter in (*_COORDINATES, *_OUTCOMES, *_NORMS):
-            raise ValueError(
-                f"the hyperparameter name {parameter!r} is used by the record itself: rename it."
-            )
-        if parameter in data_vars:
-            raise ValueError(
-                f"{parameter!r} is both a metric and a hyperparameter: rename one of them."
-            )
         values = array[::num_seeds]
         if parameter in labels:
-            values = np.asarray(labels[parameter])[values]
+            # Of objects: an array of text gives each element the room of the longest.
+            values = np.asarray(labels[parameter], object)[values]
         values.setflags(write=False)
         coords[parameter] = ("trial", values)
     for name in _OUTCOMES:
@@ -905,16 +995,6 @@ def _bin_edges(edges: Any, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _metric_names(data: "xarray.Dataset") -> list[str]:
     return [str(name) for name, values in data.data_vars.items() if "eval" in values.dims]
-
-
-def _direction(objective: str) -> bool:
-    """The direction of an objective after the fact: smaller is better, if the name allows it."""
-    if any(word in objective.rpartition("/")[2].lower() for word in _RISING_WORDS):
-        raise ValueError(
-            f"maximize must be given for objective = {objective!r}: its name says that larger is "
-            "better. Pass maximize=True (or False)."
-        )
-    return False
 
 
 def _space(spec: Mapping[str, Any]) -> SearchSpace | None:

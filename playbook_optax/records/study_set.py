@@ -1,12 +1,14 @@
 """Several studies that belong together: one for each value of a scientific hyperparameter."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from playbook_optax import _checks
-from playbook_optax.records import storage, summary
+from playbook_optax._text import PARAGRAPH, printable
+from playbook_optax.records import schema, storage, summary
 from playbook_optax.records.study import (
     BestTrial,
     NoFeasibleTrial,
@@ -92,11 +94,11 @@ class StudySet(Mapping[str, Study]):
         count = "1 study" if len(self) == 1 else f"{len(self)} studies"
         rows = []
         for label, study in self.items():
-            told = f"{size_text(study)}; best {summary.printable(study.objective)}: "
+            told = f"{size_text(study)}; best {printable(study.objective)}: "
             bad = f"; infeasible: {infeasible_text(study) or 'none'}"
-            rows.append((summary.printable(label, 30), told + best_text(study) + bad))
-        rows += [(summary.printable(label, 30), "not there yet") for label in self.missing]
-        return f"StudySet by {summary.printable(self.scientific)}: {count}", rows
+            rows.append((printable(label, 30), told + best_text(study) + bad))
+        rows += [(printable(label, 30), "not there yet") for label in self.missing]
+        return f"StudySet by {printable(self.scientific)}: {count}", rows
 
     @property
     def nuisance(self) -> tuple[str, ...]:
@@ -147,7 +149,9 @@ class StudySet(Mapping[str, Study]):
             except NoFeasibleTrial:
                 continue
         if not found:
-            raise NoFeasibleTrial(f"No study of {', '.join(self)} has a feasible trial.")
+            raise NoFeasibleTrial(
+                f"No study of {printable(', '.join(self), PARAGRAPH)} has a feasible trial."
+            )
         kinds = {(best.objective, best.maximize) for _, best in found}
         if len(kinds) > 1:
             raise ValueError(
@@ -200,7 +204,9 @@ class StudySet(Mapping[str, Study]):
         labels = list(self.fixed)
         write_index(directory, self.scientific, labels, self.fixed)
         for label, study in self.items():
-            study.save(folder(directory, labels.index(label)))
+            index = labels.index(label)
+            bound = {**study.spec, "member": member(self.scientific, label, index)}
+            dataclasses.replace(study, spec=bound).save(folder(directory, index))
 
 
 def check_label(name: str, label: Any) -> str:
@@ -225,6 +231,20 @@ def check_label(name: str, label: Any) -> str:
     return label
 
 
+def member(scientific: str, label: str, index: int) -> dict[str, Any]:
+    """What a study's spec says of the set that it belongs to.
+
+    Args:
+      scientific: what the labels are values of.
+      label: of the study.
+      index: of its folder.
+
+    Returns:
+      An entry of the spec, and so part of the study's identity.
+    """
+    return {"scientific": scientific, "label": label, "index": index}
+
+
 def folder(directory: str | os.PathLike[str], index: int) -> Path:
     """The folder of one study of a set, named by its index only.
 
@@ -235,7 +255,7 @@ def folder(directory: str | os.PathLike[str], index: int) -> Path:
     Returns:
       The path.
     """
-    return Path(directory) / f"study-{index:04d}"
+    return storage.root(directory) / f"study-{index:04d}"
 
 
 def write_index(
@@ -269,7 +289,7 @@ def write_index(
             for label in labels
         ],
     }
-    path = Path(directory) / INDEX
+    path = storage.root(directory) / INDEX
     try:
         stored = _read_index(path)
     except storage.NoStudy:
@@ -301,13 +321,14 @@ def _read_index(path: Path) -> dict[str, Any]:
     scientific = document.get("scientific")
     sound = (
         isinstance(scientific, str)
+        and 0 < len(scientific) <= 200
         and isinstance(labels, list)
         and isinstance(fixed, list)
         and len(labels) == len(fixed) <= MAX_LABELS
         and all(isinstance(label, str) and 0 < len(label) <= 200 for label in labels)
         and len(set(labels)) == len(labels)
         and all(
-            isinstance(part, dict) and all(type(value) in (int, float) for value in part.values())
+            isinstance(part, dict) and all(schema.is_number(value) for value in part.values())
             for part in fixed
         )
     )
@@ -350,12 +371,20 @@ def load_study_set(
 
     Source: playbook, "Identifying scientific, nuisance, and fixed hyperparameters".
     """
-    index = _read_index(Path(directory) / INDEX)
+    index = _read_index(storage.root(directory) / INDEX)
     studies, missing = {}, []
     for i, label in enumerate(index["labels"]):
         try:
-            studies[label] = load_study(folder(directory, i), weights_like=weights_like)
+            study = load_study(folder(directory, i), weights_like=weights_like)
         except storage.NoStudy:
             missing.append(label)
+            continue
+        bound = study.spec["schema_version"] > 1
+        if bound and study.spec.get("member") != member(index["scientific"], label, i):
+            raise storage.CorruptSpec(
+                f"{str(folder(directory, i))!r} holds another study than the {label!r} of this "
+                "set: it was copied here, or the index was. Restore it from a copy."
+            )
+        studies[label] = study
     fixed = dict(zip(index["labels"], index["fixed"], strict=True))
     return StudySet(studies, index["scientific"], fixed, tuple(missing))

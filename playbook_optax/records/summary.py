@@ -7,29 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from playbook_optax._text import PARAGRAPH, printable
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 
 Rows = Sequence[tuple[str, str]]
 
-_MOST_LETTERS, _MOST_NAMES, _WIDTH = 60, 12, 96
-
-
-def printable(value: Any, most: int = _MOST_LETTERS) -> str:
-    r"""Text of any origin, short and without what commands a terminal or reorders a line.
-
-    Args:
-      value: text; anything else is made text first.
-      most: how many letters of it are kept.
-
-    Returns:
-      The text; a letter that cannot be printed is U+FFFD, and an ellipsis says that it was cut.
-
-    Example:
-      >>> printable("a\x1b[2Jb"), printable("abcdef", most=4)
-      ('a�[2Jb', 'abc…')
-    """
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+_MOST_NAMES, _WIDTH = 12, 96
 
 
 def number(value: Any) -> str:
@@ -97,13 +80,13 @@ def as_text(title: str, rows: Rows) -> str:
     Returns:
       Lines of 96 letters at most, unless a single word is longer.
     """
-    room = max((len(name) for name, _ in rows), default=0) + 4
-    lines = [title]
+    room = max((len(printable(name)) for name, _ in rows), default=0) + 4
+    lines = [printable(title, PARAGRAPH)]
     for name, text in rows:
         lines += textwrap.wrap(
-            text,
+            printable(text, PARAGRAPH),
             _WIDTH,
-            initial_indent=f"  {name}".ljust(room),
+            initial_indent=f"  {printable(name)}".ljust(room),
             subsequent_indent=" " * room,
             break_long_words=False,
             break_on_hyphens=False,
@@ -123,11 +106,14 @@ def as_html(title: str, rows: Rows) -> str:
     """
     cell = 'style="text-align: left; vertical-align: top"'
     body = "".join(
-        f'<tr><th scope="row" {cell}>{html.escape(name)}</th><td {cell}>{html.escape(text)}</td>'
-        "</tr>"
+        f'<tr><th scope="row" {cell}>{_escaped(name)}</th><td {cell}>{_escaped(text)}</td></tr>'
         for name, text in rows
     )
-    return f"<div><p><strong>{html.escape(title)}</strong></p><table>{body}</table></div>"
+    return f"<div><p><strong>{_escaped(title)}</strong></p><table>{body}</table></div>"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text, PARAGRAPH))
 
 
 def _few(told: Sequence[str], between: str) -> str:

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 
 _LEAF, _NONE, _DICT, _LIST, _TUPLE, _NODE = "leaf", "none", "dict", "list", "tuple", "node"
+_KINDS = (_LEAF, _NONE, _DICT, _LIST, _TUPLE, _NODE)
+# Of a description from a file: what `rebuild_tree` can go down, and what its paths may take.
+_MAX_DEPTH, _MAX_LETTERS = 200, 2**26
 
 
 def _key_of(entry: Any) -> str | int | bool:
@@ -85,6 +88,53 @@ def flatten_tree(tree: Any, path: str = "") -> dict[str, Any]:
     for key, child in children:
         flat |= flatten_tree(child, _join(path, key))
     return flat
+
+
+def leaf_paths(description: Any) -> list[str]:
+    """The names that `flatten_tree` gives to the arrays of a tree, from its description alone.
+
+    Args:
+      description: from a file, perhaps anybody's.
+
+    Returns:
+      The paths of the leaves, in depth-first order.
+
+    Raises:
+      ValueError: it is none that `describe_tree` makes, or one too deep or too long to be rebuilt.
+
+    Example:
+      >>> leaf_paths(describe_tree({"layer": {"w": 1.0}, "scales": (2.0, None)}))
+      ['layer/w', 'scales/0']
+    """
+    if type(description) is not list or not description:
+        raise ValueError("the description of the weights is not a list of nodes.")
+    paths, letters = [], 0
+    # Of each node on the way down, its path and the keys of the children that are still to come.
+    above: list[tuple[str, list[Any]]] = [("", [""])]
+    for node in description:
+        while above and not above[-1][1]:
+            above.pop()
+        if not above:
+            raise ValueError("the description of the weights goes on after its end.")
+        if type(node) is not list or len(node) != 2 or node[0] not in _KINDS:
+            raise ValueError("the description of the weights has a node of unknown kind.")
+        kind, keys = node
+        if type(keys) is not list or not all(isinstance(key, (str, int)) for key in keys):
+            raise ValueError("the description of the weights has keys that are no names.")
+        if keys and kind in (_LEAF, _NONE):
+            raise ValueError("the description of the weights has a leaf with children.")
+        path, left = above[-1]
+        key = left.pop()
+        path = _join(path, key) if len(above) > 1 else ""
+        letters += len(path)
+        if len(above) > _MAX_DEPTH or letters > _MAX_LETTERS:
+            raise ValueError("the description of the weights is too deep or too long.")
+        if kind == _LEAF:
+            paths.append(path)
+        above.append((path, keys[::-1]))
+    if any(left for _, left in above):
+        raise ValueError("the description of the weights ends early.")
+    return paths
 
 
 def rebuild_tree(description: Sequence[Sequence[Any]], arrays: Mapping[str, Any]) -> Any:

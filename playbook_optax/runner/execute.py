@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from playbook_optax import norms
-from playbook_optax.records import weights
+from playbook_optax.records import storage, weights
 from playbook_optax.runner.plan import Block, Columns, Points
 from playbook_optax.runner.programs import (
     Numbers,
@@ -209,9 +209,10 @@ class Engine:
     def _train(self, group: Group, keeper: Keeper) -> Iterator[Any]:
         """Trains a group; yields None when the device has work, and at last its states."""
         seed = group.blocks[0].seed
-        saved = (
-            keeper.load(group.saved, self._saved_shapes(len(group.saved))) if group.saved else None
-        )
+        saved = None
+        if group.saved:
+            like = self._saved_shapes(len(group.saved))
+            saved = keeper.load(group.saved, like, self._num_steps)
         parked: list[np.ndarray] | None = None
         begin: tuple[int, Any] = (0, None)
         if saved is None:
@@ -228,7 +229,7 @@ class Engine:
                 yield None
                 jax.block_until_ready([unit.states.step for unit in units])
                 now = functools.partial(self._arrays_of, group, units, parked)
-                keeper.between_calls(group.indices, stop, now, position)
+                keeper.between_calls(group.blocks, stop, now, position)
                 units, parked = self._without_broken(group, units, parked)
         yield units, parked
 
@@ -239,7 +240,8 @@ class Engine:
         if self._host_batches is not None:
             length = chunk_length_of(self.programs.shapes.chunk)
             batches = host_data.batches_from(self._host_batches, start, position)
-            for chunk, at in prefetch(batches, self._num_steps - start, length, start):
+            like = self.programs.shapes.chunk
+            for chunk, at in prefetch(batches, self._num_steps - start, length, start, like):
                 stop = min(start + length, self._num_steps)
                 yield start, stop, self._put_chunk(chunk), at
                 start = stop
@@ -371,8 +373,7 @@ class Engine:
     # Saves: leaves of the states, rows in the order of the group's blocks.
 
     def _data_shapes(self) -> TrialState:
-        shapes: TrialState = jax.eval_shape(_as_data, self.programs.state_shapes)
-        return shapes
+        return _data_shapes(self.programs)
 
     def _saved_shapes(self, num_blocks: int) -> list[Any]:
         """Dtypes and shapes of what is saved of so many blocks."""
@@ -399,7 +400,7 @@ class Engine:
         numbered = jax.tree.unflatten(
             jax.tree.structure(shapes), range(len(jax.tree.leaves(shapes)))
         )
-        needed = self._of_result(numbered)
+        needed = _of_result(numbered, self._keep)
         places = jax.tree.leaves(needed)
         data = []
         for unit in units:
@@ -416,16 +417,6 @@ class Engine:
             points = {name: values[rows] for name, values in group.points.items()}
             found.append((block.index, block_arrays(block, points, own)))
         return sorted(found, key=lambda item: item[0])
-
-    def _of_result(self, states: TrialState) -> TrialState:
-        """What of the states is judged or kept; the rest need not be fetched."""
-        final = self._keep == "final"
-        return states._replace(
-            opt_state=norms.records_in(states.opt_state),
-            params=states.params if final else None,
-            model_state=states.model_state if final else None,
-            best_params=states.best_params if self._keep == "best" else None,
-        )
 
     # Rehearsals --------------------------------------------------------------------------------
 
@@ -509,7 +500,7 @@ class Engine:
 
     def result(self, state: TrialState) -> judge.TrialResult:
         """The result of one trial's state so far, on the host."""
-        host = jax.device_get(self._of_result(state._replace(point=None, key=None)))
+        host = jax.device_get(_of_result(state._replace(point=None, key=None), self._keep))
         rows = jax.tree.map(lambda leaf: np.asarray(leaf)[None], host)
         result = judge.result(self._work, rows, self._eval_steps, self._keep)
         return jax.tree.map(lambda leaf: leaf[0], result._replace(step=None))
@@ -530,6 +521,45 @@ class Engine:
         length = chunk_length_of(self.programs.shapes.chunk)
         for batch in itertools.islice(self._host_batches(0), num_steps):
             yield self._put_chunk(_stack([batch] * length))
+
+
+def _of_result(states: TrialState, keep: str) -> TrialState:
+    """What of the states is judged or kept; the rest need not be fetched."""
+    final = keep == "final"
+    return states._replace(
+        opt_state=norms.records_in(states.opt_state),
+        params=states.params if final else None,
+        model_state=states.model_state if final else None,
+        best_params=states.best_params if keep == "best" else None,
+    )
+
+
+def describe_block(
+    programs: Programs,
+    work: Workload,
+    eval_steps: np.ndarray,
+    keep: str,
+    points: Mapping[str, np.ndarray],
+) -> dict[str, list[Any]]:
+    """What a finished block will hold, before anything is trained.
+
+    Args:
+      programs: the study's.
+      work: the workload at one point.
+      eval_steps: updates done before each evaluation.
+      keep: which weights are kept.
+      points: one point, name to array (1,).
+
+    Returns:
+      See `storage.describe_arrays`.
+    """
+    one_run = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), (1, *leaf.shape[1:])),
+        _data_shapes(programs),
+    )
+    result = judge.result(work, _of_result(one_run, keep), eval_steps, keep)
+    block = Block(0, np.zeros(1, np.int32), 0)
+    return storage.describe_arrays(block_arrays(block, points, result._replace(step=None)))
 
 
 def _group(blocks: Sequence[Block], points: Points, saved: tuple[int, ...] = ()) -> Group:
@@ -609,6 +639,12 @@ def _from_data(tree: Any, like: Any) -> Any:
     return jax.tree.map(restore, like, tree)
 
 
+def _data_shapes(programs: Programs) -> TrialState:
+    """Of the states of a block on each device, random keys as numbers."""
+    shapes: TrialState = jax.eval_shape(_as_data, programs.state_shapes)
+    return shapes
+
+
 def block_arrays(
     block: Block, points: Mapping[str, np.ndarray], result: judge.TrialResult
 ) -> dict[str, np.ndarray]:
@@ -664,8 +700,30 @@ def _stack(batches: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *batches)
 
 
+def _check_batch(batch: Any, like: Any, number: int) -> None:
+    """Raises if a batch is not of the structure, shapes and dtypes of the first one."""
+    found, wanted = (str(jax.tree.structure(tree)) for tree in (batch, like))
+    if found != wanted:
+        raise ValueError(
+            f"host_batches: batch {number} has the structure {found}, the first one {wanted}."
+        )
+    for (path, leaf), steps in zip(
+        jax.tree_util.tree_leaves_with_path(batch), jax.tree.leaves(like), strict=True
+    ):
+        array = np.asarray(leaf)
+        shape, dtype = tuple(steps.shape[1:]), np.dtype(steps.dtype)
+        if array.shape != shape or jax.dtypes.canonicalize_dtype(array.dtype) != dtype:
+            where = jax.tree_util.keystr(path) or "the array"
+            raise ValueError(
+                f"host_batches: {where} of batch {number} has shape {array.shape} and dtype "
+                f"{array.dtype}, that of the first batch {shape} and {dtype}. All batches of a "
+                "study are alike: drop the last batch of an epoch where it is short (the drop_last "
+                "or drop_remainder of most loaders), or fill it up."
+            )
+
+
 def prefetch(
-    batches: Iterator[Any], num_steps: int, length: int, first: int = 0
+    batches: Iterator[Any], num_steps: int, length: int, first: int = 0, like: Any = None
 ) -> Iterator[tuple[Any, Any]]:
     """Chunks of host batches, read ahead in a thread; the last one is padded to the same shape.
 
@@ -674,12 +732,13 @@ def prefetch(
       num_steps: how many of them.
       length: batches in a chunk.
       first: the step of the first batch.
+      like: a chunk's shapes and dtypes, which every batch must fit; None takes any.
 
     Yields:
       Chunks, leaves (step, ...), and where the iterator stands after each.
 
     Raises:
-      ValueError: the batches ended before.
+      ValueError: the batches ended before, or one is not like the others.
     """
     ready: queue.Queue[Any] = queue.Queue(PREFETCHED_CHUNKS)
     stopped = threading.Event()
@@ -697,7 +756,11 @@ def prefetch(
         try:
             for start in range(0, num_steps, length):
                 wanted = min(length, num_steps - start)
-                chunk = list(itertools.islice(batches, wanted))
+                chunk = []
+                for number, batch in enumerate(itertools.islice(batches, wanted), first + start):
+                    if like is not None:
+                        _check_batch(batch, like, number)
+                    chunk.append(batch)
                 if len(chunk) < wanted:
                     raise ValueError(
                         f"host_batches ended after {first + start + len(chunk)} batches; the run "

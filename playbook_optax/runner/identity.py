@@ -45,6 +45,19 @@ class _Same:
     def __hash__(self) -> int:
         return id(self._value)
 
+    def as_text(self) -> str:
+        """By value or by name."""
+        value = self._value
+        if isinstance(value, jax.Array):
+            numbers = jax.random.key_data(value) if _is_key(value) else value
+            array = np.asarray(numbers)
+            return f"{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}"
+        if isinstance(value, jax.sharding.Mesh):
+            raise NoIdentity
+        name = getattr(value, "__qualname__", getattr(value, "__name__", None))
+        named = value if isinstance(name, str) else type(value)
+        return f"{getattr(named, '__module__', '')}.{name or type(value).__qualname__}"
+
 
 def identity(*values: Any, skip: Callable[[Any], tuple[str, ...]] = lambda value: ()) -> Hashable:
     """What values are made of.
@@ -60,6 +73,43 @@ def identity(*values: Any, skip: Callable[[Any], tuple[str, ...]] = lambda value
       NoIdentity: something in them could change without a sign of it.
     """
     return _Looker(skip).all_of(values)
+
+
+def digest(*values: Any, skip: Callable[[Any], tuple[str, ...]] = lambda value: ()) -> str | None:
+    """What values are made of, as text that another process or version of a library finds again.
+
+    Args:
+      *values: as in `identity`.
+      skip: as in `identity`.
+
+    Returns:
+      SHA-256 in hexadecimal; None if there is no identity.
+    """
+    try:
+        made = _as_text(identity(*values, skip=skip))
+    except NoIdentity:
+        return None
+    return hashlib.sha256(made.encode()).hexdigest()
+
+
+def _as_text(part: Any) -> str:
+    """A part of an identity, with names for what is known by its address."""
+    if isinstance(part, tuple):
+        return f"({','.join(map(_as_text, part))})"
+    if isinstance(part, frozenset):
+        return f"{{{','.join(sorted(map(_as_text, part)))}}}"
+    if isinstance(part, types.CodeType):
+        # Neither where the code stands nor what it is called.
+        counts = (part.co_argcount, part.co_posonlyargcount, part.co_kwonlyargcount, part.co_flags)
+        names = (part.co_names, part.co_varnames, part.co_freevars, part.co_cellvars)
+        return f"code{_as_text((part.co_code, part.co_consts, counts, names))}"
+    if isinstance(part, _Same):
+        return part.as_text()
+    if isinstance(part, type):
+        return f"{part.__module__}.{part.__qualname__}"
+    if isinstance(part, enum.Enum):
+        return f"{_as_text(type(part))}.{part.name}"
+    return repr(part)
 
 
 class _Looker:
@@ -187,6 +237,10 @@ def _names(code: types.CodeType) -> set[str]:
     inner = [_names(one) for one in code.co_consts if isinstance(one, types.CodeType)]
     strings = [one for one in code.co_consts if isinstance(one, str)]
     return set(code.co_names).union(strings, *inner)
+
+
+def _is_key(array: jax.Array) -> bool:
+    return bool(jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))
 
 
 def _is_library(file: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 import playbook_optax
 from playbook_optax import _checks, _histogram
-from playbook_optax.records import weights
+from playbook_optax.records import storage, weights
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials import keys
 from playbook_optax.trials.stepper import Lengths, Stepper
@@ -47,6 +47,8 @@ _IDENTITY = (
     "version",
     "x64",
     "dtypes",
+    "arrays",
+    "member",
 )
 _ENVIRONMENT = ("versions", "device_kind")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
@@ -127,7 +129,7 @@ def make_points(
                 f"points[{name!r}] is not finite in trial {int(np.argmax(bad))}: "
                 f"{array[np.argmax(bad)]}."
             )
-        table[str(name)] = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+        table[str(name)] = _checks.fitting(f"points[{name!r}]", values)
     lengths = {name: len(values) for name, values in table.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"points have different numbers of trials: {lengths}.")
@@ -153,7 +155,9 @@ class Columns:
     ) -> None:
         self._names = names
         taken = {names.get(name, name) for name in like}
-        self.fixed = {name: _as_column(value) for name, value in fixed.items() if name not in taken}
+        self.fixed = {
+            name: _as_column(name, value) for name, value in fixed.items() if name not in taken
+        }
 
     def of_program(self, points: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the program takes, name to array (trial,)."""
@@ -164,12 +168,10 @@ class Columns:
         }
 
 
-def _as_column(value: Any) -> np.ndarray:
+def _as_column(name: str, value: Any) -> np.ndarray:
     """A number in the dtype that a column of such numbers has."""
-    array = np.asarray(value)
-    if isinstance(value, float):
-        array = array.astype(np.float32)
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    array = _checks.fitting(f"fixed[{name!r}]", value)
+    return array.astype(np.float32) if isinstance(value, float) else array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +341,8 @@ def make_spec(
     key: chex.PRNGKey,
     width: int,
     shapes: Any,
+    arrays: Mapping[str, Any],
+    member: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything about a study that can be written as JSON.
 
@@ -355,12 +359,12 @@ def make_spec(
       key: the study's key.
       width: trials per block.
       shapes: params and model_state of one trial as `jax.ShapeDtypeStruct`s.
+      arrays: what a block stores, see `storage.describe_arrays`.
+      member: which study of a set it is, see `study_set.member`; None if of none.
 
     Returns:
       The spec, without fingerprints.
     """
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = np.asarray(jax.random.key_data(key) if typed else key)
     trees = {
         kind: weights.describe_tree(getattr(shapes, kind))
         for kind in ("params", "model_state")
@@ -380,59 +384,79 @@ def make_spec(
         "independent": independent,
         "keep": keep,
         "trials_per_block": width,
-        "key": {"impl": str(jax.random.key_impl(key)) if typed else None, "data": raw.tolist()},
+        "key": keys.describe_key(key),
         "space": None if points.space is None else points.space.to_dict(),
         "points": None if table is None else {k: v.tolist() for k, v in table.items()},
         "dtypes": dtypes,
         "version": work.version,
         "norm_edges": [float(edge) for edge in _histogram.edges()],
         "trees": trees,
+        "arrays": dict(arrays),
         "x64": bool(jax.config.read("jax_enable_x64")),
         **environment(),
-    }
+    } | ({} if member is None else {"member": dict(member)})
 
 
-def check_resumable(stored: Mapping[str, Any], spec: Mapping[str, Any], directory: Any) -> None:
+def check_resumable(
+    stored: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    directory: Any,
+    accept_changed_program: bool = False,
+) -> None:
     """Raises when a stored study is another one, and warns when its bits may differ.
+
+    What a study is (workload, optimizer, space, lengths, seeds) is compared apart from what may
+    change its bits (versions, device). Another version of JAX traces another program of the same
+    functions; then it must be the same functions, by what they are made of.
 
     Args:
       stored: the spec in the directory.
       spec: the spec of this call.
       directory: where it is stored, for the message.
+      accept_changed_program: whether the caller vouches for the program.
 
     Raises:
       ValueError: they differ; every difference is named.
     """
+    ours = storage.as_stored({name: spec.get(name) for name in _IDENTITY})
+    before = {name: stored.get(name) for name in _IDENTITY}
+    if "arrays" not in stored:  # Begun before they were recorded.
+        before["arrays"] = ours["arrays"]
     differences = [
-        f"{name} is {stored.get(name)!r} there and {spec.get(name)!r} here"
+        f"{name} is {before[name]!r} there and {ours[name]!r} here"
         for name in _IDENTITY
-        if stored.get(name) != spec.get(name)
+        if before[name] != ours[name]
     ]
-    if spec["points"] is not None or stored.get("points") is not None:
-        theirs, mine = stored.get("points") or {}, spec["points"] or {}
-        shorter = {name: len(values) for name, values in theirs.items()}
-        prefix = {name: values[: shorter.get(name, 0)] for name, values in mine.items()}
-        if prefix != theirs and {k: v[: len(mine.get(k, ()))] for k, v in theirs.items()} != mine:
-            differences.append("the points differ")
+    if not storage.agree_so_far(stored.get("points"), spec["points"]):
+        differences.append("the points differ")
     if stored.get("trials_per_block") != spec["trials_per_block"]:
         differences.append(
             f"trials_per_block is {stored.get('trials_per_block')} there and "
             f"{spec['trials_per_block']} here, and the width decides bits (leave it out)"
         )
     changed = [name for name in _ENVIRONMENT if stored.get(name) != spec.get(name)]
-    if not changed and stored.get("program") != spec.get("program"):
-        differences.append("the program differs: another model, loss, evaluation or optimizer")
+    other_program = stored.get("program") != spec.get("program")
+    same_code = spec.get("code") is not None and stored.get("code") == spec.get("code")
+    if other_program and not accept_changed_program:
+        if not changed:
+            differences.append("the program differs: another model, loss, evaluation or optimizer")
+        elif not same_code:
+            differences.append(
+                f"the program differs, and so do the {' and '.join(changed)}: another model, loss, "
+                "evaluation or optimizer, or the same in other versions. If you know that it is "
+                "the same, say accept_changed_program=True"
+            )
     if differences:
         raise ValueError(
             f"{str(directory)!r} holds another study: {'; '.join(differences)}. Choose another "
             "directory, or make the call the same."
         )
-    if changed:
+    if changed or other_program:
+        shown = [f"{name} {stored.get(name)!r}, now {spec.get(name)!r}" for name in changed]
+        shown += ["another program"] * other_program
         warnings.warn(
-            f"{str(directory)!r} was written with "
-            + "; ".join(f"{name} {stored.get(name)!r}, now {spec.get(name)!r}" for name in changed)
-            + ": new blocks are close to, not bit-exact with, what one environment would give, and "
-            "the program cannot be compared.",
+            f"{str(directory)!r} was written with {'; '.join(shown)}: new blocks are close to, "
+            "not bit-exact with, what one environment would give.",
             UserWarning,
             stacklevel=4,
         )

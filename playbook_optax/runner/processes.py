@@ -206,7 +206,7 @@ class Group:
         engine: Engine,
         missing: Sequence[Block],
         points: Points,
-        directory: str | os.PathLike[str] | None,
+        store: finished.Store,
         keeper: Keeper,
     ) -> Iterator[finished.Finished]:
         """Trains this process's share and yields all blocks, also those of others.
@@ -215,7 +215,7 @@ class Group:
           engine: trains blocks on this process's devices.
           missing: the blocks that this process has not got.
           points: where their points come from.
-          directory: where all processes store blocks, or None.
+          store: where all processes store blocks, if there is such a place.
           keeper: as for `Engine.run`.
 
         Yields:
@@ -227,17 +227,17 @@ class Group:
         blocks = {block.index: block for block in missing}
         owner = {index: number % self.size for number, index in enumerate(agreed)}
         mine = [block for index, block in blocks.items() if owner.get(index) == self.index]
-        for batch in finished.store(directory, engine.run(mine, points, keeper)):
-            if directory is None:
+        for batch in store.write(engine.run(mine, points, keeper)):
+            if store.directory is None:
                 for index, arrays in batch:
                     self._send(index, arrays)
             yield batch
             self.check_now_and_then()
         others = [index for index in blocks if owner.get(index) != self.index]
-        if directory is not None:
+        if store.directory is not None:
             self.arrive()
             for index in others:
-                yield [(index, _read_soon(directory, index))]
+                yield [(index, _read_soon(store, blocks[index]))]
         else:
             for index in others:
                 yield [(index, self._receive(index, owner[index]))]
@@ -273,17 +273,17 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _read_soon(directory: str | os.PathLike[str], index: int) -> dict[str, np.ndarray]:
+def _read_soon(store: finished.Store, block: Block) -> dict[str, np.ndarray]:
     """Reads a block that another process has stored, as soon as it can be seen here."""
     end = time.monotonic() + VISIBLE_SECONDS
-    while True:
-        try:
-            return storage.read_block(directory, index)
-        except storage.NoStudy:
-            if time.monotonic() > end:
-                raise
-            storage.finished_blocks(directory)  # Makes NFS look again.
-            time.sleep(0.2)
+    while not (found := store.read([block])):  # Looking makes NFS look again.
+        if time.monotonic() > end:
+            raise ProcessFailed(
+                f"block {block.index}, which another process has stored in "
+                f"{str(store.directory)!r}, is not there or damaged. The same call trains it again."
+            )
+        time.sleep(0.2)
+    return found[block.index]
 
 
 _calls = itertools.count()

@@ -12,17 +12,18 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import queue
 import threading
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from playbook_optax.runner import devices, identity, progress
+from playbook_optax.runner import devices, identity, progress, signals
 from playbook_optax.runner.devices import DATA_AXIS, TRIALS_AXIS
 from playbook_optax.trials import loop
 from playbook_optax.trials.stepper import (
@@ -47,6 +48,10 @@ MAX_COMPILED = 128
 MAX_SETS = 32
 
 P = jax.sharding.PartitionSpec
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+# How soon a signal is seen that came just before this thread began to wait.
+_CHECK_SECONDS = 0.2
 
 _compiled: collections.OrderedDict[str, Any] = collections.OrderedDict()
 _sets: collections.OrderedDict[Hashable, "Programs"] = collections.OrderedDict()
@@ -473,6 +478,18 @@ def _kept(
     return found
 
 
+def digest_of(functions: tuple[Any, ...]) -> str | None:
+    """What the user's functions are made of, whatever the versions that trace them.
+
+    Args:
+      functions: workload, make_optimizer, make_schedule.
+
+    Returns:
+      A digest; None if something in them could change unseen.
+    """
+    return identity.digest(*functions, skip=_not_traced)
+
+
 def forget() -> None:
     """Drops all compiled programs."""
     with _lock:
@@ -518,12 +535,9 @@ def _compile(traced: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
     if missing:
         devices.use_default_cache()
         num_threads = min(len(missing), devices.num_cores())
-        with (
-            progress.stage("compiling"),
-            concurrent.futures.ThreadPoolExecutor(num_threads) as threads,
-        ):
-            programs = list(
-                threads.map(lambda name: lowered[name].compile(_options(name)), missing)
+        with progress.stage("compiling"):
+            programs = side_by_side(
+                lambda name: lowered[name].compile(_options(name)), missing, num_threads
             )
         _compiled.update(zip((digests[name] for name in missing), programs, strict=True))
     found = {}
@@ -533,6 +547,54 @@ def _compile(traced: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
     while len(_compiled) > MAX_COMPILED:
         _compiled.popitem(last=False)
     return found
+
+
+def side_by_side(function: Callable[[_T], _R], items: Sequence[_T], num_threads: int) -> list[_R]:
+    """A function of each item, in threads that are left to themselves when this one must go.
+
+    Nothing ends a compilation, and the threads of an executor are waited for, if not at the end of
+    its block then at that of the interpreter: Ctrl-C would take as long as the compiler does.
+
+    Args:
+      function: called in the threads, items in order.
+      items: what for.
+      num_threads: how many threads.
+
+    Returns:
+      The results, in the order of the items.
+
+    Raises:
+      KeyboardInterrupt, SystemExit: from a signal's handler, at once.
+      Exception: the first that `function` raised, once no thread is at work any more.
+    """
+    results: list[concurrent.futures.Future[_R]] = [concurrent.futures.Future() for _ in items]
+    numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(items)):
+        numbers.put(number)
+    stopped = threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                number = numbers.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results[number].set_result(function(items[number]))
+            except BaseException as error:  # Raised again in the thread that waits.
+                results[number].set_exception(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(num_threads)]
+    try:
+        for thread in threads:
+            thread.start()
+        while concurrent.futures.wait(results, _CHECK_SECONDS).not_done:
+            pass
+    except BaseException as error:
+        stopped.set()
+        signals.leave_behind(threads, error)
+        raise
+    return [result.result() for result in results]
 
 
 def _options(name: str) -> dict[str, Any] | None:

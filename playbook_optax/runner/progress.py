@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from playbook_optax import _checks
+from playbook_optax._text import printable
 
 # Whose programs are being made, where a person wants to know.
 _told_of: contextvars.ContextVar[str | None] = contextvars.ContextVar("_told_of", default=None)
@@ -39,9 +40,7 @@ def stage(what: str) -> Iterator[None]:
     if name is None:
         yield
         return
-    # Control characters of a name have no business in a terminal.
-    shown = "".join(letter if letter.isprintable() else "?" for letter in name)
-    sys.stderr.write(f"{shown}: {what} … ")
+    sys.stderr.write(f"{printable(name)}: {what} … ")
     sys.stderr.flush()
     began = time.monotonic()
     try:
@@ -73,7 +72,7 @@ class Progress:
         except ImportError:
             return  # A study must not depend on its display.
         self._bar = bars.Progress(
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
             bars.TextColumn("{task.completed:.0f}/{task.total:.0f} blocks"),
             bars.TextColumn("{task.fields[rate]}"),
@@ -83,7 +82,7 @@ class Progress:
             bars.TextColumn("{task.fields[infeasible]}"),
             console=console.Console(stderr=True),
         )
-        self._task = self._bar.add_task(name, total=num_blocks, rate="", infeasible="")
+        self._task = self._bar.add_task(printable(name), total=num_blocks, rate="", infeasible="")
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:

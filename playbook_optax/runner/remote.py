@@ -7,33 +7,40 @@ back through the executor and the driver stores them, so that workers need no fi
 What a worker needs to train (the workload, its data, the functions) goes to it once: a task whose
 worker has not got it comes back at once, and is sent again with it. Threads of this process find
 the driver's own. A worker keeps what it has built and compiled for the tasks to come.
+
+Nothing that comes back is believed: an answer is compared with what was asked for before it is
+passed on, a task is sent a bounded number of times, and silence has a limit.
 """
 
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import queue
 import secrets
 import socket
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _portable
 from playbook_optax.runner import agreement, finished
 from playbook_optax.runner.plan import Block, Points
 
-# A task that its executor lost (a worker was killed) is sent this often before giving up.
+# A task that came to nothing (its worker was killed, or says nothing) is sent this often.
 ATTEMPTS = 3
+# Silence is put up with for so many times the longest task so far, and for so long at least.
+PATIENCE_TASKS = 10
+PATIENCE_SECONDS = 600.0
 # Tasks in flight: some for workers not seen yet, and two for each that has answered.
 SPARE_TASKS = 32
 TASKS_PER_WORKER = 2
@@ -49,7 +56,7 @@ TrainBlocks = Callable[[Sequence[Block], Points], Iterator[finished.Finished]]
 
 
 class ExecutorFailed(RuntimeError):  # noqa: N818
-    """The executor lost its workers, or the same task several times."""
+    """The executor lost its workers or the same task several times, or did what was not asked."""
 
 
 # In the worker ----------------------------------------------------------------------------------
@@ -83,6 +90,7 @@ class Answer:
       blocks: finished blocks; None if the worker has not got the study, or failed.
       error: what the user's code or ours raised.
       trace: the traceback of `error`.
+      seconds: how long the task took in the worker, compiling included.
     """
 
     worker: str
@@ -91,6 +99,7 @@ class Answer:
     blocks: finished.Finished | None = None
     error: Exception | None = None
     trace: str = ""
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +137,7 @@ def run_task(task: Task, payload: bytes | None) -> Answer:
                 "mp_context=multiprocessing.get_context('spawn'))."
             )
         with _lock:
+            began = time.monotonic()
             if task.study not in _trainers:
                 if payload is None:
                     return Answer(worker)
@@ -139,9 +149,11 @@ def run_task(task: Task, payload: bytes | None) -> Answer:
             points = _SentPoints(None, None, None, rows)
             batches = _trainers[task.study](task.blocks, points)
             blocks = [block for batch in batches for block in batch]
-        return Answer(worker, agreement.machine(), jax.local_device_count(), blocks)
+            seconds = time.monotonic() - began
+        machine, num_devices = agreement.machine(), jax.local_device_count()
+        return Answer(worker, machine, num_devices, blocks, seconds=seconds)
     except Exception as error:
-        return Answer(worker, error=_portable(error), trace=traceback.format_exc())
+        return Answer(worker, error=_sendable(error), trace=traceback.format_exc())
 
 
 def _keep(study: str, trainer: TrainBlocks) -> None:
@@ -150,7 +162,7 @@ def _keep(study: str, trainer: TrainBlocks) -> None:
     _trainers[study] = trainer
 
 
-def _portable(error: Exception) -> Exception:
+def _sendable(error: Exception) -> Exception:
     """The error, or its text where another process could not read it."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -168,11 +180,12 @@ def _unpack(payload: bytes) -> TrainBlocks:
             f"a worker cannot load the workload or the optimizer: {error}. The module that "
             "defines them must be importable there."
         ) from error
-    train_blocks, ours = build(**arguments, key=key_from(key))
+    train_blocks, ours = build(**arguments, key=_portable.receive_key(key))
     environment = ("versions", "device_kind")
     same = all(theirs[name] == ours[name] for name in environment)
     # Another version or device traces another program: warned of by the driver, not compared.
-    ignore = ("num_trials", "points", "space", *environment, *(() if same else ("program",)))
+    progress = ("num_trials", "points", "space", "code")
+    ignore = (*progress, *environment, *(() if same else ("program",)))
     found = agreement.differences(
         theirs, ours, there="in the driver", here="in the worker", ignore=ignore
     )
@@ -198,20 +211,6 @@ def check_executor(executor: Any) -> None:
         "executor must be a concurrent.futures.Executor (PEP 3148), got "
         f"{type(executor).__name__}.{hint}"
     )
-
-
-def key_to(key: jax.Array) -> tuple[str | None, np.ndarray]:
-    """A random key as what can be sent: its implementation (None of a raw key) and its data."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return None, np.asarray(key)
-    return str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
-
-
-def key_from(sent: tuple[str | None, Any]) -> jax.Array:
-    """The key that `key_to` took apart."""
-    impl, data = sent
-    raw = jnp.asarray(np.asarray(data, np.uint32))
-    return raw if impl is None else jax.random.wrap_key_data(raw, impl=impl)
 
 
 Build = Callable[..., tuple[TrainBlocks, Mapping[str, Any]]]
@@ -241,7 +240,7 @@ def pack(build: Build, arguments: Mapping[str, Any], key: Any, spec: Mapping[str
     else:
         dumps = cloudpickle.dumps
     try:
-        return dumps((build, dict(arguments), key_to(key), dict(spec)))
+        return dumps((build, dict(arguments), _portable.send_key(key), dict(spec)))
     except Exception:
         for name, value in arguments.items():
             try:
@@ -262,17 +261,44 @@ def pack(build: Build, arguments: Mapping[str, Any], key: Any, spec: Mapping[str
 
 def digest(spec: Mapping[str, Any]) -> str:
     """A name for what is computed, whatever the points."""
-    kept = {k: v for k, v in spec.items() if k not in ("num_trials", "points", "space")}
+    kept = {k: v for k, v in spec.items() if k not in ("num_trials", "points", "space", "code")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-class _Batch:
-    """Blocks on their way, and how often they were lost."""
+# What every array of a block is promised to be, name to (dtype, shape).
+Promised = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+
+class _Batch:
+    """Blocks on their way, and how often they came to nothing.
+
+    Attributes:
+      blocks: the blocks.
+      points: name to array (block, trial), their points.
+      failures: how often they came to nothing.
+      with_payload: whether they are sent together with the study.
+      done: whether they have come back.
+    """
+
+    def __init__(self, blocks: Sequence[Block], points: Points) -> None:
+        rows = [points.rows(block.trials) for block in blocks]
         self.blocks = tuple(blocks)
-        self.losses = 0
+        self.points = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        self.failures = 0
         self.with_payload = False
+        self.done = False
+
+    @property
+    def indices(self) -> list[int]:
+        return [block.index for block in self.blocks]
+
+    def failed(self, why: str, where: str) -> None:
+        """Counts what came to nothing; raises when that was often enough."""
+        self.failures += 1
+        if self.failures >= ATTEMPTS:
+            raise ExecutorFailed(
+                f"the executor lost the blocks {self.indices} {ATTEMPTS} times: {why}. {where}"
+            )
 
 
 def train(
@@ -281,10 +307,12 @@ def train(
     points: Points,
     *,
     spec: Mapping[str, Any],
+    promised: Promised,
     train_blocks: TrainBlocks,
     make_payload: Callable[[], bytes],
     check: Callable[[], None],
     where: str,
+    timeout_seconds: float | None = None,
 ) -> Iterator[finished.Finished]:
     """Trains blocks on an executor's workers and yields them as they finish, in any order.
 
@@ -293,66 +321,93 @@ def train(
       blocks: what to train.
       points: where their points come from; evaluated here, so that all workers get the same bits.
       spec: the study's spec, with fingerprints.
+      promised: what each array of a block is, in the order in which they are stored.
       train_blocks: this process's own, for executors whose workers are threads of it.
       make_payload: makes what `run_task` unpacks; called once, and only if some worker asks.
-      check: called every second while nothing finishes; may raise.
+      check: called before every task that is sent or taken, and every second; may raise.
       where: the end of an error message: what becomes of what is finished.
+      timeout_seconds: see `Trainer.executor_timeout_seconds`.
 
     Yields:
       Finished blocks as `Engine.run` does.
 
     Raises:
-      ExecutorFailed: the executor broke, or lost the same task several times.
+      ExecutorFailed: the executor broke, the same task came to nothing several times, or a worker
+        sent what it was not asked for.
     """
     study, mine = digest(spec), agreement.machine()
     waiting = list(reversed(blocks))
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    flying: dict[Any, _Batch] = {}
+    # A batch may be on its way more than once.
+    flying: dict[Any, tuple[_Batch, bool]] = {}
     workers: set[str] = set()
     told: set[str] = set()
     payload: list[bytes] = []
+    silence = _Silence(timeout_seconds)
     size = 1
 
     def submit(batch: _Batch) -> None:
-        rows = [points.rows(block.trials) for block in batch.blocks]
-        sent = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        task = Task(study, batch.blocks, sent, secrets.token_hex(8))
+        check()
+        task = Task(study, batch.blocks, batch.points, secrets.token_hex(8))
         if batch.with_payload and not payload:
             payload.append(make_payload())
         try:
             future = executor.submit(run_task, task, payload[0] if batch.with_payload else None)
         except (RuntimeError, concurrent.futures.BrokenExecutor) as error:
             raise ExecutorFailed(f"the executor takes no more tasks: {error}. {where}") from error
-        flying[future] = batch
+        flying[future] = (batch, batch.with_payload)
         future.add_done_callback(answers.put)
+
+    def send_again_after_silence() -> None:
+        overdue = list(dict.fromkeys(batch for batch, _ in flying.values()))
+        silence.tell([index for batch in overdue for index in batch.indices])
+        if silence.bounded:
+            for batch in overdue:
+                batch.failed(f"no worker has answered for {silence.limit:.0f} s", where)
+                submit(batch)
 
     outside = _trainers.get(study)
     _trainers[study] = train_blocks
     try:
         while waiting or flying:
             while waiting and len(flying) < SPARE_TASKS + TASKS_PER_WORKER * len(workers):
-                submit(_Batch([waiting.pop() for _ in range(min(size, len(waiting)))]))
+                some = [waiting.pop() for _ in range(min(size, len(waiting)))]
+                submit(_Batch(some, points))
+            check()
             try:
                 future = answers.get(timeout=_CHECK_SECONDS)
             except queue.Empty:
-                check()
+                if silence.too_long(_CHECK_SECONDS):
+                    send_again_after_silence()
                 continue
-            batch = flying.pop(future)
+            silence.broken()
+            batch, had_payload = flying.pop(future, (None, False))
+            if batch is None or batch.done:
+                continue
             answer = _result(future, batch, where)
             if answer is None:
                 submit(batch)
                 continue
+            worker = f"the executor's worker {answer.worker!r:.200}"
             if answer.error is not None:
-                answer.error.add_note(f"In the executor's worker {answer.worker}:\n{answer.trace}")
+                answer.error.add_note(f"In {worker}:\n{answer.trace}")
                 raise answer.error
             workers.add(answer.worker)
             if answer.blocks is None:
+                if had_payload:
+                    batch.failed(f"{worker} has not got the study, with which they came", where)
                 batch.with_payload = True
                 submit(batch)
                 continue
+            found = _checked(answer, batch, promised, f"{worker} sent", where)
+            batch.done = True
+            for other in [one for one, (same, _) in flying.items() if same is batch]:
+                del flying[other]
+                other.cancel()
             size = max(size, answer.num_devices)
+            silence.learn(answer.seconds, found)
             _warn_of_other_bits(mine, answer, told)
-            yield answer.blocks
+            yield found
     finally:
         for future in flying:
             future.cancel()
@@ -362,22 +417,152 @@ def train(
             _trainers[study] = outside
 
 
+class _Silence:
+    """How long no worker has answered, and how long that may last.
+
+    Time in which this process itself was stopped does not count.
+
+    Args:
+      seconds: the limit, or None to go by how long tasks take.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._given = seconds
+        self._longest: float | None = None
+        self._lasted = 0.0
+        self._warned = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a limit: before the first block nobody knows how long one takes."""
+        return self._given is not None or self._longest is not None
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which something must be done."""
+        if self._given is not None:
+            return self._given
+        if self._longest is None:
+            return PATIENCE_SECONDS * 2**self._warned
+        return max(PATIENCE_SECONDS, PATIENCE_TASKS * self._longest)
+
+    def too_long(self, seconds: float) -> bool:
+        """Counts some more seconds; whether the limit is reached."""
+        self._lasted += seconds
+        return self._lasted >= self.limit
+
+    def broken(self) -> None:
+        """Somebody has answered."""
+        self._lasted = 0.0
+
+    def learn(self, seconds: float, blocks: finished.Finished) -> None:
+        """Takes note of how long a task took, if a trial of it went on to the end."""
+        if any((~arrays["infeasible"]).any() for _, arrays in blocks):
+            self._longest = max(self._longest or 0.0, seconds)
+
+    def tell(self, indices: Sequence[int]) -> None:
+        """Warns of it, and begins to count anew where there is a limit."""
+        shown = f"{indices[:8]}{' and others' if len(indices) > 8 else ''}"
+        then = (
+            "They are sent again; a worker that is frozen should be ended."
+            if self.bounded
+            else "None has finished a block so far, so that nobody knows how long one takes: "
+            "executor_timeout_seconds= sets a limit."
+        )
+        warnings.warn(
+            f"no worker of the executor has answered for {self._lasted:.0f} s; waiting for the "
+            f"blocks {shown}. {then}",
+            UserWarning,
+            stacklevel=6,
+        )
+        self._warned += 1
+        if self.bounded:
+            self._lasted = 0.0
+
+
 def _result(future: Any, batch: _Batch, where: str) -> Answer | None:
     """The answer; None to send the task again."""
     try:
-        answer: Answer = future.result()
-        return answer
+        answer = future.result()
     except concurrent.futures.BrokenExecutor as error:
         raise ExecutorFailed(f"the executor is broken, a worker died: {error} {where}") from error
     except (Exception, concurrent.futures.CancelledError) as error:
         # What training raises comes as an answer: this is the executor's, which lost the task.
-        batch.losses += 1
-        if batch.losses < ATTEMPTS:
-            return None
-        raise ExecutorFailed(
-            f"the executor lost the blocks {[block.index for block in batch.blocks]} "
-            f"{ATTEMPTS} times: {type(error).__name__}: {error} {where}"
-        ) from error
+        try:
+            batch.failed(f"{type(error).__name__}: {error}", where)
+        except ExecutorFailed as failure:
+            raise failure from error
+        return None
+    if isinstance(answer, Answer) and isinstance(answer.worker, str):
+        return answer
+    batch.failed(f"their task came to {type(answer).__name__} in the place of an answer", where)
+    return None
+
+
+def _checked(
+    answer: Answer, batch: _Batch, promised: Promised, sent: str, where: str
+) -> finished.Finished:
+    """The blocks of an answer, if they are those that were asked for.
+
+    Args:
+      answer: the answer.
+      batch: what was asked for.
+      promised: what each array is.
+      sent: the beginning of a message.
+      where: the end of a message.
+
+    Returns:
+      The blocks, their arrays in the order of `promised`.
+
+    Raises:
+      ExecutorFailed: they are others, or not what was promised.
+    """
+
+    def refuse(what: str) -> ExecutorFailed:
+        return ExecutorFailed(
+            f"{sent} {what}. Nothing of it is stored. Is it another version of playbook_optax, or "
+            f"an executor that mixes up its tasks? {where}"
+        )
+
+    for name, kind in (("machine", dict), ("num_devices", int), ("seconds", float)):
+        value = getattr(answer, name)
+        if type(value) is not kind:
+            raise refuse(f"{name} = {value!r:.80}, which is no {kind.__name__}")
+    if answer.num_devices < 1 or not math.isfinite(answer.seconds):
+        raise refuse(f"num_devices = {answer.num_devices}, seconds = {answer.seconds}")
+    try:
+        arrays_of = {int(index): dict(arrays) for index, arrays in answer.blocks or ()}
+        indices = [index for index, _ in answer.blocks or ()]
+    except (TypeError, ValueError) as error:
+        raise refuse(f"blocks of which {error}") from error
+    if sorted(indices) != sorted(batch.indices):
+        raise refuse(f"the blocks {indices!r:.200} and was asked for {batch.indices}")
+    found = []
+    for number, block in enumerate(batch.blocks):
+        arrays = arrays_of[block.index]
+        if set(arrays) != set(promised):
+            odd = sorted(map(repr, set(arrays) ^ set(promised)))
+            raise refuse(f"block {block.index} with other arrays: {', '.join(odd):.200} differ")
+        asked = {
+            "trial": block.trials,
+            "seed": np.full_like(block.trials, block.seed),
+            **{f"point/{name}": rows[number] for name, rows in batch.points.items()},
+        }
+        for name, (dtype, shape) in promised.items():
+            array = arrays[name]
+            if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (dtype, shape):
+                got = getattr(array, "dtype", type(array).__name__), np.shape(array)
+                raise refuse(
+                    f"block {block.index} with {name!r} of {got[0]} {list(got[1])}, which is to "
+                    f"be {dtype} {list(shape)}"
+                )
+            if name in asked and array.tobytes() != asked[name].tobytes():
+                raise refuse(
+                    f"block {block.index} with {name!r} = {array!r:.120} and was asked for "
+                    f"{asked[name]!r:.120}"
+                )
+        found.append((block.index, {name: arrays[name] for name in promised}))
+    return found
 
 
 def _warn_of_other_bits(mine: Mapping[str, Any], answer: Answer, told: set[str]) -> None:

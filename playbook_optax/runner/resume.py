@@ -1,15 +1,15 @@
 """What happens between two calls of the program: looking after signals, and saving."""
 
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax.records import checkpoints, storage
+from playbook_optax.records import checkpoints
 from playbook_optax.runner import finished
+from playbook_optax.runner.plan import Block
 from playbook_optax.runner.signals import StopRequest
 
 # How often a worker looks whether others have stored the blocks that it is training.
@@ -41,7 +41,7 @@ class Keeper:
 
     Args:
       stop: the request to stop, or None.
-      directory: the study directory, or None to save nothing.
+      store: where the study's finished blocks are, and its saves beside them; None saves nothing.
       seconds: how long to train between two saves.
       shared: whether other workers train blocks of the same study.
     """
@@ -49,11 +49,12 @@ class Keeper:
     def __init__(
         self,
         stop: StopRequest | None = None,
-        directory: str | os.PathLike[str] | None = None,
+        store: finished.Store | None = None,
         seconds: float = float("inf"),
         shared: bool = False,
     ) -> None:
-        self._stop, self._directory, self._seconds = stop, directory, seconds
+        self._stop, self._seconds = stop, seconds
+        self._store = store if store is not None and store.directory is not None else None
         self._shared = shared
         self._saved_at = self._looked_at = time.monotonic()
 
@@ -69,7 +70,7 @@ class Keeper:
 
     def between_calls(
         self,
-        blocks: Sequence[int],
+        blocks: Sequence[Block],
         step: int,
         arrays: Callable[[], list[np.ndarray]],
         position: Any,
@@ -88,26 +89,36 @@ class Keeper:
           KeyboardInterrupt: Ctrl-C.
           StudyTerminated: SIGTERM.
         """
+        indices = [block.index for block in blocks]
         if self._stored_by_others(blocks):
-            self.drop(blocks)
+            self.drop(indices)
             raise DoneByOthers
         due = time.monotonic() - self._saved_at > self._seconds
-        if self._directory is not None and (due or self.asked_to_stop):
-            meta = {"blocks": list(blocks), "position": position}
-            checkpoints.Checkpoints(self._directory, _name(blocks)).write(step, arrays(), meta)
+        if self._store is not None and (due or self.asked_to_stop):
+            meta = {"blocks": indices, "position": position}
+            self._saves(_name(indices)).write(step, arrays(), meta)
             self._saved_at = time.monotonic()
         self.check()
 
-    def _stored_by_others(self, blocks: Sequence[int]) -> bool:
+    def _saves(self, name: str) -> checkpoints.Checkpoints:
+        assert self._store is not None
+        assert self._store.directory is not None
+        return checkpoints.Checkpoints(self._store.directory, name, self._store.owner)
+
+    def _groups(self) -> list[str]:
+        """The names of all groups of blocks that have saves."""
+        if self._store is None or self._store.directory is None:
+            return []
+        return checkpoints.groups(self._store.directory)
+
+    def _stored_by_others(self, blocks: Sequence[Block]) -> bool:
         """Whether all these blocks are stored and sound, as far as the last look shows."""
         if not self._shared or time.monotonic() - self._looked_at < LOOK_SECONDS:
             return False
-        assert self._directory is not None
+        assert self._store is not None
         self._looked_at = time.monotonic()
-        wanted = set(blocks)
-        if not wanted.issubset(storage.finished_blocks(self._directory)):
-            return False
-        return wanted == set(finished.read(self._directory, wanted))
+        wanted = {block.index for block in blocks}
+        return wanted <= self._store.stored() and wanted == set(self._store.read(blocks))
 
     def groups(self, missing: Iterable[int]) -> list[tuple[int, ...]]:
         """Blocks that were in training together when they were last saved.
@@ -118,47 +129,54 @@ class Keeper:
         Returns:
           Groups of wanted blocks that do not overlap.
         """
-        if self._directory is None:
-            return []
         left, found = set(missing), []
-        for name in checkpoints.groups(self._directory):
-            saves = checkpoints.Checkpoints(self._directory, name)
-            meta = saves.meta()
-            blocks = tuple((meta or {}).get("blocks", ()))
+        for name in self._groups():
+            blocks = _blocks(self._saves(name).meta())
             if blocks and left.issuperset(blocks):
                 left.difference_update(blocks)
                 found.append(blocks)
         return found
 
-    def load(self, blocks: Sequence[int], like: Sequence[Any]) -> Saved | None:
+    def load(self, blocks: Sequence[int], like: Sequence[Any], num_steps: int) -> Saved | None:
         """The newest sound save of a group, or None.
 
         Args:
           blocks: one of `groups`.
           like: dtype and shape of each array.
+          num_steps: updates of a run, all of which no save has behind it.
         """
-        if self._directory is None:
+        if self._store is None:
             return None
-        found = checkpoints.Checkpoints(self._directory, _name(blocks)).read_newest(like)
-        if found is None:
+        found = self._saves(_name(blocks)).read_newest(like, num_steps - 1)
+        if found is None or _blocks(found[2]) != tuple(blocks):
             return None
         step, arrays, meta = found
-        return Saved(tuple(meta["blocks"]), step, arrays, meta["position"])
+        return Saved(tuple(blocks), step, arrays, meta.get("position"))
 
     def sweep(self, finished: set[int]) -> None:
-        """Removes saves of which nothing is needed: all their blocks are stored."""
-        if self._directory is None:
-            return
-        for name in checkpoints.groups(self._directory):
-            saves = checkpoints.Checkpoints(self._directory, name)
+        """Removes saves of which nothing is needed: their blocks are stored, or another study's."""
+        for name in self._groups():
+            saves = self._saves(name)
             meta = saves.meta()
-            if meta is not None and finished.issuperset(meta.get("blocks", ())):
+            if saves.foreign() or _is_needless(meta, finished):
                 saves.remove()
 
     def drop(self, blocks: Sequence[int]) -> None:
         """Removes the saves of blocks that are stored by now."""
-        if self._directory is not None:
-            checkpoints.Checkpoints(self._directory, _name(blocks)).remove()
+        if self._store is not None:
+            self._saves(_name(blocks)).remove()
+
+
+def _is_needless(meta: Mapping[str, Any] | None, finished: set[int]) -> bool:
+    return meta is not None and finished.issuperset(_blocks(meta))
+
+
+def _blocks(meta: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """The blocks that a save says it is of; none where it says nothing that makes sense."""
+    blocks = (meta or {}).get("blocks")
+    if type(blocks) is not list or not all(type(index) is int for index in blocks):
+        return ()
+    return tuple(blocks) if len(set(blocks)) == len(blocks) else ()
 
 
 def _name(blocks: Sequence[int]) -> str:

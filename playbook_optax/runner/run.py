@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from playbook_optax import _checks
-from playbook_optax.records import checkpoints, storage, study
+from playbook_optax.records import checkpoints, schema, storage, study
 from playbook_optax.runner import (
     devices,
     execute,
@@ -66,7 +66,8 @@ def run_study(
     Args:
       trainer: a `Trainer`; or, in its place, ``workload, make_optimizer`` and any other attribute
         of `Trainer` by name: ``make_schedule``, ``fixed``, ``trials_per_block``, ``mesh``,
-        ``executor``, ``worker``, ``checkpoint_seconds``, ``progress``.
+        ``executor``, ``executor_timeout_seconds``, ``worker``, ``checkpoint_seconds``,
+        ``progress``.
       points: a `SearchSpace`, sampled quasi-randomly, or name to array (trial,).
       num_steps: updates of each trial.
       eval_every: updates between evaluations.
@@ -111,19 +112,43 @@ def run_study(
     Source: playbook, "Where can I find an implementation of quasi-random search?" and "How many
     trials are needed to get good results with quasi-random search?"
     """
+    return train_study(
+        trainer,
+        points,
+        num_trials,
+        directory,
+        num_steps=num_steps,
+        eval_every=eval_every,
+        key=key,
+        num_seeds=num_seeds,
+        independent=independent,
+        keep=keep,
+    )
+
+
+def train_study(
+    trainer: Trainer,
+    points: SearchSpace | Mapping[str, Any],
+    num_trials: int | None,
+    directory: str | os.PathLike[str] | None,
+    **question: Any,
+) -> study.Study:
+    """`run_study`, also for a study that is one of a set.
+
+    Args:
+      trainer: what is trained and how.
+      points: as in `run_study`.
+      num_trials: as in `run_study`.
+      directory: as in `run_study`.
+      **question: what else `StudyRunner` takes.
+
+    Returns:
+      The study.
+    """
     with processes.together():
-        keys.check_key("key", key)
-        plan.make_points(points, num_trials, key)
-        runner = StudyRunner(
-            trainer,
-            points,
-            num_steps=num_steps,
-            eval_every=eval_every,
-            key=key,
-            num_seeds=num_seeds,
-            independent=independent,
-            keep=keep,
-        )
+        keys.check_key("key", question["key"])
+        plan.make_points(points, num_trials, question["key"])
+        runner = StudyRunner(trainer, points, **question)
         return runner.run(points, num_trials=num_trials, directory=directory)
 
 
@@ -152,6 +177,7 @@ class StudyRunner:
       keep: weights to keep.
       names: names of hyperparameters in the study, and what the trainer's functions call them;
         where a name is missing, it is the same.
+      member: which study of a set it is; None if of none.
 
     Raises:
       ValueError: a bad argument; a workload or optimizer that breaks its promise, before anything
@@ -170,13 +196,17 @@ class StudyRunner:
         independent: bool = False,
         keep: str = "none",
         names: Mapping[str, str] | None = None,
+        member: Mapping[str, Any] | None = None,
     ) -> None:
         keys.check_key("key", key)
-        num_seeds = _checks.check_count("num_seeds", num_seeds)
-        if not isinstance(independent, bool):
-            raise _checks.ArgumentTypeError(
-                f"independent must be True or False, got {independent!r}."
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            raise ValueError(
+                "jax_disable_jit is on, and a study is a compiled program. Turn it off, "
+                'jax.config.update("jax_disable_jit", False); pbx.make_train trains one trial '
+                "without it."
             )
+        num_seeds = _checks.check_count("num_seeds", num_seeds)
+        _checks.check_flag("independent", independent)
         # Again, because only a call knows whether it is one of a job of several processes.
         trainer.check_places()
         self._trainer = trainer
@@ -207,11 +237,12 @@ class StudyRunner:
             "independent": independent,
             "keep": keep,
             "names": names,
+            "member": member,
         }
         self._key = key
         self._functions = (trainer.workload, trainer.make_optimizer, trainer.make_schedule)
         self._num_seeds, self._independent, self._keep = num_seeds, independent, keep
-        self._eval_every = eval_every
+        self._eval_every, self._member = eval_every, member
         # Widths of which a device's memory holds one block only.
         self._one_place: set[int] = set()
         self._columns = plan.Columns(dict(names or {}), self._like, trainer.fixed)
@@ -229,11 +260,13 @@ class StudyRunner:
         self._auto_width = self._outline.width
         # Whether the user's schedule takes a number of steps that is data.
         self._takes_lengths = True
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints: dict[str, str | None] = {}
         self._engines: dict[int, execute.Engine] = {}
         # Traced before anything is compiled or written, so that a bad workload says so first.
         with telling(trainer.progress, self._work.name):
-            self._programs(self._trials_per_block or self._auto_width)
+            found = self._programs(self._trials_per_block or self._auto_width)
+            study.check_names(self._like, found.state_shapes.metrics.names)
+        self._arrays = execute.describe_block(found, self._work, self._eval_steps, keep, self._like)
 
     def _sketched(self) -> programs.Outline:
         weights = jax.eval_shape(self._stepper.weights, *self._arguments[:2])
@@ -340,7 +373,7 @@ class StudyRunner:
           NotWritable: as for `run`.
         """
         _, count, _, spec = self._begin(points, num_trials, directory)
-        _write_spec(directory, {**spec, "num_trials": count})
+        self._write_spec(directory, {**spec, "num_trials": count})
 
     def _begin(
         self,
@@ -363,7 +396,7 @@ class StudyRunner:
             storage.remove_temporary_files(directory)
             checkpoints.remove_temporary_folders(directory)
             try:
-                stored = storage.read_spec(directory)
+                stored = schema.read_spec(directory)
             except storage.NoStudy:
                 stored = None
         group = processes.current()
@@ -377,12 +410,12 @@ class StudyRunner:
         assert width is not None
         spec = self._spec(rows, width, fingerprints=directory is not None)
         if stored is not None:
-            plan.check_resumable(stored, spec, directory)
+            self._check_resumable(stored, spec, directory)
         elif (
             directory is not None
             and group is None
             and self._trials_per_block is None
-            and not storage.write_spec(directory, {**spec, "num_trials": count}, replace=False)
+            and not storage.write_spec(directory, {**spec, "num_trials": count})
         ):
             # Of several processes that begin one study, the first decides the width.
             return self._begin(points, num_trials, directory)
@@ -492,7 +525,7 @@ class StudyRunner:
         self._auto_width = width // 2
         if directory is not None:
             spec = self._spec(rows, self._auto_width, fingerprints=True)
-            storage.write_spec(directory, {**spec, "num_trials": count})
+            storage.write_spec(directory, {**spec, "num_trials": count}, replace=True)
         return True
 
     def _spec(self, points: plan.Points, width: int, *, fingerprints: bool) -> dict[str, Any]:
@@ -509,6 +542,8 @@ class StudyRunner:
             key=self._key,
             width=width,
             shapes=self._weights,
+            arrays=self._arrays,
+            member=self._member,
         )
         if self._columns.fixed:
             spec["fixed"] = {name: value.item() for name, value in self._columns.fixed.items()}
@@ -517,6 +552,7 @@ class StudyRunner:
                 self._fingerprints = {
                     "data": plan.fingerprint_data(self._work.data),
                     "program": self._fingerprint_of_program(),
+                    "code": programs.digest_of(self._functions),
                 }
             spec |= self._fingerprints
         return spec
@@ -578,20 +614,22 @@ class StudyRunner:
         ):
             if group is not None:
                 group.agree(spec)
+            owner = storage.NOBODY
             if directory is not None:
                 if group is not None:
                     group.check_shared(directory)
-                _write_spec(directory, spec)
-                done |= finished.read(directory, {block.index for block in blocks} - set(done))
+                owner = self._write_spec(directory, spec)
+            store = finished.Store(directory, owner, points)
+            done |= store.read(block for block in blocks if block.index not in done)
             shared = self._worker is not None
-            keeper = resume.Keeper(stop, directory, self._trainer.checkpoint_seconds, shared)
+            keeper = resume.Keeper(stop, store, self._trainer.checkpoint_seconds, shared)
             keeper.sweep(set(done))
             missing = [block for block in blocks if block.index not in done]
             if missing:
                 self._check_fits(width, num_trials)
             show = self._trainer.progress and (group is None or group.index == 0)
             with Progress(show, self._work.name, len(missing), steps) as progress:
-                for batch in self._finish(missing, points, width, spec, directory, keeper):
+                for batch in self._finish(missing, points, width, spec, store, keeper):
                     done |= dict(batch)
                     real = [arrays["trial"] < num_trials for _, arrays in batch]
                     progress.update(
@@ -635,7 +673,7 @@ class StudyRunner:
         points: plan.Points,
         width: int,
         spec: Mapping[str, Any],
-        directory: str | os.PathLike[str] | None,
+        store: finished.Store,
         keeper: resume.Keeper,
     ) -> Iterator[finished.Finished]:
         """Trains blocks here, or has them trained, and yields them once they are stored."""
@@ -643,18 +681,22 @@ class StudyRunner:
         num_blocks = -(-len(missing) // self._num_seeds)
         if group is not None:
             engine = self.engine(width, -(-num_blocks // group.size))
-            return group.train(engine, missing, points, directory, keeper)
-        if self._worker is not None and directory is not None:
+            return group.train(engine, missing, points, store, keeper)
+        if self._worker is not None:
             engine = self.engine(width, -(-num_blocks // self._worker[1]))
-            return workers.train(engine, missing, points, directory, self._worker, keeper)
+            return workers.train(engine, missing, points, store, self._worker, keeper)
         if self._executor is None:
             engine = self.engine(width, num_blocks)
-            return finished.store(directory, engine.run(missing, points, keeper))
+            return store.write(engine.run(missing, points, keeper))
         batches = remote.train(
             self._executor,
             missing,
             points,
             spec=spec,
+            promised={
+                name: (storage.stored_dtype(dtype), (width, *shape))
+                for name, (dtype, shape) in self._arrays.items()
+            },
             train_blocks=lambda blocks, points: self.engine(width, 1).run(blocks, points),
             make_payload=lambda: remote.pack(
                 _rebuild,
@@ -663,9 +705,29 @@ class StudyRunner:
                 spec,
             ),
             check=keeper.check,
-            where=_where_finished_is(directory),
+            where=_where_finished_is(store.directory),
+            timeout_seconds=self._trainer.executor_timeout_seconds,
         )
-        return finished.store(directory, batches)
+        return store.write(batches)
+
+    def _check_resumable(
+        self, stored: Mapping[str, Any], spec: Mapping[str, Any], directory: Any
+    ) -> None:
+        plan.check_resumable(stored, spec, directory, self._trainer.accept_changed_program)
+
+    def _write_spec(
+        self, directory: str | os.PathLike[str], spec: Mapping[str, Any]
+    ) -> storage.Owner:
+        """Stores the spec before the first block, or that the study is longer by now."""
+        if storage.write_spec(directory, spec):
+            return storage.owner_of(spec)
+        stored = schema.read_spec(directory)
+        # Another process may have begun another study here since the first look.
+        self._check_resumable(stored, spec, directory)
+        if stored["num_trials"] < spec["num_trials"]:
+            longer = {"num_trials": spec["num_trials"], "points": spec["points"]}
+            storage.extend_spec(directory, {**stored, **longer})
+        return storage.owner_of(stored)
 
 
 def _where_finished_is(directory: str | os.PathLike[str] | None) -> str:
@@ -697,15 +759,3 @@ def _rebuild(
     points, _ = plan.make_points(points_like, None, recipe["key"])
     spec = runner._spec(points, trials_per_block, fingerprints=True)
     return runner.engine(trials_per_block, 1).run, spec
-
-
-def _write_spec(directory: str | os.PathLike[str], spec: Mapping[str, Any]) -> None:
-    """Stores the spec before the first block; a longer study replaces a shorter one's."""
-    if storage.write_spec(directory, spec, replace=False):
-        return
-    stored = storage.read_spec(directory)
-    # Another process may have begun another study here since the first look.
-    plan.check_resumable(stored, spec, directory)
-    if stored["num_trials"] < spec["num_trials"]:
-        kept = {"num_trials": spec["num_trials"], "points": spec["points"]}
-        storage.write_spec(directory, {**stored, **kept})

@@ -1,9 +1,11 @@
 """Ctrl-C and SIGTERM while a study trains: the first stops at a safe moment, the second at once."""
 
+import atexit
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -95,3 +97,38 @@ def stop_requests(where: str) -> Iterator[StopRequest]:
         for number, handler in ours.items():
             signal.signal(number, handler)
     request.check()
+
+
+# Threads that nobody waits for, and what ended the work that they were part of.
+_left_behind: list[tuple[threading.Thread, BaseException]] = []
+
+
+def leave_behind(threads: Sequence[threading.Thread], error: BaseException) -> None:
+    """Lets the interpreter end though threads are inside of what nothing can interrupt.
+
+    At its end, before JAX takes apart what such a thread is using, the process is ended with the
+    status of the error if one is still at work.
+
+    Args:
+      threads: daemon threads.
+      error: what is being raised, such as `KeyboardInterrupt`.
+    """
+    if not _left_behind:
+        atexit.register(_end_process)
+    _left_behind.extend((thread, error) for thread in threads)
+
+
+def _end_process() -> None:
+    errors = [error for thread, error in _left_behind if thread.is_alive()]
+    if not errors:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(RuntimeError, ValueError, OSError, AttributeError):
+            stream.flush()
+    code = getattr(errors[-1], "code", None)
+    if isinstance(code, int):
+        os._exit(code)
+    # As Python itself ends after Ctrl-C: the parent sees which signal it was.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
+    os._exit(128 + signal.SIGINT)

@@ -12,10 +12,11 @@ import numpy as np
 from playbook_optax import _checks
 from playbook_optax.records import study_set
 from playbook_optax.records.study_set import StudySet
-from playbook_optax.runner.run import run_study
+from playbook_optax.runner.run import train_study
+from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Categorical, Integer, SearchSpace
 from playbook_optax.trials import keys, stepper
-from playbook_optax.trials.workload import Workload, WorkloadLike, with_fixed
+from playbook_optax.trials.workload import Workload, WorkloadLike
 
 NEEDED = ("workload", "make_optimizer", "space", "num_trials", "num_steps", "eval_every")
 KEYS = (*NEEDED, "make_schedule")
@@ -136,18 +137,26 @@ def run_studies(
         study_set.write_index(directory, scientific, labels, {v.label: v.fixed for v in ready})
     studies = {}
     for i, variant in enumerate(ready):
-        studies[variant.label] = run_study(
-            points=variant.space,
+        question = dict(variant.arguments)
+        trainer = Trainer(
+            *(question.pop(name) for name in ("workload", "make_optimizer", "make_schedule")),
+            fixed=variant.fixed,
+            trials_per_block=trials_per_block,
+            mesh=mesh,
+            executor=executor,
+            progress=progress,
+        )
+        studies[variant.label] = train_study(
+            trainer,
+            variant.space,
+            question.pop("num_trials"),
+            None if directory is None else study_set.folder(directory, i),
             key=key,
             num_seeds=num_seeds,
             independent=independent,
             keep=keep,
-            trials_per_block=trials_per_block,
-            mesh=mesh,
-            executor=executor,
-            directory=None if directory is None else study_set.folder(directory, i),
-            progress=progress,
-            **variant.arguments,
+            member=study_set.member(scientific, variant.label, i),
+            **question,
         )
     return StudySet(studies, scientific, {v.label: v.fixed for v in ready})
 
@@ -229,11 +238,6 @@ def _reduced(label: str, arguments: dict[str, Any], fixed: Mapping[str, Any]) ->
             f"fixed leaves variants[{label!r}] without a hyperparameter to search; train a point "
             "with pbx.procedures.retrain."
         )
-    if own:
-        for name in ("make_optimizer", "make_schedule", "workload"):
-            given = arguments[name]
-            if given is not None and not isinstance(given, Workload):
-                arguments[name] = with_fixed(given, own)
     return _Variant(label, SearchSpace(left), own, arguments)
 
 
@@ -242,7 +246,7 @@ def _value(name: str, value: Any, parameter: Any) -> Any:
     if isinstance(parameter, Categorical) and not parameter.numeric:
         for index, choice in enumerate(parameter.values):
             if choice is value or (type(choice) is type(value) and choice == value):
-                return np.int32(index)
+                return np.int32(parameter.codes[index])
         raise ValueError(
             f"fixed[{name!r}] = {value!r} is none of its choices: "
             f"{_checks.nearest(value, parameter.values)}"

@@ -46,11 +46,18 @@ class Trainer:
         several processes, each uses its own devices.
       executor: a PEP 3148 executor, such as `concurrent.futures.ProcessPoolExecutor` with spawned
         workers or ``client.get_executor()`` of a Dask client; its workers train the blocks, this
-        process stores them. A worker that is killed costs the blocks it was training, which are
-        trained again.
+        process stores them, compared with what was asked for. A worker that is killed costs the
+        blocks it was training, which are trained again.
+      executor_timeout_seconds: how long to wait while none of the executor's workers answers, as
+        when one is frozen. Then the blocks that are waited for are sent again, for others to train,
+        with a warning that names them, and after three times the study stops with
+        `RuntimeError`. If None, ten times as long as the longest task so far, at least ten
+        minutes; before the first block has come there is a warning and no limit.
       worker: ``(i, n)``: this process is worker i of n that make the same call with the same
         `directory`. It trains its share and then whatever is still missing, so that the study gets
         whole though other workers die.
+      accept_changed_program: continue a stored study though the program that trains it is not the
+        one that began it: you vouch that it is the same study.
       checkpoint_seconds: with a directory, how long to train between saves of blocks that are not
         finished; a killed run loses no more than that.
       progress: show what is done, on a terminal.
@@ -86,7 +93,9 @@ class Trainer:
     trials_per_block: int | str | None = None
     mesh: jax.sharding.Mesh | None = None
     executor: concurrent.futures.Executor | None = None
+    executor_timeout_seconds: float | None = None
     worker: tuple[int, int] | None = None
+    accept_changed_program: bool = False
     checkpoint_seconds: float = 60.0
     progress: bool = True
     # Programs that studies have used, kept from being forgotten.
@@ -114,7 +123,12 @@ class Trainer:
                 )
         elif self.trials_per_block is not None:
             _checks.check_count("trials_per_block", self.trials_per_block)
+        _checks.check_flag("accept_changed_program", self.accept_changed_program)
         _checks.check_number("checkpoint_seconds", self.checkpoint_seconds, at_least=0.0)
+        if self.executor_timeout_seconds is not None:
+            _checks.check_number(
+                "executor_timeout_seconds", self.executor_timeout_seconds, above=0.0
+            )
         if self.worker is not None:
             workers.check_worker(self.worker)
         devices.trial_mesh(self.mesh)

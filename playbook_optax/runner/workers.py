@@ -5,12 +5,10 @@ the same bytes. So a worker that dies leaves nothing to clean up, and the others
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from playbook_optax import _checks
-from playbook_optax.records import storage
 from playbook_optax.runner import finished
 from playbook_optax.runner.execute import Engine
 from playbook_optax.runner.plan import Block, Points
@@ -84,7 +82,7 @@ def train(
     engine: Engine,
     missing: Sequence[Block],
     points: Points,
-    directory: str | os.PathLike[str],
+    store: finished.Store,
     worker: tuple[int, int],
     keeper: Keeper,
 ) -> Iterator[finished.Finished]:
@@ -94,7 +92,7 @@ def train(
       engine: trains blocks.
       missing: the blocks that were not there at the start.
       points: where their points come from.
-      directory: where all workers store theirs.
+      store: where all workers store theirs.
       worker: which worker of how many.
       keeper: as for `Engine.run`.
 
@@ -104,23 +102,23 @@ def train(
     trained: set[int] = set()
     limit = engine.blocks_per_call
     while True:
-        done = trained | set(storage.finished_blocks(directory))
+        done = trained | store.stored()
         chunk = next_blocks(missing, done, worker, limit, limit // engine.blocks_per_device)
         if not chunk:
             break
         with contextlib.suppress(DoneByOthers):
-            for batch in finished.store(directory, engine.run(chunk, points, keeper)):
+            for batch in store.write(engine.run(chunk, points, keeper)):
                 trained |= {index for index, _ in batch}
                 yield batch
     # All are there: what others did is read once, and what is damaged is trained again.
     others = {block.index: block for block in missing if block.index not in trained}
     while others:
-        found = finished.read(directory, others)
+        found = store.read(others.values())
         yield list(found.items())
         damaged = [block for index, block in others.items() if index not in found]
         others = {block.index: block for block in damaged}
         with contextlib.suppress(DoneByOthers):
-            for batch in finished.store(directory, engine.run(damaged, points, keeper)):
+            for batch in store.write(engine.run(damaged, points, keeper)):
                 yield batch
                 for index, _ in batch:
                     del others[index]

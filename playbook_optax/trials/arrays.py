@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _tree
 
 _HASH_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 _ROUNDS = 6
@@ -33,6 +33,9 @@ def check_split(name: str, split: Any, *, labels: str) -> dict[str, np.ndarray]:
     """
     if not isinstance(split, (tuple, list)) or len(split) != 2:
         raise ValueError(f"{name} must be a pair (x, y) of arrays, got {type(split).__name__}.")
+    for part_name, part in zip(("x", "y"), split, strict=True):
+        if np.ma.is_masked(part):
+            raise ValueError(f"{name} {part_name} is masked in places; drop or impute those rows.")
     x, y = (np.asarray(part) for part in split)
     for part_name, part in (("x", x), ("y", y)):
         if part.ndim == 0 or part.dtype == object:
@@ -62,7 +65,7 @@ def check_split(name: str, split: Any, *, labels: str) -> dict[str, np.ndarray]:
 
 def _to_device_dtype(name: str, array: np.ndarray) -> np.ndarray:
     """Narrows 64-bit numbers as JAX would, but not silently when values do not fit."""
-    if np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.complexfloating):
+    if jnp.issubdtype(array.dtype, jnp.inexact):  # bfloat16 and its like among them.
         bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
         if bad.any():
             raise ValueError(
@@ -71,16 +74,6 @@ def _to_device_dtype(name: str, array: np.ndarray) -> np.ndarray:
             )
     if jax.config.read("jax_enable_x64"):
         return array
-    if array.dtype == np.float64:
-        with np.errstate(over="ignore"):
-            narrow = array.astype(np.float32)
-        bad = ~np.isfinite(narrow.reshape(len(narrow), -1)).all(axis=1)
-        if bad.any():
-            raise ValueError(
-                f"{name} is float64 and {int(bad.sum())} rows overflow float32 to infinity, the "
-                f"first is row {int(np.argmax(bad))}; rescale them or enable x64."
-            )
-        return narrow
     if array.dtype in (np.int64, np.uint64, np.uint32):
         info = np.iinfo(np.int32)
         if array.size and (array.min() < info.min or array.max() > info.max):
@@ -89,7 +82,7 @@ def _to_device_dtype(name: str, array: np.ndarray) -> np.ndarray:
                 f"[{array.min()}, {array.max()}]; they would wrap around."
             )
         return array.astype(np.int32)
-    return array
+    return _checks.fitting(name, array)
 
 
 def warn_shared_rows(train: Mapping[str, np.ndarray], valid: Mapping[str, np.ndarray]) -> None:
@@ -262,7 +255,7 @@ def evaluate_in_batches(
                     f"fn must return one value per example, shape ({batch_size},), got "
                     f"{jnp.shape(value)} at {jax.tree_util.keystr(path) or 'its output'}."
                 )
-            value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+            value = value.astype(_tree.moment_dtype(value.dtype))
             return jnp.sum(jnp.where(index < num_examples, value, jnp.zeros_like(value)))
 
         return jax.tree_util.tree_map_with_path(total, per_example)

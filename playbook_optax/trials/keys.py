@@ -5,6 +5,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from playbook_optax import _checks
 
@@ -51,6 +52,20 @@ def points_key(key: chex.PRNGKey) -> chex.PRNGKey:
     """The key that a study samples its points with: another fold than training."""
     check_key("key", key)
     return jax.random.fold_in(key, _POINT_STREAM)
+
+
+def describe_key(key: chex.PRNGKey) -> dict[str, Any]:
+    """A key as JSON holds it.
+
+    Args:
+      key: a random key, typed or raw.
+
+    Returns:
+      ``impl``, None of a raw key, and ``data``, its numbers.
+    """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = np.asarray(jax.random.key_data(key) if typed else key)
+    return {"impl": str(jax.random.key_impl(key)) if typed else None, "data": raw.tolist()}
 
 
 def check_key(name: str, key: Any) -> None:

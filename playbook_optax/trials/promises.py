@@ -36,7 +36,7 @@ def scalar(name: str, value: Any, *, floating: bool = False) -> chex.Array:
         raise ValueError(f"{name} must be real, got dtype {dtype}; take its real part or modulus.")
     if floating and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got dtype {dtype}: it has no gradient.")
-    return jnp.asarray(value).astype(jnp.promote_types(dtype, jnp.float32))
+    return jnp.asarray(value).astype(_tree.moment_dtype(dtype))
 
 
 def check_init(params: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from playbook_optax import _checks
+from playbook_optax._direction import direction
 from playbook_optax.trials import arrays
 
 Loss = Callable[[Any, Any], chex.Array]
@@ -34,7 +35,8 @@ class Workload:
       evaluate: ``evaluate(params, model_state, data) -> {"valid/error_rate": scalar, ...}``.
       objective: the metric that trials are compared by.
       data: pytree of arrays, shape (example, ...), handed to `batch` and `evaluate`.
-      maximize: whether a larger objective is better.
+      maximize: whether a larger objective is better; not if None, which a name such as "accuracy"
+        refuses.
       training_loss: metric by which a trial's own loss is called high; ``train/loss`` if
         `evaluate` returns it, otherwise ``step/loss``, the mean over the last batches.
       host_batches: ``host_batches(start_step) -> Iterator`` of batches from the host, instead of
@@ -74,7 +76,7 @@ class Workload:
     evaluate: Callable[[Any, Any, Any], dict[str, chex.Array]]
     objective: str
     data: Any = None
-    maximize: bool = False
+    maximize: bool = None  # type: ignore[assignment] # None asks, and then it is a bool.
     training_loss: str | None = None
     host_batches: Callable[[int], Iterator[Any]] | None = None
     version: str | None = None
@@ -89,8 +91,7 @@ class Workload:
                 raise ValueError(f"{field} must be a function, got {getattr(self, field)!r}.")
         if not isinstance(self.objective, str) or not self.objective:
             raise ValueError(f"objective must name a metric, got {self.objective!r}.")
-        if not isinstance(self.maximize, bool):
-            raise ValueError(f"maximize must be True or False, got {self.maximize!r}.")
+        object.__setattr__(self, "maximize", direction("objective", self.objective, self.maximize))
         if (self.batch is None) == (self.host_batches is None):
             raise ValueError(
                 "give exactly one of batch (from data on the device) and host_batches (an iterator "
@@ -101,6 +102,10 @@ class Workload:
                 "version must be given with host_batches: it names the host data, which cannot be "
                 "fingerprinted."
             )
+
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.data):
+            if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "iufc":
+                _checks.fitting(f"data{jax.tree_util.keystr(path)}", leaf)
 
     def final_evaluate(self, params: Any, model_state: Any) -> dict[str, float]:
         """Evaluates on the test data, once, when all decisions are taken.
@@ -133,7 +138,7 @@ class Workload:
         loss: str | Loss = "softmax",
         name: str = "from_arrays",
         objective: str | None = None,
-        maximize: bool = False,
+        maximize: bool | None = None,
         test: tuple[Any, Any] | None = None,
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
@@ -159,7 +164,8 @@ class Workload:
           name: what people call the workload.
           objective: metric to compare trials by; ``valid/error_rate`` for softmax, else
             ``valid/loss``.
-          maximize: whether a larger objective is better.
+          maximize: whether a larger objective is better; not if None, which a name such as
+            "accuracy" refuses.
           test: (x, y), never touched but by `final_evaluate`.
           eval_batch_size: examples evaluated at a time.
           num_train_eval: evaluate on that many of the first training examples; None means all.
@@ -245,15 +251,16 @@ class Workload:
         def evaluate_test(params: Any, state: Any, data: Any) -> dict[str, chex.Array]:
             return {f"test/{k}": v for k, v in means(params, state, data).items()}
 
+        metric = objective or ("valid/error_rate" if classify else "valid/loss")
         return cls(
             name=name,
             init=full_init,
             loss=training_loss,
             batch=batch,
             evaluate=evaluate,
-            objective=objective or ("valid/error_rate" if classify else "valid/loss"),
+            objective=metric,
             data={"train": splits["train"], "valid": splits["valid"]},
-            maximize=maximize,
+            maximize=direction("objective", metric, maximize),
             evaluate_test=evaluate_test if test is not None else None,
             test_data=splits.get("test"),
         )
@@ -270,19 +277,21 @@ class Workload:
         loss: str | Loss = "softmax",
         name: str | None = None,
         objective: str | None = None,
-        maximize: bool = False,
+        maximize: bool | None = None,
         test: tuple[Any, Any] | None = None,
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
+        train_switch: str | Mapping[str, bool] | None = None,
     ) -> "Workload":
         """Builds a workload from a Flax module (linen or nnx) and arrays of examples.
 
         Batch statistics are carried in the model state; dropout gets a key in training and is off
-        in evaluation. A linen module whose ``__call__`` has an argument ``train``, ``training``,
-        ``is_training``, ``deterministic`` or ``use_running_average`` is told which of the two it is
-        in. Of nnx give the module's class or any function ``rngs -> nnx.Module``, so that seeds
-        differ in their initialization; from an nnx instance every trial and seed starts with the
-        instance's own weights.
+        in evaluation. A module whose ``__call__`` has an argument ``train``, ``is_training``,
+        ``deterministic``, ``inference`` or the like, or a linen module with such an attribute, is
+        told which of the two it is in; a linen module with batch statistics or dropout and no such
+        switch is refused, unless `train_switch` says what it is. Of nnx give the module's class or
+        any function ``rngs -> nnx.Module``, so that seeds differ in their initialization; from an
+        nnx instance every trial and seed starts with the instance's own weights.
 
         Args:
           module: a linen module, an nnx module class or factory, or an nnx module.
@@ -293,16 +302,20 @@ class Workload:
           name: what people call the workload; the module's class name if None.
           objective: metric to compare trials by; ``valid/error_rate`` for softmax, else
             ``valid/loss``.
-          maximize: whether a larger objective is better.
+          maximize: whether a larger objective is better; not if None, which a name such as
+            "accuracy" refuses.
           test: (x, y), never touched but by `final_evaluate`.
           eval_batch_size: examples evaluated at a time.
           num_train_eval: evaluate on that many of the first training examples; None means all.
+          train_switch: the argument or attribute that is True in training; or name to value in
+            training, such as ``{"frozen": False}``; ``{}`` if there is none. Looked for if None.
 
         Returns:
           The workload.
 
         Raises:
-          ValueError: as `from_arrays`, or `module` is neither linen nor nnx.
+          ValueError: as `from_arrays`, `module` is neither linen nor nnx, or it is not known what
+            tells it that it trains.
 
         Example:
           >>> import flax.linen as nn, numpy as np
@@ -318,7 +331,7 @@ class Workload:
         """
         from playbook_optax.trials import flax_models  # Importing flax takes a second.
 
-        model_name, init, apply = flax_models.functions(module, train)
+        model_name, init, apply = flax_models.functions(module, train, train_switch)
         return cls.from_arrays(
             init,
             apply,

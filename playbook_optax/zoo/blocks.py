@@ -41,8 +41,7 @@ def _connect(
 ) -> chex.Array:
     """The residual connection of `module`, which has ``norm`` and ``rezero``, around `branch`."""
     _checks.check_choice("norm", module.norm, NORMS)
-    if not isinstance(module.rezero, bool):
-        raise _checks.ArgumentTypeError(f"rezero must be True or False, got {module.rezero!r}.")
+    _checks.check_flag("rezero", module.rezero)
     y = branch(norm(name="norm")(x) if module.norm == "pre" else x)
     if y.shape != x.shape:
         raise ValueError(

@@ -160,8 +160,7 @@ def digits_resmlp(
     Source: playbook, "How can optimization failures be debugged and mitigated?"
     """
     _checks.check_choice("norm", norm, blocks.NORMS)
-    if not isinstance(rezero, bool):
-        raise _checks.ArgumentTypeError(f"rezero must be True or False, got {rezero!r}.")
+    _checks.check_flag("rezero", rezero)
     module = blocks.ResidualMLP(
         num_blocks=_checks.check_count("num_blocks", num_blocks),
         width=_checks.check_count("width", width),

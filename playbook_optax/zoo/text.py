@@ -139,8 +139,7 @@ def bytes_transformer(
     Source: playbook, "How can optimization failures be debugged and mitigated?"
     """
     _checks.check_choice("norm", norm, blocks.NORMS)
-    if not isinstance(rezero, bool):
-        raise _checks.ArgumentTypeError(f"rezero must be True or False, got {rezero!r}.")
+    _checks.check_flag("rezero", rezero)
     num_heads = _checks.check_count("num_heads", num_heads)
     width = _checks.check_count("width", width)
     if width % num_heads:

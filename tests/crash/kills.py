@@ -156,7 +156,8 @@ class Stored:
         self.blocks = {}
         self.saves = {}
         for index in storage.finished_blocks(directory):
-            storage.read_block(directory, index)
+            owner = storage.owner_of(storage.read_spec(directory))
+            storage.read_block(directory, index, owner)
             file = directory / "blocks" / f"block-{index:08d}.pbx"
             self.blocks[index] = hashlib.sha256(file.read_bytes()).hexdigest()
         if self.blocks or (directory / "study.json").exists():
@@ -192,7 +193,8 @@ def shapes_of_save(directory, group):
 def read_save(directory, group):
     """The newest sound save of a group, read as a run that continues reads it; or None."""
     like = shapes_of_save(directory, group)
-    return like and checkpoints.Checkpoints(directory, group).read_newest(like)
+    owner = storage.owner_of(storage.read_spec(directory))
+    return like and checkpoints.Checkpoints(directory, group, owner).read_newest(like)
 
 
 class Harness:

@@ -1,15 +1,19 @@
 """`tune` end to end: budget, decisions, program, resumption, and what goes wrong."""
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import io
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
+import threading
 
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -750,3 +754,35 @@ def test_the_users_own_error_passes_through(tmp_path):  # 22
     work = dataclasses.replace(tiny.quadratic(), loss=loss)
     with pytest.raises(KeyError, match="mine"):
         pbx.tune(work, "sgd", **BUDGET, directory=tmp_path)
+
+
+def through(function):
+    return lambda value: pickle.loads(function(value))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, through(pickle.dumps), through(cloudpickle.dumps)]
+)
+def test_a_recipe_travels_with_its_evidence(stored, copied):
+    recipe, _ = stored
+    other = copied(recipe)
+    same(recipe, other)
+    assert other.to_python() == recipe.to_python()
+    np.testing.assert_array_equal(jax.random.key_data(other.key), jax.random.key_data(recipe.key))
+    grads = jax.tree.map(np.ones_like, recipe.params)
+    updates = [
+        one.optimizer().update(grads, one.optimizer().init(one.params), one.params)[0]
+        for one in (recipe, other)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_function_that_cannot_travel_says_so(stored):
+    recipe, _ = stored
+    lock = threading.Lock()
+    pipeline = dataclasses.replace(recipe.pipeline, make_optimizer=lambda point: lock)
+    other = pickle.loads(pickle.dumps(dataclasses.replace(recipe, pipeline=pipeline)))
+    assert other.point == recipe.point
+    with pytest.raises(ValueError, match=r"did not travel with the result.*lock"):
+        other.optimizer()

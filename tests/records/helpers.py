@@ -28,7 +28,7 @@ def a_tree(seed=0):
 def a_spec(num_trials, num_seeds=1, trees=None):
     """A spec as the runner writes it."""
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "toy",
         "objective": "valid/loss",
         "maximize": False,

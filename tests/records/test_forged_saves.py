@@ -27,7 +27,7 @@ def forged(directory, change):
     }
     del manifest["schema_version"]
     storage.write_document(save / "manifest.json", manifest)
-    assert checkpoints._is_sound(save)
+    assert saves.meta() is not None
     return saves
 
 

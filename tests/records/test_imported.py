@@ -393,3 +393,79 @@ def test_a_table_without_finished_trials():
     frame = optuna_table().assign(state="WAITING")
     with pytest.raises(ValueError, match="no finished trial"):
         from_optuna(frame)
+
+
+# Cells --------------------------------------------------------------------------------------------
+
+
+def trials(column, **more):
+    return pandas.DataFrame(
+        {"n": range(len(column)), "v": np.arange(len(column)) * 1.0, "lr": column, **more}
+    )
+
+
+RATES = [0.1, 0.02, 0.003]
+LOG = SearchSpace({"lr": Float(1e-4, 1, "log")})
+
+
+@pytest.mark.parametrize("space", [None, LOG])
+@pytest.mark.parametrize(
+    "column",
+    [
+        RATES,
+        pandas.Series(RATES, dtype=object),
+        pandas.Series([np.float64(r) for r in RATES], dtype=object),
+        [str(r) for r in RATES],
+        ["1e-1", " 0.02", "+3.0E-3"],
+        pandas.Series([0.1, "0.02", np.float64(0.003)], dtype=object),
+    ],
+)
+def test_numbers_in_any_cell_are_numbers(column, space):
+    named = {"space": space} if space is not None else {"parameters": ["lr"]}
+    study = Study.from_dataframe(trials(column), objective="v", trial="n", **named)
+    np.testing.assert_array_equal(study.points["lr"], RATES)
+    assert study.points["lr"].dtype == np.float64
+
+
+def test_integers_stay_integers():
+    column = pandas.Series([1, np.int64(2), "3"], dtype=object)
+    study = Study.from_dataframe(trials(column), objective="v", trial="n", parameters=["lr"])
+    assert study.points["lr"].tolist() == [1, 2, 3]
+    assert study.points["lr"].dtype == np.int64
+
+
+@pytest.mark.parametrize("cell", ["auto", "1_0", "", True])
+def test_what_is_no_number_is_refused_under_a_range(cell):
+    column = pandas.Series([0.1, cell, 0.3], dtype=object)
+    with pytest.raises(ValueError, match=rf"column 'lr' holds {cell!r} in row 1.* number in space"):
+        Study.from_dataframe(trials(column), objective="v", trial="n", space=LOG)
+
+
+def test_text_and_numbers_together_are_labels_without_a_range():
+    column = pandas.Series([0.5, "sqrt", 0.5], dtype=object)
+    study = Study.from_dataframe(trials(column), objective="v", trial="n", parameters=["lr"])
+    assert study.points["lr"].tolist() == ["0.5", "sqrt", "0.5"]
+
+
+@pytest.mark.parametrize("choices", [[True, False], [False, True]])
+@pytest.mark.parametrize("column", [[True, False, True], ["True", "False", "True"]])
+def test_booleans_are_told_from_indices(choices, column):
+    space = SearchSpace({"lr": Categorical(choices)})
+    study = Study.from_dataframe(trials(column), objective="v", trial="n", space=space)
+    assert study.to_dataframe()["lr"].tolist() == ["True", "False", "True"]
+    assert study.point(0)["lr"] == 1
+
+
+def test_cells_that_hold_nothing_or_a_list_are_told_by_column_and_row():
+    some = pandas.DataFrame(
+        {"n": list("aabb"), "s": [0, 1, 0, 1], "v": [1.0] * 4, "lr": [0.1, pandas.NA, 0.2, 0.2]}
+    )
+    with pytest.raises(ValueError, match="column 'lr' changes within trial 'a'"):
+        Study.from_dataframe(some, objective="v", parameters=["lr"], trial="n", step="s")
+    with pytest.raises(ValueError, match=r"column 'lr' holds \[8, 8\] in row 0"):
+        Study.from_dataframe(
+            trials([[8, 8], [4], [2]]), objective="v", parameters=["lr"], trial="n"
+        )
+    twice = pandas.DataFrame([[0, 0.1, 1.0, 2.0]], columns=["n", "v", "lr", "lr"])
+    with pytest.raises(ValueError, match="'lr' is 2 columns of frame"):
+        Study.from_dataframe(twice, objective="v", parameters=["lr"], trial="n")

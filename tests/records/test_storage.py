@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import pathlib
+import stat
 import struct
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from records.helpers import same, strict_json
 
-from playbook_optax.records import storage
+from playbook_optax.records import checkpoints, storage
 
 BLOCK = {"x": np.arange(3, dtype=np.float32), "ok": np.array([True, False, True])}
 SPEC = {"name": "toy", "num_trials": 4, "lowest": float("-inf"), "ü": [1.5, None, True, "\ud83d"]}
@@ -63,7 +65,7 @@ def test_spec_round_trip(tmp_path_factory, spec):
     spec = {k: v for k, v in spec.items() if k not in ("schema_version", "sha256")}
     storage.write_spec(directory, spec)
     strict_json((directory / "study.json").read_text("utf-8"))
-    assert equal(storage.read_spec(directory), {"schema_version": 1, **spec})
+    assert equal(storage.read_spec(directory), {"schema_version": 2, **spec})
 
 
 @given(
@@ -123,7 +125,7 @@ def test_spec_encodes_what_json_cannot_hold(tmp_path):
     assert back["b"] == [0.5, 3]
     assert back["c"] == {"$float": "nan"}
     as_stored = storage.as_stored(spec)
-    assert equal({"schema_version": 1, **as_stored}, back)
+    assert equal({"schema_version": 2, **as_stored}, back)
 
 
 def test_spec_keeps_the_order_of_keys(tmp_path):
@@ -139,7 +141,7 @@ def test_spec_keeps_the_order_of_keys(tmp_path):
         ({"a": {1: 2}}, r"spec\['a'\] has the key 1"),
         ({"a": np.zeros(2)}, "cannot be stored as JSON"),
         ({"sha256": "0"}, "sha256"),
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 3}, "schema_version"),
         ({"schema_version": True}, "schema_version"),
     ],
 )
@@ -157,7 +159,8 @@ def test_a_spec_that_could_not_be_read_back_is_refused(tmp_path, monkeypatch):
         storage.write_spec(tmp_path, deep)
     monkeypatch.setattr(storage, "_MAX_JSON_BYTES", 1000)
     with pytest.raises(ValueError, match="too much"):
-        storage.write_spec(tmp_path, {"a": "x" * 500})
+        storage.write_spec(tmp_path, {"a": "x" * 1000})
+    monkeypatch.setattr(storage, "_MAX_HEADER_BYTES", 500)
     with pytest.raises(ValueError, match="too large"):
         storage.write_block(tmp_path, 0, {f"array {i}": np.zeros(1) for i in range(10)})
     assert not list(tmp_path.rglob("*.*"))
@@ -332,7 +335,7 @@ def test_a_pipe_is_refused_and_does_not_hang(tmp_path):
 
 @pytest.mark.parametrize("checksum_matches", [True, False])
 def test_a_newer_spec_says_upgrade(tmp_path, checksum_matches):
-    rest = b'",\n "schema_version": 2,\n "shape": {"$tensor": 1}\n}\n'
+    rest = b'",\n "schema_version": 3,\n "shape": {"$tensor": 1}\n}\n'
     digest = hashlib.sha256(rest if checksum_matches else b"").hexdigest().encode()
     (tmp_path / "study.json").write_bytes(b'{\n "sha256": "' + digest + rest)
     with pytest.raises(storage.NewerFormat, match="upgrade playbook-optax") as error:
@@ -342,7 +345,7 @@ def test_a_newer_spec_says_upgrade(tmp_path, checksum_matches):
 
 def test_a_newer_block_says_upgrade_and_stays(tmp_path):
     (tmp_path / "blocks").mkdir()
-    content = raw_block({"format": 2, "index": 0, "layout": "columns"}, b"anything")
+    content = raw_block({"format": 3, "index": 0, "layout": "columns"}, b"anything")
     block_file(tmp_path).write_bytes(content)
     with pytest.raises(storage.NewerFormat, match="upgrade playbook-optax"):
         storage.read_block(tmp_path, 0)
@@ -387,7 +390,7 @@ def test_writing_leaves_no_temporary_file(tmp_path):
     storage.write_spec(tmp_path, SPEC)
     storage.write_block(tmp_path, 0, BLOCK)
     storage.write_block(tmp_path, 0, BLOCK)
-    storage.write_spec(tmp_path, SPEC, replace=False)
+    storage.write_spec(tmp_path, SPEC)
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
     assert names == ["blocks", "blocks/block-00000000.pbx", "study.json"]
 
@@ -432,12 +435,60 @@ def test_the_first_block_stays_and_a_corrupt_one_is_replaced(tmp_path):
     assert same(storage.read_block(tmp_path, 0), other)
 
 
-def test_the_first_spec_stays_when_asked(tmp_path):
-    assert storage.write_spec(tmp_path, {"a": 1}, replace=False)
-    assert not storage.write_spec(tmp_path, {"a": 2}, replace=False)
+def test_the_first_spec_stays_unless_replaced(tmp_path):
+    assert storage.write_spec(tmp_path, {"a": 1})
+    assert not storage.write_spec(tmp_path, {"a": 2})
     assert storage.read_spec(tmp_path)["a"] == 1
-    assert storage.write_spec(tmp_path, {"a": 2})
+    assert storage.write_spec(tmp_path, {"a": 2}, replace=True)
     assert storage.read_spec(tmp_path)["a"] == 2
+
+
+def test_no_directory_and_no_address_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = (
+        lambda directory: storage.check_writable(directory),
+        lambda directory: storage.write_spec(directory, SPEC),
+        lambda directory: storage.read_spec(directory),
+        lambda directory: storage.write_block(directory, 0, BLOCK),
+        lambda directory: checkpoints.Checkpoints(directory, "blocks-1"),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"directory is empty; write '\.'"):
+            call("")
+        for address in ("gs://bucket/runs", "s3:/bucket/runs", pathlib.Path("hdfs://host/runs")):
+            with pytest.raises(ValueError, match="is an address, not a directory"):
+                call(address)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_spec("~/runs/a", SPEC)
+    storage.write_block(pathlib.Path("~/runs/a"), 0, BLOCK)
+    assert storage.read_spec(tmp_path / "runs" / "a")["name"] == "toy"
+    assert storage.finished_blocks(tmp_path / "runs" / "a") == [0]
+
+
+def test_every_name_is_brought_to_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(storage, "sync_directory", lambda folder: synced.append(folder))
+    directory = tmp_path / "runs" / "a"
+    storage.write_block(directory, 0, BLOCK)
+    # Every folder that was made has a name in the one above it.
+    assert {tmp_path, tmp_path / "runs", directory} <= set(synced)
+    # A file is synced itself, then its name.
+    assert synced[-1] == directory / "blocks"
+
+
+def test_files_have_the_mode_that_the_user_wants(tmp_path):
+    before = os.umask(0o077)
+    try:
+        storage.write_spec(tmp_path / "a", SPEC)
+        storage.write_block(tmp_path / "a", 0, BLOCK)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "a").rglob("*.*"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_equal_content_gives_equal_files(tmp_path):

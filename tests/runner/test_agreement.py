@@ -8,6 +8,7 @@ import pytest
 import tiny_workloads as tiny
 
 import playbook_optax as pbx
+from playbook_optax import _portable
 from playbook_optax.runner import agreement, remote
 
 SPEC = {"name": "toy", "num_steps": 4, "program": "a", "versions": {"jax": "1"}, "device_kind": "x"}
@@ -47,7 +48,7 @@ def build(key, spec):
 
 def unpacked(theirs, ours):
     """What a worker that makes `ours` does with the work of a driver that has `theirs`."""
-    key = remote.key_to(jax.random.key(0))
+    key = _portable.send_key(jax.random.key(0))
     return remote._unpack(pickle.dumps((build, {"spec": ours}, key, theirs)))
 
 

@@ -1,6 +1,7 @@
 """Blocks trained by an executor's workers: threads, spawned processes, a Dask cluster."""
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ import playbook_optax as pbx
 from playbook_optax.records import storage
 from playbook_optax.runner import processes, remote
 from playbook_optax.runner.run import StudyRunner
+from tests.crash import freeze
 
 ARGUMENTS = {
     "num_steps": 40,
@@ -159,6 +161,203 @@ def test_spawned_processes():
     assert_same(other, study(tiny.quadratic(), tiny.sgd))
 
 
+class Tampering(Flaky):
+    """Changes what comes back."""
+
+    def __init__(self, change):
+        super().__init__(set())
+        self._change = change
+
+    def submit(self, function, *args):
+        future = concurrent.futures.Future()
+        future.set_result(self._change(super().submit(function, *args).result()))
+        return future
+
+
+def with_arrays(change):
+    """An answer whose blocks went through a function of a block's arrays."""
+    return lambda answer: dataclasses.replace(
+        answer, blocks=[(index, change(dict(arrays))) for index, arrays in answer.blocks]
+    )
+
+
+def with_array(name, change):
+    return with_arrays(lambda arrays: arrays | {name: change(arrays[name])})
+
+
+BAD_ANSWERS = {
+    "another block": (
+        lambda answer: dataclasses.replace(answer, blocks=[(7, answer.blocks[0][1])]),
+        r"blocks \[7\] and was asked for \[0\]",
+    ),
+    "no block": (lambda answer: dataclasses.replace(answer, blocks=[]), "asked for"),
+    "a block twice": (
+        lambda answer: dataclasses.replace(answer, blocks=answer.blocks * 2),
+        r"blocks \[0, 0\]",
+    ),
+    "no blocks at all": (lambda answer: dataclasses.replace(answer, blocks=3), "blocks of which"),
+    "no machine": (lambda answer: dataclasses.replace(answer, machine=None), "machine"),
+    "no device": (lambda answer: dataclasses.replace(answer, num_devices=0), "num_devices"),
+    "no time": (lambda answer: dataclasses.replace(answer, seconds=float("nan")), "seconds"),
+    "other trials": (with_array("trial", lambda rows: rows + 2), "'trial'"),
+    "other seeds": (with_array("seed", lambda rows: rows + 1), "'seed'"),
+    "another point": (
+        with_array("point/learning_rate", lambda rows: np.nextafter(rows, np.float32(9))),
+        "'point/learning_rate'",
+    ),
+    "another dtype": (with_array("best_value", lambda rows: rows.astype(float)), "'best_value'"),
+    "too few rows": (with_array("infeasible", lambda rows: rows[:1]), "'infeasible'"),
+    "too few evaluations": (with_array("metrics/valid/loss", lambda rows: rows[:, 1:]), "loss'"),
+    "no array": (with_array("infeasible_step", lambda rows: rows.tolist()), "infeasible_step"),
+    "one more": (with_arrays(lambda arrays: arrays | {"more": arrays["trial"]}), "'more'"),
+    "one less": (
+        with_arrays(lambda a: {name: a[name] for name in a if name != "norms/max"}),
+        "'norms/max'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_an_answer_that_was_not_asked_for_is_refused(tmp_path, case):
+    change, message = BAD_ANSWERS[case]
+    with pytest.raises(remote.ExecutorFailed, match=f"worker '.*{message}"):
+        study(executor=Tampering(change), directory=tmp_path)
+    # Nothing of it is stored: the same call finds nothing wrong, and trains.
+    assert storage.finished_blocks(tmp_path) == []
+
+
+def test_the_order_of_arrays_is_no_matter(tmp_path):
+    executor = Tampering(with_arrays(lambda arrays: dict(reversed(arrays.items()))))
+    assert_same(study(executor=executor, directory=tmp_path), study())
+    assert_same(pbx.load_study(tmp_path), study())
+
+
+NO_ANSWERS = {
+    "None": (lambda answer: None, r"lost the blocks \[\d\] 3 times: .* NoneType"),
+    "no answer": (lambda answer: 3, "came to int"),
+    "no name": (lambda answer: remote.Answer(None), "came to Answer"),
+    "no study": (lambda answer: remote.Answer("there"), "worker 'there' has not got the study"),
+}
+
+
+@pytest.mark.parametrize("case", NO_ANSWERS)
+def test_a_task_that_comes_to_nothing_is_not_sent_for_ever(case):
+    change, message = NO_ANSWERS[case]
+    executor = Tampering(change)
+    with pytest.raises(remote.ExecutorFailed, match=message):
+        study(executor=executor)
+    assert executor.count <= 5 * (remote.ATTEMPTS + 1)  # Five blocks.
+
+
+def test_a_signal_is_seen_before_the_next_task_is_sent(capfd):
+    class Struck(Flaky):
+        def submit(self, function, *args):
+            future = super().submit(function, *args)
+            if self.count == 3:
+                signal.raise_signal(signal.SIGINT)
+            return future
+
+    executor = Struck(set())
+    with pytest.raises(KeyboardInterrupt, match="Interrupted"):
+        study(executor=executor)
+    assert executor.count == 3
+    capfd.readouterr()
+
+
+class Silent(Flaky):
+    """Never answers some tasks."""
+
+    def __init__(self, silent):
+        super().__init__(set())
+        self._silent, self.kept = silent, []
+
+    def submit(self, function, *args):
+        answered = super().submit(function, *args)
+        if self.count not in self._silent:
+            return answered
+        future = concurrent.futures.Future()
+        self.kept.append((future, answered.result()))
+        return future
+
+
+def test_blocks_of_a_silent_worker_are_sent_to_others(monkeypatch):
+    monkeypatch.setattr(remote, "_CHECK_SECONDS", 0.01)
+    executor = Silent({2})
+    warned = r"answered for 0 s; waiting for the blocks \[1\]\. They are sent again"
+    with pytest.warns(UserWarning, match=warned):
+        found = study(executor=executor, executor_timeout_seconds=0.05)
+    assert_same(found, study())
+    assert executor.count == 6
+
+
+def test_a_late_answer_is_as_good_as_that_of_the_second_try(monkeypatch):
+    monkeypatch.setattr(remote, "_CHECK_SECONDS", 0.01)
+
+    class Later(Silent):
+        def submit(self, function, *args):
+            if self.count == 5:  # Sent again: now the first answers, the second never.
+                first, result = self.kept.pop()
+                first.set_result(result)
+                self.count += 1
+                return concurrent.futures.Future()
+            return super().submit(function, *args)
+
+    with pytest.warns(UserWarning, match="no worker"):
+        found = study(executor=Later({5}), executor_timeout_seconds=0.05)
+    assert_same(found, study())
+
+
+def test_silence_for_ever_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(remote, "_CHECK_SECONDS", 0.01)
+    executor = Silent(set(range(3, 99)))
+    with (
+        pytest.warns(UserWarning, match="no worker"),
+        pytest.raises(remote.ExecutorFailed, match=r"answered for .* the same call continues"),
+    ):
+        study(executor=executor, directory=tmp_path, executor_timeout_seconds=0.05)
+    assert len(storage.finished_blocks(tmp_path)) == 2
+    assert_same(study(directory=tmp_path), study())
+
+
+def test_how_long_silence_may_last():
+    live, broken = {"infeasible": np.array([True, False])}, {"infeasible": np.array([True])}
+    silence = remote._Silence(None)
+    assert not silence.bounded
+    # Broken trials stop early: their time says nothing of the others'.
+    silence.learn(500.0, [(0, broken)])
+    assert not silence.bounded
+    assert silence.too_long(600.0)
+    with pytest.warns(UserWarning, match=r"blocks \[0, 1, .*, 7\] and others\. None has finished"):
+        silence.tell(list(range(30)))
+    assert not silence.too_long(599.0)
+    assert silence.too_long(1.0)
+    silence.learn(7.0, [(0, live), (1, broken)])
+    assert (silence.bounded, silence.limit) == (True, 600.0)
+    silence.learn(1000.0, [(0, live)])
+    silence.learn(10.0, [(0, live)])
+    assert silence.limit == 10_000.0
+    silence.broken()
+    assert not silence.too_long(9999.0)
+    assert silence.too_long(1.0)
+    assert remote._Silence(3.0).limit == 3.0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="nothing freezes a process here")
+def test_a_frozen_worker_is_not_waited_for(tmp_path):  # 78, 79, 80
+    context, marker = multiprocessing.get_context("spawn"), tmp_path / "freeze"
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        executor = freeze.Freezing(pool, marker)
+        alone = study(num_trials=40)
+        assert_same(study(num_trials=40, executor=executor), alone)
+        marker.touch()
+        try:
+            with pytest.warns(UserWarning, match=r"waiting for the blocks \[\d+\]\. They are sent"):
+                found = study(num_trials=40, executor=executor, executor_timeout_seconds=5.0)
+        finally:
+            executor.thaw()
+    assert_same(found, alone)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -167,6 +366,8 @@ def test_spawned_processes():
         ({"worker": (0, 2)}, "worker needs directory="),
         ({"worker": (2, 2)}, "i < n"),
         ({"worker": 2}, "must be a pair"),
+        ({"executor_timeout_seconds": 0}, "executor_timeout_seconds"),
+        ({"executor_timeout_seconds": "long"}, "executor_timeout_seconds"),
     ],
 )
 def test_bad_arguments(arguments, message):

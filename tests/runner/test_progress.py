@@ -9,7 +9,7 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.runner import programs
-from playbook_optax.runner.progress import stage, telling
+from playbook_optax.runner.progress import Progress, stage, telling
 
 
 class Terminal(io.StringIO):
@@ -35,7 +35,7 @@ def test_stages_are_named_as_they_begin_with_the_time_they_took(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     with telling(True, "mine\x1b[2J"):
         with stage("compiling"):
-            assert terminal.getvalue() == "mine?[2J: compiling … "
+            assert terminal.getvalue() == "mine\\x1b[2J: compiling … "
         assert terminal.getvalue().endswith(" s\n")
     with stage("outside"):
         pass
@@ -57,3 +57,11 @@ def test_nobody_is_told_who_does_not_look(monkeypatch):
     monkeypatch.setattr(sys, "stderr", quiet)
     run(progress=False)
     assert silent.getvalue() == quiet.getvalue() == ""
+
+
+def test_a_name_is_no_markup_of_the_progress_display(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(True, "[/red][link=x]\x1b[2Jname", 1, 10) as progress:
+        progress.update(1, 1, 0)
+    assert "[/red][link=x]\\x1b[2Jname" in terminal.getvalue()

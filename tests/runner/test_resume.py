@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import grain
 import jax
@@ -16,7 +17,7 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.records import checkpoints
-from playbook_optax.runner import execute, resume, signals
+from playbook_optax.runner import execute, programs, resume, signals
 from playbook_optax.trials import host_data
 
 STEPS = 64
@@ -430,3 +431,109 @@ def test_others_handlers_and_threads_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [(None, signal.default_int_handler)]
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"x": np.ones((4, 3), np.float32)}, r"\['x'\] of batch 5 has shape \(4, 3\).*drop_last"),
+        ({"x": np.ones((8, 3), np.int32)}, r"batch 5 has shape \(8, 3\) and dtype int32"),
+        ({"x": np.ones((8, 3), np.float32), "y": 0}, "batch 5 has the structure"),
+    ],
+)
+def test_a_batch_unlike_the_others_is_told_when_it_arrives(odd, message):
+    good = {"x": np.ones((8, 3), np.float32)}
+    like = {"x": jax.ShapeDtypeStruct((4, 8, 3), np.float32)}
+    chunks = execute.prefetch(iter([good, good, odd, good]), 4, 2, first=3, like=like)
+    next(chunks)
+    with pytest.raises(ValueError, match=message):
+        next(chunks)
+
+
+COMPILING = """
+import ctypes, signal, sys, threading, time
+sys.path.insert(0, {tests!r})
+import jax, jax.numpy as jnp
+import playbook_optax as pbx
+import tiny_workloads as tiny
+from playbook_optax.runner import programs
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+workload, options = tiny.quadratic(), programs._options
+if {real}:
+    def loss(params, state, batch, key):
+        w = params["w"]
+        for i in range(600):  # Takes XLA half a minute and more.
+            w = jnp.sin(w[::-1] * (1.0 + i / 7)) + jnp.cumsum(w)
+        return (w ** 2).sum(), (state, {{}})
+
+    workload = pbx.Workload(**{{**vars(workload), "loss": loss}})
+
+def compiles(name):
+    print("compiling", flush=True)
+    if not {real}:
+        # In C, as the compiler is: no handler of Python's runs in this thread.
+        ctypes.CDLL(None).sleep(600)
+    return options(name)
+
+programs._options = compiles
+try:
+    pbx.run_study(workload, tiny.sgd, tiny.SPACE, num_trials=4, num_steps=4, eval_every=2,
+                  key=jax.random.key(0), progress=False, directory={directory!r},
+                  trials_per_block={width})
+finally:
+    print("left", flush=True)
+"""
+
+
+def signalled_while_compiling(directory, number, real, width, times=2):
+    """The exit status of a run that is told to stop, twice where once is not enough."""
+    tests = os.path.dirname(tiny.__file__)
+    script = COMPILING.format(tests=tests, directory=str(directory), real=real, width=width)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
+    try:
+        assert process.stdout.readline() == "compiling\n", process.communicate()
+        if times == 2:
+            process.send_signal(number)
+            time.sleep(2.0)
+            assert process.poll() is None  # It goes on compiling.
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (times == 2) == ("stops at the next safe moment" in err)
+    assert out.split()[-1] == "left", err
+    return process.returncode
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)]
+)
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_second_signal_while_compiling_ends_the_process(tmp_path, number, status, real):  # 75, 76
+    assert signalled_while_compiling(tmp_path, number, real, 2) == status
+    # The study is begun, and the same call goes on.
+    assert pbx.load_study(tmp_path).num_trials == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_before_the_width_is_known_ends_the_process(tmp_path):  # 75
+    assert signalled_while_compiling(tmp_path, signal.SIGINT, False, None, 1) == -signal.SIGINT
+
+
+def test_what_runs_side_by_side_is_in_order_and_raises_what_was_raised():
+    def square(number):
+        if number < 0:
+            raise ZeroDivisionError(number)
+        return number**2
+
+    assert programs.side_by_side(square, range(20), 3) == [i**2 for i in range(20)]
+    with pytest.raises(ZeroDivisionError, match="-1"):
+        programs.side_by_side(square, [1, -1, 2], 2)

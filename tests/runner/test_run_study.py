@@ -250,15 +250,6 @@ def test_other_data_are_another_study(tmp_path):
         study_of(tiny.SPACE, 1, workload=changed, directory=tmp_path)
 
 
-def test_another_version_of_jax_warns(tmp_path):  # 68
-    study_of(tiny.SPACE, 1, directory=tmp_path)
-    spec = storage.read_spec(tmp_path)
-    spec["versions"]["jax"] = "0.0.1"
-    storage.write_spec(tmp_path, spec)
-    with pytest.warns(UserWarning, match="not bit-exact"):
-        study_of(tiny.SPACE, 1, directory=tmp_path)
-
-
 def test_x64_toggled_on_resume_is_refused(tmp_path):  # 53
     study_of(tiny.SPACE, 2, workload=tiny.quadratic(), make_optimizer=tiny.sgd, directory=tmp_path)
     with jax.enable_x64(True), pytest.raises(ValueError, match="x64 is False there and True here"):
@@ -543,3 +534,15 @@ def test_widths_are_really_timed():
     assert width in plan.widths_to_time(8, 4, jax.local_device_count())
     given = study_of(tiny.SPACE, 4, **arguments, trials_per_block=width)
     assert bits(study, 3) == bits(given, 3)
+
+
+def test_a_study_without_jit_is_refused():
+    with jax.disable_jit(True), pytest.raises(ValueError, match=r"jax_disable_jit is on.*make_tr"):
+        study_of(tiny.SPACE, 1, workload=tiny.quadratic(), make_optimizer=tiny.sgd)
+
+
+def test_a_study_under_strict_promotion_is_the_same():
+    arguments = {"workload": tiny.quadratic(), "make_optimizer": tiny.sgd}
+    with jax.numpy_dtype_promotion("strict"):
+        strict = study_of(tiny.SPACE, 2, **arguments)
+    assert strict.data.identical(study_of(tiny.SPACE, 2, **arguments).data)

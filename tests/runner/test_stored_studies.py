@@ -1,6 +1,7 @@
 """What a stored study says to whoever continues it elsewhere, or reads it while it is written."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -11,22 +12,22 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.records import storage
-from playbook_optax.runner import execute
+from playbook_optax.runner import execute, plan
 from playbook_optax.runner.run import StudyRunner
 
+POINTS = {"learning_rate": np.float32([0.5, 0.25])}
 
-def study_of(directory, points, workload=None, num_trials=None):
+
+def study_of(directory, points, workload=None, num_trials=None, make_optimizer=tiny.sgd, **more):
+    arguments = {"num_steps": 6, "eval_every": 3, "key": jax.random.key(0), "trials_per_block": 2}
     return pbx.run_study(
         workload or tiny.quadratic(),
-        tiny.sgd,
+        make_optimizer,
         points,
         num_trials=num_trials,
-        num_steps=6,
-        eval_every=3,
-        key=jax.random.key(0),
-        trials_per_block=2,
         progress=False,
         directory=directory,
+        **(arguments | more),
     )
 
 
@@ -46,20 +47,154 @@ def test_other_dtypes_are_refused_by_name(tmp_path):  # 69
         study_of(tmp_path, {"learning_rate": rates}, other_data)
 
 
+def in_environment(monkeypatch, **changed):
+    real = plan.environment()
+    monkeypatch.setattr(plan, "environment", lambda: {**real, **changed})
+
+
+ABACUS = {"device_kind": "abacus"}
+OLD_JAX = {"versions": {"jax": "0.0.1"}}
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
-    [
-        ({"device_kind": "abacus"}, "device_kind 'abacus', now "),
-        ({"versions": {"jax": "0.0.1"}}, "'jax': '0.0.1'"),
-    ],
+    [(ABACUS, "device_kind 'abacus', now "), (OLD_JAX, "'jax': '0.0.1'")],
 )
-def test_another_environment_warns_and_goes_on(tmp_path, changed, told):  # 68
-    points = {"learning_rate": np.float32([0.5, 0.25])}
-    study = study_of(tmp_path, points)
-    storage.write_spec(tmp_path, {**storage.read_spec(tmp_path), **changed})
+def test_another_environment_warns_and_goes_on(tmp_path, monkeypatch, changed, told):  # 68
+    with monkeypatch.context() as patch:
+        in_environment(patch, **changed)
+        study = study_of(tmp_path, POINTS)
     with pytest.warns(UserWarning, match=rf"{told}.*not bit-exact"):
-        again = study_of(tmp_path, points)
+        again = study_of(tmp_path, POINTS)
     np.testing.assert_array_equal(again.data["valid/loss"], study.data["valid/loss"])
+
+
+def nesterov(point):
+    return pbx.nesterov(point["learning_rate"])
+
+
+def momentum(point):
+    return pbx.momentum(point["learning_rate"])
+
+
+def test_another_environment_hides_no_other_optimizer(tmp_path, monkeypatch):  # 67, 68
+    with monkeypatch.context() as patch:
+        in_environment(patch, **OLD_JAX)
+        study = study_of(tmp_path, POINTS, make_optimizer=nesterov)
+    with pytest.raises(ValueError, match=r"program differs.*accept_changed_program=True"):
+        study_of(tmp_path, POINTS, make_optimizer=momentum)
+    with pytest.raises(ValueError, match="eval_every is 3 there and 2 here"):
+        study_of(tmp_path, POINTS, make_optimizer=nesterov, eval_every=2)
+    with pytest.warns(UserWarning, match="another program"):
+        again = study_of(tmp_path, POINTS, make_optimizer=momentum, accept_changed_program=True)
+    np.testing.assert_array_equal(again.data["valid/loss"], study.data["valid/loss"])
+
+
+def test_the_same_functions_traced_by_another_version_go_on(tmp_path, monkeypatch):  # 68
+    with monkeypatch.context() as patch:
+        in_environment(patch, **OLD_JAX)
+        patch.setattr(plan, "fingerprint_program", lambda *args: "as JAX 0.0.1 prints it")
+        study_of(tmp_path, POINTS)
+    with pytest.warns(UserWarning, match="not bit-exact"):
+        study_of(tmp_path, POINTS)
+
+
+# Whose a file is ----------------------------------------------------------------------------------
+
+
+def copy_block(source, target, index=0):
+    name = f"blocks/block-{index:08d}.pbx"
+    shutil.copy(source / name, target / name)
+
+
+def test_a_block_of_another_study_is_trained_again(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    study = study_of(mine, tiny.SPACE, num_trials=2)
+    study_of(other, tiny.SPACE, num_trials=2, key=jax.random.key(1))
+    copy_block(other, mine)
+    with pytest.raises(storage.ForeignBlock, match="another study"):
+        pbx.load_study(mine)
+    with pytest.warns(UserWarning, match=r"block-00000000.*another study.*trained again"):
+        again = study_of(mine, tiny.SPACE, num_trials=2)
+    assert again.data.identical(study.data)
+    assert pbx.load_study(mine).data.identical(study.data)
+
+
+def test_a_block_of_other_points_is_trained_again(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    study = study_of(mine, POINTS)
+    study_of(other, {"learning_rate": np.float32([0.1, 0.2])})
+    copy_block(other, mine)
+    with pytest.warns(UserWarning, match=r"block 0 .* other trials or points"):
+        again = study_of(mine, POINTS)
+    assert again.data.identical(study.data)
+
+
+def test_another_studys_spec_is_refused(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    study_of(mine, tiny.SPACE, num_trials=2)
+    study_of(other, tiny.SPACE, num_trials=2, key=jax.random.key(1))
+    shutil.copy(other / "study.json", mine / "study.json")
+    with pytest.raises(ValueError, match="holds another study: key is"):
+        study_of(mine, tiny.SPACE, num_trials=2)
+    with pytest.raises(storage.ForeignBlock):
+        pbx.load_study(mine)
+
+
+# A study that grows -------------------------------------------------------------------------------
+
+
+def test_the_shorter_of_two_extensions_takes_nothing_away(tmp_path):
+    study = study_of(tmp_path, tiny.SPACE, num_trials=2)
+    before = storage.read_spec(tmp_path)
+    longer = study.extend(4)
+    # Another process has read the directory before, and says 4 now.
+    storage.extend_spec(tmp_path, {**before, "num_trials": 4})
+    assert storage.read_spec(tmp_path)["num_trials"] == 6
+    assert pbx.load_study(tmp_path).data.identical(longer.data)
+    assert study_of(tmp_path, tiny.SPACE, num_trials=4).num_trials == 4
+    assert pbx.load_study(tmp_path).num_trials == 6
+
+
+def test_a_table_grows_in_the_middle_of_a_block(tmp_path):
+    rates = np.float32([0.5, 0.25, 0.125, 0.3, 0.2])
+    study_of(tmp_path, {"learning_rate": rates[:3]})
+    grown = study_of(tmp_path, {"learning_rate": rates})
+    whole = study_of(tmp_path / "whole", {"learning_rate": rates})
+    assert grown.data.identical(whole.data)
+    stored, expected = pbx.load_study(tmp_path), pbx.load_study(tmp_path / "whole")
+    assert stored.data.identical(expected.data)
+    with pytest.raises(ValueError, match="the points differ"):
+        study_of(tmp_path, {"learning_rate": rates[::-1]})
+
+
+def test_two_extensions_by_different_points_do_not_mix(tmp_path):
+    rates = [0.5, 0.25, 0.125, 0.3]
+    study_of(tmp_path, {"learning_rate": np.float32(rates[:2])})
+    spec = storage.read_spec(tmp_path)
+    mine = {**spec, "num_trials": 4, "points": {"learning_rate": rates}}
+    theirs = {**spec, "num_trials": 3, "points": {"learning_rate": [0.5, 0.25, 0.75]}}
+    storage.extend_spec(tmp_path, mine)
+    with pytest.raises(storage.StorageError, match="by another process, with other points"):
+        storage.extend_spec(tmp_path, theirs)
+    assert storage.read_spec(tmp_path)["points"] == mine["points"]
+
+
+def test_a_damaged_or_foreign_extension_is_refused_by_name(tmp_path):
+    study_of(tmp_path, tiny.SPACE, num_trials=2).extend(2)
+    (extension,) = tmp_path.glob("trials-*.json")
+    whole = extension.read_bytes()
+    extension.write_bytes(whole.replace(b"4", b"5", 1))
+    with pytest.raises(storage.CorruptSpec, match=r"trials-00000004.*Remove it"):
+        pbx.load_study(tmp_path)
+    extension.write_bytes(whole)
+    other = tmp_path / "other"
+    study_of(other, tiny.SPACE, num_trials=2, key=jax.random.key(1)).extend(2)
+    shutil.copy(other / extension.name, extension)
+    with pytest.raises(storage.CorruptSpec, match=r"trials-00000004.*extends another study"):
+        pbx.load_study(tmp_path)
+    extension.unlink()
+    assert study_of(tmp_path, tiny.SPACE, num_trials=4).num_trials == 4
 
 
 def test_a_deleted_file_is_noticed(tmp_path):  # 62

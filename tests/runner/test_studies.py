@@ -101,11 +101,11 @@ def test_what_is_fixed_leaves_the_space_and_reaches_the_functions():
     assert point == {"momentum": np.float32(0.9), **by_hand.point(2)}
 
 
-def test_a_choice_is_fixed_by_itself_or_by_number():
-    seen = {}
+def test_a_choice_is_fixed_by_itself():
+    dtypes = {}
 
     def optimizer(point):
-        seen.update(point)
+        dtypes.update({name: value.dtype for name, value in point.items()})
         return pbx.sgd(jnp.where(point["kind"] == 1, 1.0, 0.5) * point["learning_rate"])
 
     space = pbx.SearchSpace(
@@ -117,9 +117,10 @@ def test_a_choice_is_fixed_by_itself_or_by_number():
     )
     common = {**COMMON, "make_optimizer": optimizer, "space": space}
     made = pbx.run_studies({"one": {}}, fixed={"kind": "whole", "steps": 3}, **common)
-    assert (seen["kind"], seen["steps"]) == (1, 3)
-    assert seen["steps"].dtype == np.int32
     assert made.fixed["one"] == {"kind": 1, "steps": 3}
+    assert dtypes["kind"] == dtypes["steps"] == np.int32
+    half = pbx.run_studies({"one": {}}, fixed={"kind": "half", "steps": 3}, **common)
+    assert not half["one"].data["valid/loss"].equals(made["one"].data["valid/loss"])
     for fixed, message in (
         ({"kind": "third"}, "none of its choices"),
         ({"steps": 2.5}, "whole number"),
@@ -127,6 +128,18 @@ def test_a_choice_is_fixed_by_itself_or_by_number():
     ):
         with pytest.raises(ValueError, match=message):
             pbx.run_studies({"one": {}}, fixed=fixed, **common)
+
+
+def test_a_study_of_another_place_in_the_set_is_refused(tmp_path, studies):
+    studies.save(tmp_path)
+    one, other = tmp_path / "study-0000", tmp_path / "study-0001"
+    one.rename(tmp_path / "kept")
+    other.rename(one)
+    with pytest.raises(storage.CorruptSpec, match=r"study-0000.*another study than"):
+        pbx.load_study_set(tmp_path)
+    one.rename(other)
+    (tmp_path / "kept").rename(one)
+    assert list(pbx.load_study_set(tmp_path)) == list(studies)
 
 
 def test_a_set_is_stored_loaded_continued_and_appended_to(tmp_path, studies):

@@ -1,14 +1,18 @@
 """Batches without replacement, streamed evaluation, and the data rows of the fault catalogue."""
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_workloads as tiny
 
 import playbook_optax as pbx
+from playbook_optax.runner import plan
 from playbook_optax.trials import arrays
 
 
@@ -92,7 +96,10 @@ def put(array, row, value, dtype=None):
         ({"train": (X, put(Y, 7, 2))}, r"label 2 \(first bad row 7\).*2 logits"),  # 31
         ({"valid": (VALID[0], put(VALID[1], 3, -1))}, r"label -1 \(first in row 3\)"),  # 32
         ({"train": (X, put(Y, 0, 2**40, np.int64))}, "outside int32"),  # 33
-        ({"train": (put(X, 5, 1e300, np.float64), Y)}, "overflow float32.*row 5"),  # 34
+        ({"train": (put(X, 5, 1e300, np.float64), Y)}, r"train x\[5, .*1e\+300 does not"),  # 34
+        ({"train": (put(X, 5, 1e-60, np.float64), Y)}, r"train x\[5, .*1e-60 does not fit float32"),
+        ({"train": (put(X, 4, np.nan, ml_dtypes.bfloat16), Y)}, "1 of 96 rows.*row 4"),
+        ({"train": (np.ma.masked_equal(X, X[3, 0]), Y)}, "train x is masked"),
         ({"train": (put(put(X, 4, np.nan), 9, np.inf), Y)}, "2 of 96 rows.*row 4"),  # 35
         ({"train": (X, Y[:-1])}, "96 examples but y has 95"),  # 37
         ({"batch_size": 97}, "batch_size = 97 exceeds the 96"),  # 38
@@ -155,3 +162,32 @@ def test_int64_and_float64_become_the_device_dtypes():
     workload = build(train=(X.astype(np.float64), Y.astype(np.int64)))
     assert workload.data["train"]["x"].dtype == np.float32
     assert workload.data["train"]["y"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (2**31, np.int64, "2147483648 does not fit int32"),
+        (2**32, np.uint64, "4294967296 does not fit uint32"),
+        (1e300, np.float64, r"1e\+300 does not fit float32"),
+        (1e-60, np.float64, "1e-60 does not fit float32"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_by_name(value, dtype, message):
+    table = np.array([1, value, 2], dtype)
+    with pytest.raises(ValueError, match=rf"points\['lr'\]\[1\] = {message}"):
+        plan.make_points({"lr": table}, None, jax.random.key(0))
+    with pytest.raises(ValueError, match=rf"data\['x'\]\[1\] = {message}"):
+        dataclasses.replace(tiny.quadratic(), data={"x": table})
+    with pytest.raises(ValueError, match=rf"fixed\['lr'\] = {message}"):
+        plan.Columns({}, {}, {"lr": table[1]})
+    with jax.enable_x64(True):
+        assert plan.make_points({"lr": table}, None, jax.random.key(0))[1] == 3
+
+
+def test_masked_points_are_refused():
+    table = np.ma.masked_equal(np.array([1.0, 2.0]), 2.0)
+    with pytest.raises(ValueError, match=r"points\['lr'\] is masked"):
+        plan.make_points({"lr": table}, None, jax.random.key(0))
+    with pytest.raises(ValueError, match="masked"):
+        pbx.Study.from_arrays({"lr": table}, {"loss": [[1.0], [2.0]]}, [1], objective="loss")

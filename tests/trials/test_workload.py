@@ -99,8 +99,8 @@ class NnxNet(nnx.Module):
         return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
 
 
-def flax_workload(module):
-    return pbx.Workload.from_flax(module, train=TRAIN, valid=VALID, batch_size=16)
+def flax_workload(module, **more):
+    return pbx.Workload.from_flax(module, train=TRAIN, valid=VALID, batch_size=16, **more)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,78 @@ def test_flax_batch_norm_and_dropout(module):
     result = train({"learning_rate": 0.1}, KEY, workload.data)
     assert result.metrics["train/loss"][-1] < result.metrics["train/loss"][0]
     assert jax.tree.structure(result.params) == jax.tree.structure(params)
+
+
+def layers(x, training):
+    x = nn.BatchNorm(use_running_average=not training, momentum=0.5)(nn.Dense(8)(x))
+    return nn.Dense(2)(nn.Dropout(0.5, deterministic=not training)(x))
+
+
+class ByInference(nn.Module):
+    @nn.compact
+    def __call__(self, x, inference=True):
+        return layers(x, not inference)
+
+
+class ByAttribute(nn.Module):
+    is_train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return layers(x, self.is_train)
+
+
+class Hidden(nn.Module):
+    @nn.compact
+    def __call__(self, x, **kwargs):
+        return layers(x, kwargs.get("warm", False))
+
+
+class Frozen(nn.Module):
+    @nn.compact
+    def __call__(self, x, frozen=True):
+        return layers(x, not frozen)
+
+
+class NnxSwitch(NnxNet):
+    def __call__(self, x, *, frozen=True):
+        x = self.norm(self.hidden(x), use_running_average=frozen)
+        return self.out(self.dropout(x, deterministic=frozen))
+
+
+@pytest.mark.parametrize(
+    ("module", "switch"),
+    [
+        (ByInference(), None),
+        (ByAttribute(), None),
+        (Hidden(), "warm"),
+        (Frozen(), {"frozen": False}),
+        (NnxSwitch, {"frozen": False}),
+    ],
+)
+def test_a_switch_by_any_name_is_set_in_training(module, switch):
+    workload = flax_workload(module, train_switch=switch)
+    params, state = workload.init(KEY)
+    batch = jax.tree.map(lambda leaf: leaf[:16], workload.data["train"])
+    losses = [float(workload.loss(params, state, batch, jax.random.key(i))[0]) for i in (0, 1)]
+    assert losses[0] != losses[1]  # Dropout draws.
+    _, (moved, _) = workload.loss(params, state, batch, KEY)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state, moved)), strict=True))
+    assert workload.evaluate(params, state, workload.data) == workload.evaluate(
+        params, state, workload.data
+    )
+
+
+def test_dropout_or_batch_statistics_without_a_switch_are_refused():
+    with pytest.raises(ValueError, match=r"Hidden has .*batch statistics.*train_switch='train'"):
+        flax_workload(Hidden())
+    with pytest.raises(ValueError, match="dropout would be off"):
+        flax_workload(nn.Sequential([nn.Dense(2), nn.Dropout(0.5, deterministic=True)]))
+    with pytest.raises(ValueError, match=r"names 'inferense'.*did you mean"):
+        flax_workload(ByInference(), train_switch="inferense")
+    # Whoever says that there is none is believed.
+    flax_workload(Hidden(), train_switch={})
+    flax_workload(nn.Sequential([nn.Dense(2), nn.Dropout(0.0, deterministic=True)]))
 
 
 def test_flax_seeds_differ_except_from_an_nnx_instance():

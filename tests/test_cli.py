@@ -204,6 +204,8 @@ def test_user_errors_are_one_line(folder, capsys):
     assert "num_steps must be >= 1" in complaint(capsys, "search", own, "--num-steps", "0")
     assert "seed must be >= 0" in complaint(capsys, "sweep", own, "--seed", "-1")
     assert "low" in complaint(capsys, "search", own, "--low", "1", "--high", "0.1")
+    for end in ("--low", "--high"):
+        assert "both --low and --high" in complaint(capsys, "tune", own, end, "0.1")
     assert "no momentum" in complaint(
         capsys, "search", own, "--optimizer", "sgd", "--b1-high", "0.9"
     )

@@ -53,7 +53,7 @@ class Store:
         # Of the same bits, unless it is of other points.
         stored = storage.read_block(directory, index, self.owner)
         wrong = storage.wrong_rows(stored, {name: arrays[name] for name in _rows_of(arrays)})
-        if wrong is None or wrong.any():
+        if wrong is None or (wrong & self._points.are_real(arrays["trial"])).any():
             storage.write_block(directory, index, arrays, self.owner, replace=True)
 
     def stored(self) -> set[int]:
@@ -94,6 +94,9 @@ class Store:
                 **{f"point/{name}": row for name, row in self._points.rows(block.trials).items()},
             }
             wrong = storage.wrong_rows(arrays, expected)
+            if wrong is not None:
+                # A study may have been longer than this call asks for.
+                wrong &= self._points.are_real(block.trials)
             if wrong is not None and not wrong.any():
                 found[block.index] = arrays
             elif wrong is None or not storage.is_padding(wrong, arrays):

@@ -81,6 +81,12 @@ class Points:
             name: values[np.minimum(trials, len(values) - 1)] for name, values in self.table.items()
         }
 
+    def are_real(self, trials: np.ndarray) -> np.ndarray:
+        """Which trials have points of their own, and are no padding: bool (trial,)."""
+        if self.table is None:
+            return np.ones(len(trials), bool)
+        return np.asarray(trials < len(next(iter(self.table.values()))))
+
 
 def make_points(
     points: SearchSpace | Mapping[str, Any], num_trials: int | None, key: chex.PRNGKey

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # For the tests of one mutation, of which one that waits for ever has noticed, and for all at first.
 SECONDS = 120
 SECONDS_OF_ALL = 3600
+MEMORY_BYTES = 12 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Workplace:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=_bound_memory,
         )
         try:
             shown, _ = process.communicate(timeout=seconds)
@@ -135,10 +138,15 @@ class Workplace:
             path.write_text(text)
         failed = [line for line in shown.splitlines() if line.startswith(("FAILED", "ERROR"))]
         told = failed[0] if failed else (shown.strip().splitlines() or [""])[-1]
-        # 1 is a test that failed; an error of usage or collection kills nothing.
-        if status not in (-1, 0, 1) and not _broke_the_import(shown):
+        # Less than 0 is a signal, or too long; 1 is a test that failed. An error of usage is ours.
+        if status > 1 and not _broke_the_import(shown):
             raise RuntimeError(f"mutation {mutation.name!r}: pytest ended with {status}:\n{shown}")
         return Outcome(mutation, status != 0, told[:160], time.monotonic() - began)
+
+
+def _bound_memory() -> None:
+    """What a fault allocates without bound must fail, and not the machine."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _broke_the_import(shown: str) -> bool:

@@ -93,7 +93,7 @@ def test_nothing_is_written_in_place(tmp_path, monkeypatch, write):  # 57, 74
     if write == "without links":
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "")))
     if write == "spec":
-        storage.write_spec(tmp_path, {**SPEC, "num_trials": 2})
+        storage.write_document(path, {**SPEC, "num_trials": 2})
         assert storage.read_spec(tmp_path)["num_trials"] == 2
     else:
         assert storage.write_block(tmp_path, 0, BLOCK)

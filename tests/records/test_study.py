@@ -438,6 +438,9 @@ def test_with_seeds_one_infeasible_seed_rules_a_trial_out():
     # Told to be feasible: the mean of inf and -inf is not a value either.
     curves = np.array([[[INF], [-INF]], [[1.0], [1.0]]])
     assert imported(curves, infeasible=np.zeros(2, bool)).best().trial == 1
+    # Known to have broken, whatever was recorded of it.
+    curves = np.array([[[0.1], [0.1]], [[1.0], [1.0]]])
+    assert imported(curves, infeasible=np.array([[True, False], [False] * 2])).best().trial == 1
 
 
 def test_post_hoc_objectives():
@@ -666,6 +669,12 @@ def test_saving_again_is_legal_and_another_study_is_refused(tmp_path):
     with pytest.raises(StorageError, match="another study"):
         imported([[2.0]]).save(tmp_path / "two")
     assert load_study(tmp_path / "two").best().value == 1.0
+    # The same numbers, of which something else is said.
+    said = (tmp_path / "two" / "study.json").read_bytes()
+    other = imported([[1.0]])
+    with pytest.raises(StorageError, match="another study"):
+        dataclasses.replace(other, spec={**other.spec, "name": "other"}).save(tmp_path / "two")
+    assert (tmp_path / "two" / "study.json").read_bytes() == said
     assert same(variables(load_study(tmp_path)), variables(study))
 
 

@@ -1,10 +1,13 @@
 """Whether two processes train the same study: what is compared, and what a worker refuses."""
 
+import concurrent.futures
 import pickle
 
 import jax
 import pytest
+import tiny_workloads as tiny
 
+import playbook_optax as pbx
 from playbook_optax import _portable
 from playbook_optax.runner import agreement, remote
 
@@ -57,3 +60,30 @@ def test_a_worker_refuses_to_train_another_study():
         unpacked(SPEC, {**SPEC, "program": "b"})
     # Another version traces another program.
     assert unpacked(SPEC, {**SPEC, "program": "b", "device_kind": "y"}) == "train_blocks"
+
+
+def test_a_task_that_is_always_lost_is_sent_so_often_and_no_more():  # 78
+    class Losing(concurrent.futures.Executor):
+        count = 0
+
+        def submit(self, *_):
+            self.count += 1
+            future = concurrent.futures.Future()
+            future.set_exception(ConnectionError("the worker was killed"))
+            return future
+
+    executor = Losing()
+    with pytest.raises(remote.ExecutorFailed, match="the worker was killed"):
+        pbx.run_study(
+            tiny.quadratic(),
+            tiny.sgd,
+            tiny.SPACE,
+            num_trials=2,
+            num_steps=2,
+            eval_every=1,
+            key=jax.random.key(0),
+            trials_per_block=2,
+            executor=executor,
+            progress=False,
+        )
+    assert executor.count == remote.ATTEMPTS

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import tiny_workloads as tiny
 
 import playbook_optax as pbx
 from playbook_optax.records import storage
-from playbook_optax.runner import plan
+from playbook_optax.runner import execute, finished, plan
 from playbook_optax.runner.run import StudyRunner
 
 POINTS = {"learning_rate": np.float32([0.5, 0.25])}
@@ -256,7 +258,7 @@ def test_a_reader_sees_a_consistent_prefix_at_every_moment(tmp_path, monkeypatch
 # What makes a study another one, each with another value.
 IDENTITY = {
     "name": "other",
-    "objective": "valid/error",
+    "objective": "step/loss",
     "maximize": True,
     "num_steps": 7,
     "eval_every": 2,
@@ -272,10 +274,12 @@ IDENTITY = {
     "dtypes": {"learning_rate": "float16"},
     "program": "0" * 64,
     "trials_per_block": 3,
+    "arrays": None,  # One more than there are.
+    "member": {"scientific": "optimizer", "label": "adam", "index": 1},
 }
-# What a study is called differently by, where it has come to, and what is made of the others.
+# How far it has come, what follows from the others, and what may only change its bits.
 OTHER = {"schema_version", "num_trials", "points", "step", "norm_edges", "trees"}
-OTHER |= {"versions", "device_kind"}
+OTHER |= {"versions", "device_kind", "code"}
 
 
 @pytest.fixture(scope="module")
@@ -293,16 +297,21 @@ def runner():
 
 def test_every_entry_of_a_spec_is_of_the_study_or_known_not_to_be(tmp_path, runner):  # 67
     runner.prepare(tiny.SPACE, num_trials=2, directory=tmp_path)
-    assert set(IDENTITY) | OTHER == set(storage.read_spec(tmp_path))
+    # A study of no set is no member of one.
+    assert (set(IDENTITY) | OTHER) - {"member"} == set(storage.read_spec(tmp_path))
 
 
 @pytest.mark.parametrize("part", IDENTITY)
 def test_a_study_of_which_any_part_differs_is_refused_by_name(tmp_path, runner, part):  # 67
     runner.prepare(tiny.SPACE, num_trials=2, directory=tmp_path)
-    stored = {**storage.read_spec(tmp_path), part: IDENTITY[part]}
-    storage.write_spec(tmp_path, stored)
+    stored = storage.read_spec(tmp_path)
+    another = IDENTITY[part]
+    if part == "arrays":
+        another = stored[part] | {"metrics/more": stored[part]["metrics/valid/loss"]}
+    stored[part] = another
+    storage.write_spec(tmp_path, stored, replace=True)
     told = "the program differs" if part == "program" else f"{part} is "
-    with pytest.raises((ValueError, storage.StorageError), match=f"holds another study.*{told}"):
+    with pytest.raises(ValueError, match=f"holds another study.*{told}"):
         runner.run(tiny.SPACE, num_trials=2, directory=tmp_path)
     # Nothing was written or removed.
     assert storage.read_spec(tmp_path) == stored
@@ -316,9 +325,21 @@ def test_another_table_of_points_is_refused_and_a_longer_one_goes_on(tmp_path): 
             study_of(tmp_path, {"learning_rate": np.float32(others)})
     longer = study_of(tmp_path, {"learning_rate": np.float32([0.5, 0.25, 0.1])})
     assert longer.num_trials == 3
-    # Whoever asks for less later takes nothing back.
+    # Whoever asks for less later, inside a block too, takes nothing back.
     assert study_of(tmp_path, {"learning_rate": np.float32([0.5])}).num_trials == 1
     assert storage.read_spec(tmp_path)["num_trials"] == 3
+    np.testing.assert_array_equal(
+        pbx.load_study(tmp_path).data["valid/loss"], longer.data["valid/loss"]
+    )
+
+
+def test_a_block_of_a_longer_table_that_came_meanwhile_stays(tmp_path, monkeypatch):  # 72
+    longer = study_of(tmp_path, {"learning_rate": np.float32([0.5, 0.25])})
+    # It was not there yet when this call looked.
+    monkeypatch.setattr(finished.Store, "stored", lambda self: set())
+    study_of(tmp_path, {"learning_rate": np.float32([0.5])})
+    found = pbx.load_study(tmp_path)
+    np.testing.assert_array_equal(found.data["valid/loss"], longer.data["valid/loss"])
 
 
 def test_a_study_that_another_process_began_meanwhile_is_refused(tmp_path, runner, monkeypatch):
@@ -341,3 +362,31 @@ def test_a_study_that_another_process_began_meanwhile_is_refused(tmp_path, runne
     with pytest.raises(ValueError, match="fixed is "):
         runner.run(tiny.SPACE, num_trials=2, directory=tmp_path)
     assert real(tmp_path) == stored
+
+
+def test_what_is_stored_is_not_trained_again(tmp_path, runner, monkeypatch):
+    whole = runner.run(tiny.SPACE, num_trials=4, directory=tmp_path)
+    monkeypatch.setattr(execute.Engine, "_train", lambda *_: pytest.fail("something was trained"))
+    again = runner.run(tiny.SPACE, num_trials=4, directory=tmp_path)
+    np.testing.assert_array_equal(again.data["valid/loss"], whole.data["valid/loss"])
+
+
+def test_points_of_other_names_or_dtypes_than_the_program_has_are_refused(runner):
+    for points in ({"learning_rate": np.int32([1])}, {"rate": np.float32([0.1])}):
+        with pytest.raises(ValueError, match="but the program was made for"):
+            runner.run(points)
+
+
+def test_left_overs_of_dead_processes_are_removed_by_whoever_comes_next(tmp_path, runner):
+    # 58, 71
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    name = f".tmp-{process.pid}-{'0' * 16}"
+    save = tmp_path / "checkpoints" / "blocks-1" / name
+    save.mkdir(parents=True)
+    (tmp_path / "blocks").mkdir()
+    files = [tmp_path / name, tmp_path / "blocks" / name, save / "file"]
+    for path in files:
+        path.write_bytes(b"torn")
+    runner.prepare(tiny.SPACE, num_trials=2, directory=tmp_path)
+    assert [path for path in (*files, save) if path.exists()] == []

@@ -219,6 +219,7 @@ def test_a_study_that_has_not_begun_is_missing(tmp_path):
         {"scientific": "x", "labels": ["a", "a"], "fixed": [{}, {}]},
         {"scientific": "x", "labels": ["a"], "fixed": []},
         {"scientific": "x", "labels": [""], "fixed": [{}]},
+        {"scientific": "x", "labels": ["a" * 201], "fixed": [{}]},
         {"scientific": "x", "labels": ["a"], "fixed": [{"y": "z"}]},
         {"scientific": 3, "labels": ["a"], "fixed": [{}]},
         {"labels": ["a"], "fixed": [{}]},

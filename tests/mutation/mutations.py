@@ -567,6 +567,7 @@ MUTATIONS = (
         "    except ValueError as error:\n        raise storage.StorageError(",
         "    except KeyError as error:\n        raise storage.StorageError(",
         (STUDY,),
+        "The schema finds first what is known to be bad.",
     ),
     Mutation(
         "arrays of other bits are the same",
@@ -1215,7 +1216,7 @@ MUTATIONS = (
         "cli.py",
         "    print(printable(text, most), file=file)",
         "    print(text, file=file)",
-        (UNTRUSTED,),
+        ("test_text.py", UNTRUSTED),
     ),
     Mutation(
         "a pipe in the command file's place is opened",

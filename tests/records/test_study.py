@@ -669,6 +669,11 @@ def test_saving_again_is_legal_and_another_study_is_refused(tmp_path):
     with pytest.raises(StorageError, match="another study"):
         imported([[2.0]]).save(tmp_path / "two")
     assert load_study(tmp_path / "two").best().value == 1.0
+    # The same study, as it says of itself, whose blocks hold other bits.
+    first = dict(study._blocks[0])
+    first["metrics/valid/loss"] = first["metrics/valid/loss"] + np.float32(1)
+    with pytest.raises(StorageError, match="another study"):
+        dataclasses.replace(study, _blocks=(first, *study._blocks[1:])).save(tmp_path)
     # The same numbers, of which something else is said.
     said = (tmp_path / "two" / "study.json").read_bytes()
     other = imported([[1.0]])

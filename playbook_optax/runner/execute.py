@@ -197,7 +197,7 @@ class Engine:
     def _groups(self, blocks: Sequence[Block], points: Points, keeper: Keeper) -> Iterator[Group]:
         """Blocks of one seed: first what was saved in training, then the others."""
         left = {block.index: block for block in blocks}
-        for saved in keeper.groups(left):
+        for saved in keeper.groups(left.values()):
             together = [left.pop(index) for index in saved]
             for part in _parts(together, self.blocks_per_call):
                 yield _group(part, points, saved)

@@ -28,7 +28,7 @@ class Store:
         owner: storage.Owner,
         points: Points,
     ) -> None:
-        self.directory, self.owner, self._points = directory, owner, points
+        self.directory, self.owner, self.points = directory, owner, points
 
     def write(self, batches: Iterable[Finished]) -> Iterator[Finished]:
         """Stores blocks as they finish, and passes them on.
@@ -53,7 +53,7 @@ class Store:
         # Of the same bits, unless it is of other points.
         stored = storage.read_block(directory, index, self.owner)
         wrong = storage.wrong_rows(stored, {name: arrays[name] for name in _rows_of(arrays)})
-        if wrong is None or (wrong & self._points.are_real(arrays["trial"])).any():
+        if wrong is None or (wrong & self.points.are_real(arrays["trial"])).any():
             storage.write_block(directory, index, arrays, self.owner, replace=True)
 
     def stored(self) -> set[int]:
@@ -91,12 +91,12 @@ class Store:
             expected = {
                 "trial": block.trials,
                 "seed": np.full_like(block.trials, block.seed),
-                **{f"point/{name}": row for name, row in self._points.rows(block.trials).items()},
+                **{f"point/{name}": row for name, row in self.points.rows(block.trials).items()},
             }
             wrong = storage.wrong_rows(arrays, expected)
             if wrong is not None:
                 # A study may have been longer than this call asks for.
-                wrong &= self._points.are_real(block.trials)
+                wrong &= self.points.are_real(block.trials)
             if wrong is not None and not wrong.any():
                 found[block.index] = arrays
             elif wrong is None or not storage.is_padding(wrong, arrays):

@@ -95,7 +95,7 @@ class Keeper:
             raise DoneByOthers
         due = time.monotonic() - self._saved_at > self._seconds
         if self._store is not None and (due or self.asked_to_stop):
-            meta = {"blocks": indices, "position": position}
+            meta = {"blocks": indices, "points": self._points_of(blocks), "position": position}
             self._saves(_name(indices)).write(step, arrays(), meta)
             self._saved_at = time.monotonic()
         self.check()
@@ -104,6 +104,15 @@ class Keeper:
         assert self._store is not None
         assert self._store.directory is not None
         return checkpoints.Checkpoints(self._store.directory, name, self._store.owner)
+
+    def _points_of(self, blocks: Iterable[Block]) -> str:
+        """A digest of the points of blocks, which a table may have changed since."""
+        assert self._store is not None
+        digest = hashlib.sha256()
+        for block in blocks:
+            for name, values in sorted(self._store.points.rows(block.trials).items()):
+                digest.update(f"{name!r}{values.dtype}".encode() + np.asarray(values).tobytes())
+        return digest.hexdigest()
 
     def _groups(self) -> list[str]:
         """The names of all groups of blocks that have saves."""
@@ -120,21 +129,25 @@ class Keeper:
         wanted = {block.index for block in blocks}
         return wanted <= self._store.stored() and wanted == set(self._store.read(blocks))
 
-    def groups(self, missing: Iterable[int]) -> list[tuple[int, ...]]:
+    def groups(self, missing: Iterable[Block]) -> list[tuple[int, ...]]:
         """Blocks that were in training together when they were last saved.
 
         Args:
           missing: the blocks that are wanted; other saves are of no use and removed.
 
         Returns:
-          Groups of wanted blocks that do not overlap.
+          Indices of groups of wanted blocks that do not overlap, saved at the points of today.
         """
-        left, found = set(missing), []
+        left, found = {block.index: block for block in missing}, []
         for name in self._groups():
-            blocks = _blocks(self._saves(name).meta())
-            if blocks and left.issuperset(blocks):
-                left.difference_update(blocks)
+            meta = self._saves(name).meta() or {}
+            blocks = _blocks(meta)
+            if not blocks or not left.keys() >= set(blocks):
+                continue
+            if meta.get("points") == self._points_of(left[index] for index in blocks):
                 found.append(blocks)
+                for index in blocks:
+                    del left[index]
         return found
 
     def load(self, blocks: Sequence[int], like: Sequence[Any], num_steps: int) -> Saved | None:

@@ -917,8 +917,8 @@ MUTATIONS = (
     Mutation(
         "saves of stored blocks are continued",
         "runner/resume.py",
-        "if blocks and left.issuperset(blocks):",
-        "if blocks:",
+        "if not blocks or not left.keys() >= set(blocks):",
+        "if not blocks:",
         (KEEPER,),
     ),
     Mutation(
@@ -1333,15 +1333,22 @@ MUTATIONS = (
     Mutation(
         "a shorter table takes a block back, when it is read",
         "runner/finished.py",
-        "                wrong &= self._points.are_real(block.trials)\n",
+        "                wrong &= self.points.are_real(block.trials)\n",
         "                pass\n",
         (STORED,),
     ),
     Mutation(
         "a shorter table takes a block back, when it is stored",
         "runner/finished.py",
-        'wrong is None or (wrong & self._points.are_real(arrays["trial"])).any()',
+        'wrong is None or (wrong & self.points.are_real(arrays["trial"])).any()',
         "wrong is None or wrong.any()",
         (f"{STORED}::test_a_block_of_a_longer_table_that_came_meanwhile_stays",),
+    ),
+    Mutation(
+        "saves at other points are continued",
+        "runner/resume.py",
+        'if meta.get("points") == self._points_of(left[index] for index in blocks):',
+        "if True:",
+        (KEEPER,),
     ),
 )

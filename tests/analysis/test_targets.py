@@ -36,7 +36,7 @@ def test_the_first_evaluation_counts_and_nothing_is_interpolated():
 def test_a_metric_that_should_rise():
     record = study([[0.1, 0.7, 0.9]], name="valid/accuracy", maximize=True)
     assert pbx.steps_to_target(record, 0.7).steps.tolist() == [100]
-    record = study([[0.1, 0.7, 0.9]], name="accuracy")
+    record = study([[0.1, 0.7, 0.9]], name="accuracy", maximize=False)
     assert pbx.steps_to_target(record, 0.7, maximize=True).steps.tolist() == [100]
 
 

@@ -26,7 +26,7 @@ import pandas
 import playbook_optax as pbx
 from playbook_optax import _checks, cli, report
 from playbook_optax.procedures import tune
-from playbook_optax.records import checkpoints, storage, weights
+from playbook_optax.records import storage, weights
 from playbook_optax.runner import finished, plan, resume
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 from playbook_optax.trials import keys
@@ -188,6 +188,7 @@ COMMAND = {
     "optimizer": "adam",
     "space": SearchSpace({"learning_rate": SPACE["learning_rate"]}).to_dict(),
 }
+BLOCKS = plan.blocks_of(6, 1, 2)
 LIKE = [np.zeros((4, 3), np.float32), np.zeros(4, np.int32)]
 
 
@@ -227,10 +228,10 @@ class Corpus:
         studies = {name: imported_study(n) for name, n in (("adam", 5), ("sgd", 6))}
         fixed = {"adam": {"eps": 1e-8}, "sgd": {"momentum": 1}}
         pbx.StudySet(studies, "optimizer", fixed).save(self.folder / "set")
-        saves = checkpoints.Checkpoints(self.folder / "saves", resume._name([0]))
+        keeper = keeper_of(self.folder / "saves")
         for step in (10, 20):
             arrays = [np.full_like(one, step) for one in LIKE]
-            saves.write(step, arrays, {"blocks": [0], "position": None})
+            keeper.between_calls(BLOCKS[:1], step, lambda arrays=arrays: arrays, None)
 
     def _keep(self, name):
         """A study in memory: spec and blocks, to be changed and written again."""
@@ -399,9 +400,15 @@ def read_set(corpus, rng):
     _ = studies.nuisance, studies.conditional, studies.cost
 
 
+def keeper_of(folder):
+    """What saves blocks in training, always, and brings them back."""
+    points = plan.Points(None, {"rate": np.ones(6, np.float32)}, None)
+    return resume.Keeper(None, finished.Store(folder, storage.NOBODY, points), -1.0)
+
+
 def read_saves(folder):
-    keeper = resume.Keeper(None, finished.Store(folder, storage.NOBODY, None))
-    for blocks in ours(keeper.groups, [0, 1, 2]) or ():
+    keeper = keeper_of(folder)
+    for blocks in ours(keeper.groups, BLOCKS) or ():
         saved = ours(keeper.load, blocks, LIKE, 30)
         if saved is None:
             continue

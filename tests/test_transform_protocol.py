@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from playbook_optax import learning_rate, norms, optimizers, schedules
+from playbook_optax import learning_rate, norms, optimizers, reducers, schedules
 
 
 def watching(factory):
@@ -47,6 +47,7 @@ TRANSFORMS = {
         {**PLATEAU, "accumulation_size": 1, "min_scale": 0.1},
     ),
     "clip_by_global_norm": (norms.clip_by_global_norm, {"max_norm": 0.5}),
+    "clip_until": (norms.clip_until, {"max_norm": 0.5, "num_steps": 3}),
     "clip_by_percentile": (norms.clip_by_percentile, {"percentile": 60.0, "min_steps": 1}),
     "monitor_norms": (norms.monitor_norms, {}),
 }
@@ -391,3 +392,65 @@ def test_switches_for_debugging_change_nothing(name, switch, dtype):
     with SWITCHES[switch]():
         switched = run()
     np.testing.assert_allclose(switched, plain, rtol=1e-6)
+
+
+@every_transform
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_eight_bits_are_updated_in_float32(name, dtype):
+    weights = {"w": jnp.linspace(-1, 1, 3).astype(dtype)}
+    grads = {"w": jnp.array([0.5, -0.25, 1.0]).astype(dtype)}
+    tx, wide = make(name), make(name)
+    state, full = tx.init(weights), jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+    whole = wide.init(full)
+    for _ in range(3):
+        updates, state = tx.update(grads, state, weights)
+        exact, whole = wide.update(
+            jax.tree.map(lambda x: x.astype(jnp.float32), grads), whole, full
+        )
+        assert updates["w"].dtype == dtype
+        np.testing.assert_array_equal(updates["w"], exact["w"].astype(dtype))
+    for leaf in jax.tree.leaves(state):
+        assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_)
+
+
+SCHEDULES = {
+    "constant": lambda value: schedules.constant(value),
+    "linear_decay": lambda value: schedules.linear_decay(value, 10),
+    "cosine_decay": lambda value: schedules.cosine_decay(value, 10),
+    "polynomial_decay": lambda value: schedules.polynomial_decay(value, 10, 2),
+    "exponential_decay": lambda value: schedules.exponential_decay(value, 10, 0.5),
+    "inverse_sqrt_decay": lambda value: schedules.inverse_sqrt_decay(value, 10),
+    "piecewise_constant": lambda value: schedules.piecewise_constant([value, value], [5]),
+    "warm-up": lambda value: schedules.prepend_warmup(schedules.cosine_decay(value, 10), 5),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("value", [2, np.int32(2), np.float16(2), jnp.bfloat16(2), 2.0])
+def test_schedules_under_switches_take_numbers_of_any_dtype(name, switch, value):
+    expected = [float(SCHEDULES[name](2.0)(jnp.int32(count))) for count in (0, 3, 12)]
+    with SWITCHES[switch]():
+        found = [SCHEDULES[name](value)(jnp.int32(count)) for count in (0, 3, 12)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("value", [2, np.float16(2), jnp.bfloat16(2), 2.0])
+def test_means_under_switches(switch, value):
+    mean = reducers.mean()
+    with SWITCHES[switch]():
+        state = mean.update(mean.update(mean.init(), value, 0), value, 1)
+        nothing = mean.compute(mean.init())
+        both = mean.compute(mean.merge(state, state))
+    assert np.isnan(nothing)
+    assert float(both) == 2.0
+
+
+def test_what_is_not_known_yet_is_nan_under_debug_nans():
+    weights = jnp.ones(2)
+    with jax.debug_nans(True):
+        record = norms.norm_info(norms.monitor_norms().init(weights))
+        assert np.isnan(record.percentile(90.0))
+        state = learning_rate.reduce_on_plateau().init(weights)
+        assert np.isnan(learning_rate.plateau_info(state).best_value)

@@ -78,9 +78,12 @@ class Store:
         if self.directory is None or not there:
             return found
         read_block = schema.block_reader(self.directory, schema.read_spec(self.directory))
-        for block in wanted:
-            if block.index not in there:
-                continue
+        blocks = [block for block in wanted if block.index in there]
+        # All at once: one by one they cost more than reading the blocks.
+        first = min((int(block.trials[0]) for block in blocks), default=0)
+        end = max((int(block.trials[-1]) for block in blocks), default=-1) + 1
+        points = self.points.rows(np.arange(first, end, dtype=np.int32)) if blocks else {}
+        for block in blocks:
             try:
                 arrays = read_block(block.index)
             except storage.ForeignBlock as error:
@@ -91,7 +94,9 @@ class Store:
             expected = {
                 "trial": block.trials,
                 "seed": np.full_like(block.trials, block.seed),
-                **{f"point/{name}": row for name, row in self.points.rows(block.trials).items()},
+                **{
+                    f"point/{name}": values[block.trials - first] for name, values in points.items()
+                },
             }
             wrong = storage.wrong_rows(arrays, expected)
             if wrong is not None:

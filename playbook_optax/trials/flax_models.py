@@ -1,5 +1,6 @@
 """Flax modules as the pair (init, apply) that `Workload.from_arrays` takes."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -69,63 +70,78 @@ def _make(factory: Callable[..., Any], key: chex.PRNGKey) -> Any:
     return factory(rngs=rngs) if takes_rngs else factory(rngs)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Switch:
-    """How a module is told whether it trains: arguments of its call, or attributes.
+    """How a module is told whether it trains; frozen, so that it is known what it is made of.
+
+    Attributes:
+      of_call: arguments of its call, name to value in training.
+      of_module: attributes, likewise.
+      known: whether there is a switch, or the user says that there is none.
+    """
+
+    of_call: dict[str, bool]
+    of_module: dict[str, bool]
+    known: bool
+
+    def arguments(self, train: bool) -> dict[str, bool]:
+        """What the call is given."""
+        return {name: value is train for name, value in self.of_call.items()}
+
+    def on(self, module: linen.Module, train: bool) -> linen.Module:
+        """A linen module with its attributes set."""
+        if not self.of_module:
+            return module
+        return module.clone(**{name: value is train for name, value in self.of_module.items()})
+
+
+def _switch_of(module: Any, given: str | Mapping[str, bool] | None) -> _Switch:
+    """The switch of a module.
 
     Args:
       module: the module.
       given: what the user says of it; None to look for known names.
 
+    Returns:
+      The switch.
+
     Raises:
       ValueError: a name that the module does not have.
     """
-
-    def __init__(self, module: Any, given: str | Mapping[str, bool] | None) -> None:
-        parameters = inspect.signature(type(module).__call__).parameters
-        takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-        fields = set(getattr(type(module), "__dataclass_fields__", ())) - {"parent", "name"}
-        if given is None:
-            # Of the same name, but no switch, is what holds anything else.
-            now = {name: p.default for name, p in parameters.items()}
-            now |= {name: getattr(module, name, inspect.Parameter.empty) for name in fields}
-            usual = (True, False, None, inspect.Parameter.empty)
-            wanted = {
-                name: value
-                for name, value in SWITCHES.items()
-                if name in now and any(now[name] is one for one in usual)
-            }
-        elif isinstance(given, str):
-            wanted = {given: SWITCHES.get(given, True)}
-        else:
-            wanted = dict(given)
-        for name, value in wanted.items():
-            if not (name in parameters or name in fields or takes_any):
-                known = [*list(parameters)[1:], *sorted(fields)]
-                raise ValueError(
-                    f"train_switch names {name!r}, which is no argument of "
-                    f"{type(module).__name__}.__call__ and no attribute: "
-                    f"{_checks.nearest(name, known)}"
-                )
-            _checks.check_flag(f"train_switch[{name!r}]", value)
-        self._arguments = {k: v for k, v in wanted.items() if k in parameters or k not in fields}
-        self._fields = {k: v for k, v in wanted.items() if k not in self._arguments}
-        self.known = given is not None or bool(wanted)
-
-    def arguments(self, train: bool) -> dict[str, bool]:
-        """What the call is given."""
-        return {name: value is train for name, value in self._arguments.items()}
-
-    def on(self, module: linen.Module, train: bool) -> linen.Module:
-        """A linen module with its attributes set."""
-        if not self._fields:
-            return module
-        return module.clone(**{name: value is train for name, value in self._fields.items()})
+    parameters = inspect.signature(type(module).__call__).parameters
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    fields = set(getattr(type(module), "__dataclass_fields__", ())) - {"parent", "name"}
+    if given is None:
+        # Of the same name, but no switch, is what holds anything else.
+        now = {name: p.default for name, p in parameters.items()}
+        now |= {name: getattr(module, name, inspect.Parameter.empty) for name in fields}
+        usual = (True, False, None, inspect.Parameter.empty)
+        wanted = {
+            name: value
+            for name, value in SWITCHES.items()
+            if name in now and any(now[name] is one for one in usual)
+        }
+    elif isinstance(given, str):
+        wanted = {given: SWITCHES.get(given, True)}
+    else:
+        wanted = dict(given)
+    for name, value in wanted.items():
+        if not (name in parameters or name in fields or takes_any):
+            known = [*list(parameters)[1:], *sorted(fields)]
+            raise ValueError(
+                f"train_switch names {name!r}, which is no argument of "
+                f"{type(module).__name__}.__call__ and no attribute: {_checks.nearest(name, known)}"
+            )
+        _checks.check_flag(f"train_switch[{name!r}]", value)
+    of_call = {k: v for k, v in wanted.items() if k in parameters or k not in fields}
+    of_module = {k: v for k, v in wanted.items() if k not in of_call}
+    return _Switch(of_call, of_module, given is not None or bool(wanted))
 
 
 def _linen(
     module: linen.Module, example: np.ndarray, train_switch: str | Mapping[str, bool] | None
 ) -> tuple[Callable, Callable]:
-    switch = _Switch(module, train_switch)
+    switch = _switch_of(module, train_switch)
 
     def init(key: chex.PRNGKey) -> tuple[Any, Any]:
         x = jnp.zeros(example.shape, jax.dtypes.canonicalize_dtype(example.dtype))
@@ -184,7 +200,7 @@ def _nnx(
     factory: Callable[..., Any] | None,
     train_switch: str | Mapping[str, bool] | None,
 ) -> tuple[Callable, Callable]:
-    switch = _Switch(module, train_switch)
+    switch = _switch_of(module, train_switch)
     # Streams of random keys are split off: each step derives them from its own key, so that a
     # trial can be repeated from any step.
     graph, params, streams, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)

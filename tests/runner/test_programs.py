@@ -392,3 +392,21 @@ def test_functions_that_call_each_other_have_an_identity():
 
     assert identity.identity(one) == identity.identity(one)
     assert identity.identity(one) != identity.identity(other)
+
+
+def test_a_flax_workload_has_an_identity():
+    # Without one every call traces, and a second study costs a tenth of the first and more.
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, inference=True):
+            return nn.Dense(2)(nn.Dropout(0.5, deterministic=inference)(x))
+
+    x, y = np.zeros((8, 3), np.float32), np.zeros(8, np.int32)
+
+    def made():
+        return pbx.Workload.from_flax(Net(), train=(x, y), valid=(x, y), batch_size=4)
+
+    with pytest.warns(UserWarning, match="also stand in the training set"):
+        one, other = made(), made()
+    assert programs.digest_of((one, tiny.sgd, None)) == programs.digest_of((other, tiny.sgd, None))
+    assert programs.digest_of((one, tiny.sgd, None)) is not None

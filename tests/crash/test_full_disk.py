@@ -175,10 +175,12 @@ import numpy as np
 from playbook_optax.records import storage, weights
 from tests.crash import stories
 
+HARD = resource.getrlimit(resource.RLIMIT_AS)[1]
+
 def limit(mebibytes):
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + mebibytes * 2**20, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + mebibytes * 2**20, HARD))
 
 class Large(stories.Run):
     trees = {"params": weights.describe_tree({"w": 0.0})}
@@ -198,7 +200,7 @@ try:
 except storage.StorageError as error:
     assert f"cannot {refusal}" in str(error) and "does not fit into memory" in str(error), error
     print(type(error).__name__)
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (HARD, HARD))
 story.tell()
 story.check_whole()
 """

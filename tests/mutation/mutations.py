@@ -814,6 +814,7 @@ MUTATIONS = (
         'if stored["num_trials"] < spec["num_trials"]:',
         'if stored["num_trials"] != spec["num_trials"]:',
         (STORED,),
+        "A shorter extension is a file of its own, and the longest counts.",
     ),
     Mutation(
         "a study that came meanwhile is not compared",

@@ -534,7 +534,7 @@ def signalled_while_compiling(directory, number, real, width, times=2):
     finally:
         process.kill()
     assert (times == 2) == ("stops at the next safe moment" in err)
-    assert out.split()[-1] == "left", err
+    assert "left" in out, err  # Perhaps another thread has begun to compile meanwhile.
     return process.returncode
 
 

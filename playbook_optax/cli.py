@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import optax
 
-from playbook_optax import _checks, chapters, optimizers, report
+from playbook_optax import _checks, _portable, chapters, optimizers, report
 from playbook_optax._text import (
     PARAGRAPH,
     UNBOUNDED,
@@ -629,9 +629,7 @@ def _check_size(spec: Mapping[str, Any]) -> None:
 
 def _points_and_key(spec: Mapping[str, Any]) -> tuple[Any, jax.Array]:
     """What `run_study` was given once."""
-    key = jax.numpy.asarray(np.asarray(spec["key"]["data"], np.uint32))
-    if spec["key"]["impl"] is not None:
-        key = jax.random.wrap_key_data(key, impl=spec["key"]["impl"])
+    key = _portable.receive_key(_portable.SentKey(**spec["key"]))
     if spec["space"] is not None:
         return SearchSpace.from_dict(spec["space"]), key
     dtypes = {name: stored_dtype(spec["dtypes"][name]) for name in spec["points"]}

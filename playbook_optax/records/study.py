@@ -88,7 +88,8 @@ class BestTrial:
 class Study:
     """A finished (or partly finished) study, read-only.
 
-    Made by `run_study`, `load_study`, `Study.from_arrays` or `Study.from_dataframe`.
+    Made by `run_study`, `load_study`, `Study.from_arrays` or `Study.from_dataframe`. It can be
+    copied and pickled; a copy from another process is a record, which cannot train.
 
     Attributes:
       data: `xarray.Dataset` of host arrays, dimensions (trial, eval), or (trial, seed, eval) with
@@ -106,8 +107,6 @@ class Study:
     Source: playbook, "Why use quasi-random search instead of more sophisticated black box
     optimization algorithms during the exploration phase of tuning?" (post hoc analysis of all
     trials, without running them again).
-
-    It can be copied and pickled; a copy from another process is a record, which cannot train.
     """
 
     data: "xarray.Dataset"
@@ -1091,11 +1090,6 @@ def _space(spec: Mapping[str, Any]) -> SearchSpace | None:
     if spec.get("space") is None:
         return None
     return SearchSpace.from_dict(spec["space"])
-
-
-def _identity(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to agree between two records of one study, as text that equals itself with NaN."""
-    return {n: repr(v) for n, v in spec.items() if n not in ("num_trials", "planned_trials")}
 
 
 def _same_arrays(one: Block, other: Block) -> bool:

@@ -5,9 +5,8 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _portable
 
 # Folds of the study's key: training and points never share a stream.
 _TRAINING_STREAM, _POINT_STREAM = 0, 1
@@ -63,9 +62,8 @@ def describe_key(key: chex.PRNGKey) -> dict[str, Any]:
     Returns:
       ``impl``, None of a raw key, and ``data``, its numbers.
     """
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = np.asarray(jax.random.key_data(key) if typed else key)
-    return {"impl": str(jax.random.key_impl(key)) if typed else None, "data": raw.tolist()}
+    sent = _portable.send_key(key)
+    return {"impl": sent.impl, "data": sent.data.tolist()}
 
 
 def check_key(name: str, key: Any) -> None:

@@ -3,7 +3,6 @@
 import errno
 import itertools
 import pathlib
-import tempfile
 
 import pytest
 
@@ -15,14 +14,6 @@ CODES = (errno.EIO, errno.ENOSPC, errno.EINTR)
 pytestmark = pytest.mark.skipif(
     not pathlib.Path("/proc/self/fd").is_dir(), reason="needs the /proc of Linux"
 )
-
-
-@pytest.fixture
-def memory():
-    """A folder in memory, where nothing waits for a disk."""
-    shared = pathlib.Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as place:
-        yield pathlib.Path(place)
 
 
 def each_call_fails(place, act, check, codes, prepare=lambda directory: None, every=1):

@@ -1,7 +1,6 @@
 """The power is cut after every change on the disk: nothing finished is lost, or read wrong."""
 
 import pathlib
-import tempfile
 
 import pytest
 
@@ -10,14 +9,6 @@ from tests.crash import powercut, stories
 pytestmark = pytest.mark.skipif(
     not pathlib.Path("/proc/self/fd").is_dir(), reason="needs the /proc of Linux"
 )
-
-
-@pytest.fixture
-def memory():
-    """A folder in memory, where nothing waits for a disk."""
-    shared = pathlib.Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as place:
-        yield pathlib.Path(place)
 
 
 def replayed(kind, place, thorough):

@@ -1,1 +1,0 @@
-"""Verdicts against worlds whose answer is known: how often they are found, and raised wrongly."""

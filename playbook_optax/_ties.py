@@ -56,12 +56,15 @@ def check_resolution(resolution: Any, objective: str) -> dict[str, float]:
     return {str(name): float(value) for name, value in told.items()}
 
 
-def best_evaluation(loss: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
+def best_evaluation(
+    loss: np.ndarray, others: Sequence[np.ndarray], earliest: bool = False
+) -> np.ndarray:
     """The evaluation at which a loss is least; of equals the least of the others, then the latest.
 
     Args:
       loss: (..., eval), infinite where it does not count.
       others: curves of the tie breakers, each (..., eval); NaN is worse than any number.
+      earliest: whether what they leave equal goes to the earliest instead.
 
     Returns:
       Its index, (...), of any evaluation where none counts.
@@ -74,16 +77,22 @@ def best_evaluation(loss: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarra
     for other in others:
         worth = np.where(tied & ~np.isnan(other), other, np.inf)
         tied &= worth == worth.min(axis=-1, keepdims=True)
+    if earliest:
+        first: np.ndarray = tied.argmax(axis=-1)
+        return first
     last: np.ndarray = loss.shape[-1] - 1 - tied[..., ::-1].argmax(axis=-1)
     return last
 
 
-def best_first(loss: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
+def best_first(
+    loss: np.ndarray, others: Sequence[np.ndarray], resolution: float = 0.0
+) -> np.ndarray:
     """Indices that sort trials by their loss; of equals by the others, then by their number.
 
     Args:
       loss: (trial,), infinite where there is none.
       others: the tie breakers of each trial, (trial,).
+      resolution: what lies so near to the best is equal to it.
 
     Returns:
       The indices, int (trial,).
@@ -93,4 +102,20 @@ def best_first(loss: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
       array([2, 1, 0])
     """
     worths = [np.where(np.isnan(other), np.inf, other) for other in others]
-    return np.lexsort([*reversed(worths), loss])
+    level = np.where(tied_with_best(loss, resolution), loss.min(initial=np.inf), loss)
+    return np.lexsort([*reversed(worths), level])
+
+
+def tied_with_best(loss: np.ndarray, resolution: float) -> np.ndarray:
+    """Which losses lie within the resolution of the least.
+
+    Args:
+      loss: any shape.
+      resolution: what one example changes it by; 0 leaves exact equality.
+
+    Returns:
+      Booleans of its shape.
+    """
+    # Error rates are means in float32: one example is one up to their rounding.
+    tied: np.ndarray = loss <= loss.min(initial=np.inf) + 1.001 * resolution
+    return tied & np.isfinite(loss)

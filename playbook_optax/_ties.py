@@ -9,6 +9,7 @@ from playbook_optax import _checks
 
 _LOSS = "loss"
 _TRAINING_LOSS = f"train/{_LOSS}"
+_UNDECIDED = float(np.log(2))
 
 
 def tie_breakers(objective: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -84,15 +85,12 @@ def best_evaluation(
     return last
 
 
-def best_first(
-    loss: np.ndarray, others: Sequence[np.ndarray], resolution: float = 0.0
-) -> np.ndarray:
+def best_first(loss: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
     """Indices that sort trials by their loss; of equals by the others, then by their number.
 
     Args:
       loss: (trial,), infinite where there is none.
       others: the tie breakers of each trial, (trial,).
-      resolution: what lies so near to the best is equal to it.
 
     Returns:
       The indices, int (trial,).
@@ -102,8 +100,58 @@ def best_first(
       array([2, 1, 0])
     """
     worths = [np.where(np.isnan(other), np.inf, other) for other in others]
-    level = np.where(tied_with_best(loss, resolution), loss.min(initial=np.inf), loss)
-    return np.lexsort([*reversed(worths), level])
+    return np.lexsort([*reversed(worths), loss])
+
+
+def settled_first(
+    loss: np.ndarray,
+    others: Sequence[np.ndarray],
+    resolution: float,
+    points: Sequence[np.ndarray],
+) -> np.ndarray:
+    """Indices that sort trials by what can be told apart; the middle of what cannot comes first.
+
+    What lies within the resolution of the best is a tie. Among these, the same holds for each of
+    the others in turn, with the loss that one undecided example of two classes makes: a loss far
+    below it says how sure a model is and no more. Trials that are equal in all of this are sorted
+    by their distance from the middle of their range, in ranks of their hyperparameters.
+
+    Args:
+      loss: (trial,), infinite where there is none.
+      others: the tie breakers of each trial, losses of shape (trial,).
+      resolution: what one example changes the loss by; with 0 it is `best_first`.
+      points: the hyperparameters, each (trial,).
+
+    Returns:
+      The indices, int (trial,).
+
+    Example:
+      >>> rates = np.array([0.001, 0.01, 0.1, 1.0])
+      >>> settled_first(np.array([0.2, 0.0, 0.03, 0.0]), [], 0.03, [rates])
+      array([2, 1, 3, 0])
+    """
+    tied = tied_with_best(loss, resolution)
+    order = best_first(np.where(tied, loss.min(initial=np.inf), loss), others)
+    if not resolution:
+        return order
+    equal = tied
+    for other in others:
+        worth = np.where(equal & ~np.isnan(other), other, np.inf)
+        if np.isfinite(worth.min(initial=np.inf)):
+            equal = tied_with_best(worth, _UNDECIDED * resolution)
+    place = np.select([equal, tied], [0, 1], 2)
+    distance = np.zeros(len(loss))
+    for values in points:
+        rank = _ranks(values)
+        distance[equal] += (rank[equal] - np.median(rank[equal])) ** 2 if equal.any() else 0.0
+    # lexsort is stable: what is left equal stays in the order of `best_first`.
+    return order[np.lexsort([distance[order], place[order]])]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 0 to 1; equal values have one rank."""
+    known, rank = np.unique(values, return_inverse=True)
+    return rank / max(len(known) - 1, 1)
 
 
 def tied_with_best(loss: np.ndarray, resolution: float) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from playbook_optax import _checks
 from playbook_optax._direction import direction
-from playbook_optax._ties import best_evaluation, best_first, tie_breakers
+from playbook_optax._ties import best_evaluation, best_first, settled_first, tie_breakers
 from playbook_optax.records.study import Study
 
 
@@ -30,6 +30,8 @@ class Outcomes(NamedTuple):
       infeasible: (trial,) whether any seed was infeasible.
       reason: (trial,) why, of its first infeasible seed; "" if feasible.
       order: (usable,) indices of the trials that have a value, best first.
+      settled: (usable,) likewise, but what lies within the resolution of the best is a tie, see
+        `_ties.settled_first`.
       ties: (tie breaker, trial) the metrics that decide between equals, at the checkpoint.
       resolution: what one example changes the objective by; 0 where that is not known.
     """
@@ -44,6 +46,7 @@ class Outcomes(NamedTuple):
     infeasible: np.ndarray
     reason: np.ndarray
     order: np.ndarray
+    settled: np.ndarray
     ties: np.ndarray
     resolution: float
 
@@ -73,8 +76,8 @@ class Outcomes(NamedTuple):
         Returns:
           Their indices, best first; all of them if there are fewer than three.
         """
-        num = len(self.order)
-        return self.order[: min(num, 10, max(3, -(-num // 10)))]
+        num = len(self.settled)
+        return self.settled[: min(num, 10, max(3, -(-num // 10)))]
 
 
 def mean_curve(study: Study, name: str) -> np.ndarray:
@@ -171,6 +174,8 @@ def outcomes(study: Study, objective: str | None = None, maximize: bool | None =
     best_step = np.where(usable, step[index], -1)
     settled = [other[np.arange(len(loss)), checkpoint] for other in others]
     order = best_first(best, settled)[: usable.sum()]
+    resolution = study.resolution(objective)
+    points = list(study.points.values())
     return Outcomes(
         objective,
         bool(maximize),
@@ -182,6 +187,7 @@ def outcomes(study: Study, objective: str | None = None, maximize: bool | None =
         infeasible,
         reason,
         order,
+        settled_first(best, settled, resolution, points)[: usable.sum()],
         np.asarray(settled, np.float64).reshape(len(others), len(loss)),
-        study.resolution(objective),
+        resolution,
     )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from playbook_optax import _checks
-from playbook_optax._ties import best_first, tie_breakers, tied_with_best
+from playbook_optax._ties import tie_breakers, tied_with_best
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import Outcomes, metric_names, outcomes
 from playbook_optax.records.study import Study
@@ -77,7 +77,7 @@ def resolution_info(
 
     What one example changes the objective by is in ``spec["resolution"]``, see `Workload`. Values
     within it of the best are tied with it; the loss of the same examples decides between them, then
-    that of training.
+    that of training, then the middle of their range.
 
     Args:
       study: the study.
@@ -105,8 +105,7 @@ def resolution_info(
     out = outcomes(study, objective, maximize)
     loss = np.where(out.usable, out.loss, np.inf)
     usable = np.flatnonzero(out.usable)
-    order = best_first(loss, list(out.ties), out.resolution)[: len(usable)]
-    best = int(order[0]) if len(order) else -1
+    best = int(out.settled[0]) if len(usable) else -1
     start, gain, moved = np.nan, np.nan, np.nan
     if len(usable) and out.step[0] == 0 and np.isfinite(out.curve[usable, 0]).any():
         sign = -1.0 if out.maximize else 1.0
@@ -122,7 +121,7 @@ def resolution_info(
         value=float(out.value[best]) if best >= 0 else np.nan,
         step=int(out.checkpoint_step[best]) if best >= 0 else -1,
         num_usable=len(usable),
-        tied=order[tied_with_best(loss, out.resolution)[order]],
+        tied=out.settled[tied_with_best(loss, out.resolution)[out.settled]],
         breakers=tie_breakers(out.objective, metric_names(study)),
         start=start,
         gain=gain,
@@ -217,9 +216,12 @@ def resolution_findings(info: ResolutionInfo) -> list[Finding]:
 
 def _tied(info: ResolutionInfo, evidence: dict[str, object]) -> Finding:
     num, share = len(info.tied), len(info.tied) / info.num_usable
-    chosen = "nothing else tells them apart, and the first is taken"
+    chosen = f"trial {info.best} is taken, in the middle of their range"
     if info.breakers:
-        chosen = f"trial {info.best} is taken for its {info.breakers[0]}"
+        chosen = (
+            f"trial {info.best} is taken for its {info.breakers[0]}, from the middle of what is "
+            "alike in that, too"
+        )
     may = ""
     if np.isfinite(info.upper):
         may = (

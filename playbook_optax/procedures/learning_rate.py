@@ -9,7 +9,6 @@ import numpy as np
 from playbook_optax import _checks
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
-from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.analysis.resolution import resolution_info
 from playbook_optax.procedures.given import trains_if_needed
 from playbook_optax.procedures.verdict import Verdict
@@ -109,8 +108,9 @@ def sweep_learning_rate(
 def best_rate(study: Study) -> float | None:
     """The learning rate of the best trial of a sweep.
 
-    Of trials that validation cannot separate it is the one with the lowest loss, and of those that
-    are alike in that, too, the middle one.
+    Of trials that validation cannot separate it is one with a low loss, and of those that are alike
+    in that, too, the middle one. A rate at an end of the sweep is taken only where validation says
+    that it is better than all between the ends.
 
     Args:
       study: trials that differ in ``learning_rate``.
@@ -118,13 +118,10 @@ def best_rate(study: Study) -> float | None:
     Returns:
       The rate, or None where every trial is infeasible.
     """
-    info = resolution_info(study)
-    if info.best < 0:
-        return None
-    ties = outcomes(study).ties
-    alike = [t for t in info.tied if np.array_equal(ties[:, t], ties[:, info.best], True)]
-    rates = np.sort(study.points[LEARNING_RATE][alike])
-    return float(rates[(len(rates) - 1) // 2])
+    rates = study.points[LEARNING_RATE]
+    tied = resolution_info(study).tied
+    inside = [trial for trial in tied if rates.min() < rates[trial] < rates.max()]
+    return float(rates[[*inside, *tied][0]]) if len(tied) else None
 
 
 def _at_end(rate: float, rates: np.ndarray) -> Finding:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from playbook_optax import _checks, _portable, norms, optimizers, schedules, search_spaces
-from playbook_optax._ties import best_first
+from playbook_optax._ties import settled_first
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.boundaries import wider_range
 from playbook_optax.analysis.findings import Finding, by_severity
@@ -950,11 +950,12 @@ class _Tuner:
         findings = diagnose.diagnose(study)
         evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
         said = f"{num} quasi-random trials of {steps} steps over {', '.join(space)}"
-        try:
-            best = study.best()
-            said += f": the best reaches {best.value:.4g} at step {best.step}."
-            evidence["value"] = best.value
-        except NoFeasibleTrial:
+        ranked = _ranked([study])
+        if ranked:
+            value, step = _checkpoint(*ranked[0])
+            said += f": the best reaches {value:.4g} at step {step}."
+            evidence["value"] = value
+        else:
             said += ": every one is infeasible."
         if self._rates and "space" not in self._overrides:
             said += " All learning rates follow one schedule."
@@ -972,7 +973,9 @@ class _Tuner:
         if first is None or not len(outcomes(first).order):
             return []
         findings: list[Finding] = []
-        if "num_steps" not in self._overrides:
+        # Of a round that moved nothing there is nothing to learn but to train longer.
+        moved = _useless(first) is None
+        if moved and "num_steps" not in self._overrides:
             refined = refine_num_steps(self._judged_by, first, key=self._key)
             findings += refined.findings
             if refined.answer is not None and refined.answer < self._first_steps:
@@ -999,7 +1002,8 @@ class _Tuner:
         findings += plan.findings
         space = self._overrides.get("next_space")
         if space is None:
-            space = plan.answer.space if plan.answer is not None else self._first_space(num)
+            known = moved and plan.answer is not None
+            space = plan.answer.space if known else self._first_space(num)
             space = rates.within(space, self._bound)
         num_kept = min(max(1, num // _KEPT_PART), _KEPT_CANDIDATES)
         top = np.array([trial for _, trial in _ranked([first])[:num_kept]])
@@ -1097,6 +1101,9 @@ class _Tuner:
         """The best candidates with several seeds; the best of them is the recipe."""
         ranked = _ranked(second) or _ranked([] if first is None else [first])
         source = ranked[0][0] if ranked else None
+        useless = None if source is None else _useless(source)
+        if useless and "point" not in self._overrides:
+            return self._refuse(useless)
         given = self._overrides.get("point")
         instead = ""
         if source is None and given is None and self._rate and self._left() >= self._final_steps:
@@ -1124,9 +1131,6 @@ class _Tuner:
             room = self._left() // (steps * max(seeds, 1))
             candidates = min(candidates, len(ranked), room)
             if candidates < 1:
-                useless = _useless(source)
-                if useless:
-                    return self._refuse(useless)
                 trial = ranked[0][1]
                 value, step = _checkpoint(source, trial)
                 point = {name: given.item() for name, given in source.point(trial).items()}
@@ -1444,7 +1448,7 @@ def _alike(one: Parameter, other: Parameter) -> bool:
 def _ranked(studies: list[Study]) -> list[tuple[Study, int]]:
     """The trials of studies of equal length that have a value, best first.
 
-    What validation cannot separate from the best stands in the order of its loss.
+    What validation cannot separate from the best is sorted as `_ties.settled_first` does.
     """
     outs = [outcomes(study) for study in studies]
     found = [(i, int(trial)) for i, out in enumerate(outs) for trial in np.sort(out.order)]
@@ -1452,7 +1456,12 @@ def _ranked(studies: list[Study]) -> list[tuple[Study, int]]:
         return []
     loss = np.array([outs[i].loss[trial] for i, trial in found])
     ties = np.array([outs[i].ties[:, trial] for i, trial in found]).T
-    order = best_first(loss, list(ties), outs[0].resolution)
+    points = [
+        np.array([studies[i].points[name][trial] for i, trial in found])
+        for name in studies[0].points
+        if all(name in study.points for study in studies)
+    ]
+    order = settled_first(loss, list(ties), outs[0].resolution, points)
     return [(studies[found[row][0]], found[row][1]) for row in order]
 
 

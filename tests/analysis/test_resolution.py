@@ -31,9 +31,9 @@ def codes(record):
 def test_one_example_is_a_tie_and_two_are_none():
     one = np.float32(1 / 34)
     info = resolution_info(study([[0.6, 3 * one], [0.6, 2 * one], [0.6, 4 * one], [0.6, 3 * one]]))
-    assert info.tied.tolist() == [0, 1, 3]  # Nothing else is recorded: the first of equals.
-    assert info.best == 0
-    losses = [[1.0, 0.4], [1.0, 0.5], [1.0, 0.0], [1.0, 0.3]]
+    assert info.tied.tolist() == [1, 0, 3]  # Nothing else is recorded: the middle of equals.
+    assert info.best == 1
+    losses = [[1.0, 0.6], [1.0, 0.8], [1.0, 0.0], [1.0, 0.5]]
     told = study([[0.6, 3 * one], [0.6, 2 * one], [0.6, 4 * one], [0.6, 3 * one]], losses)
     info = resolution_info(told)
     assert info.tied.tolist() == [3, 0, 1]
@@ -41,6 +41,12 @@ def test_one_example_is_a_tie_and_two_are_none():
     assert finding.code == "validation_cannot_separate"
     assert "one example of 34 is 0.0294" in finding.message
     assert "trial 3 is taken for its valid/loss" in finding.message
+    # A loss of less than one undecided example, log(2) / 34, is a tie as well.
+    alike = [[1.0, 0.51], [1.0, 0.8], [1.0, 0.0], [1.0, 0.5]]
+    record = study([[0.6, 3 * one], [0.6, 2 * one], [0.6, 4 * one], [0.6, 3 * one]], alike)
+    assert resolution_info(record).tied.tolist() == [3, 0, 1]
+    sixth = study([[0.6, one]] * 5, [[1.0, loss] for loss in (0.4, 0.011, 0.01, 0.005, 0.0)])
+    assert resolution_info(sixth).tied[0] == 2  # In the middle of trials 1 to 4.
     # What the study calls its best does not change: the lowest value itself.
     assert told.best().trial == outcomes(told).best == 1
 

@@ -81,14 +81,13 @@ def test_ties_at_a_perfect_score_are_told_and_decided_by_the_loss():
     assert "one example of 34 is 0.0294 of valid/error_rate" in told
     assert "0.0843" in told  # 1 - 0.05 ** (1 / 34)
     study = recipe.studies["retrain/retrain"]
-    # All candidates are at 0; the lowest loss was taken, and the checkpoint is its lowest too.
+    # All candidates are at 0; the checkpoint is the one of the lowest loss.
     errors, losses = (study.data[f"valid/{n}"].values for n in ("error_rate", "loss"))
     assert errors.min(axis=2).max() == 0.0
-    means = losses.mean(axis=1).min(axis=1)
-    assert recipe.point["learning_rate"] == study.points["learning_rate"][means.argmin()]
+    trial = list(study.points["learning_rate"]).index(recipe.point["learning_rate"])
     work = steps_of_34(tiny.quadratic())
     kept = work.evaluate(recipe.params, recipe.model_state, work.data)["valid/loss"]
-    np.testing.assert_allclose(kept, losses[means.argmin()].min(), rtol=1e-5)
+    np.testing.assert_allclose(kept, losses[trial].min(), rtol=1e-5)
     assert "validation_cannot_separate" in codes(recipe)
 
 
@@ -103,11 +102,24 @@ def test_the_middle_of_rates_that_nothing_tells_apart():
     )
     verdict = pbx.procedures.sweep_learning_rate(None, None, study, key=KEY)
     assert verdict.answer == pytest.approx(1e-2)
-    assert codes_of(verdict) >= {"validation_cannot_separate"}
+    assert "validation_cannot_separate" in {finding.code for finding in verdict.findings}
 
 
-def codes_of(verdict):
-    return {finding.code for finding in verdict.findings}
+@pytest.mark.parametrize(("last", "answer"), [(0.0, 1e-2), (-0.03, None)])
+def test_an_end_of_a_sweep_is_best_only_where_validation_says_so(last, answer):
+    # The loss falls all the way to the end: more sure, and no better.
+    errors = np.array([[0.5, 0.5], [0.5, 0.3], [0.5, 0.1], [0.5, 0.1 + last]])
+    losses = [[0.7, 0.7], [0.7, 0.5], [0.7, 0.4], [0.7, 0.1]]
+    study = pbx.Study.from_arrays(
+        {"learning_rate": np.array([1e-4, 1e-3, 1e-2, 1e-1])},
+        {"valid/error_rate": errors, "valid/loss": losses},
+        [0, 10],
+        objective="valid/error_rate",
+        resolution=0.02,
+    )
+    verdict = pbx.procedures.sweep_learning_rate(None, None, study, key=KEY)
+    assert verdict.answer == (answer and pytest.approx(answer))
+    assert ("best_at_end_of_sweep" in {f.code for f in verdict.findings}) == (answer is None)
 
 
 def test_a_space_is_a_bound_and_what_lies_beyond_is_proposed():

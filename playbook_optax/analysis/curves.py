@@ -29,11 +29,11 @@ FAR = 0.01
 """Part of the whole improvement below which nothing counts, however near to perfect a curve is."""
 HIGH = 0.5
 """A learning rate is high while it is at least this share of its peak."""
+STEADY = 0.99
+"""A learning rate that stays above this share of its peak is constant."""
 HALFWAY = 0.5
 """Share of training up to which a learning rate that nobody knows is taken to be high: the usual
 decays, linear and cosine, have half of their peak there."""
-MIN_FITTED = 4
-"""Evaluations that a slope is read from, at least."""
 RATES = ("learning_rate", "lr")
 """Last parts of the names of metrics that are read as the course of the learning rate."""
 
@@ -61,13 +61,15 @@ class CurveRow(NamedTuple):
         the distance of its best value from 0, or from 1 for an accuracy; no more than the total
         improvement, and no less than a hundredth of that. The fall from the first loss alone
         would dwarf all that comes later.
-      worth: what twice the steps must gain to be worth them: a fiftieth of the scale, or the
+      worth: what twice the steps must gain to be worth them: a fiftieth of the scale, half of the
         typical noise of one evaluation, or the resolution of the objective, the largest of them.
       high_until: share of training up to which the learning rate was high, 1 for a constant one.
       high_gain: improvement for each doubling of the steps by a line, in the logarithm of the
-        step, through the second half of the part of training in which the rate was high.
+        step, through the second half of the part of training in which the rate was high. Where
+        the course of a rate that varies is known: by a line from there to the end, beside what
+        goes with the rate, so that a floor of noise that falls with it is no progress.
       high_gain_error: standard error of that; infinite with fewer than four evaluations.
-      flat_gain: the same from there through the end of training.
+      flat_gain: improvement for each doubling by a line from there to the end, whatever it is from.
       flat_gain_error: standard error of that.
       improving: whether the best step is in the last quarter, the line improves by more than two
         standard errors, and by at least 0.5% of the scale.
@@ -151,23 +153,32 @@ def _gain(time: np.ndarray, loss: np.ndarray, after: float, noise: float) -> tup
 
 
 def _doubling_gain(
-    time: np.ndarray, loss: np.ndarray, first: float, last: float
+    time: np.ndarray,
+    loss: np.ndarray,
+    first: float,
+    last: float,
+    rates: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """How much a curve falls for each doubling of the steps, and the standard error.
 
     A curve falls ever more slowly: between the steps n and 2n at least as much as between 2n and
-    4n, where it is a power of the step. So this is what the next doubling gains at most.
+    4n, where it is a power of the step. So this is what the next doubling gains at most. With
+    rates, what goes with them, as the noise of training does, is fitted beside it.
     """
     inside = (time >= first * (1 - 1e-9)) & (time <= last * (1 + 1e-9)) & (time > 0)
     x, y = np.log2(time[inside]), loss[inside]
-    if len(x) < MIN_FITTED:
+    columns = [np.ones(len(x)), x - x.mean()]
+    if rates is not None:
+        columns.append(rates[inside] - rates[inside].mean())
+    if len(x) < len(columns) + 2:
         return 0.0, math.inf
-    spread = float(np.sum((x - x.mean()) ** 2))
-    slope = float(np.sum((x - x.mean()) * (y - y.mean())) / spread)
-    rest = y - y.mean() - slope * (x - x.mean())
+    terms = np.stack(columns, axis=1)
+    inverse = np.linalg.pinv(terms.T @ terms)
+    fit = inverse @ (terms.T @ (y - y.mean()))
+    rest = y - y.mean() - terms @ fit
     # Neighbours that wander together leave more beside the line than beside each other.
-    noise = max(_noise(y), float(np.sqrt(np.sum(rest**2) / (len(x) - 2))))
-    return -slope, noise / math.sqrt(spread)
+    noise = max(_noise(y), float(np.sqrt(np.sum(rest**2) / (len(x) - len(columns)))))
+    return -float(fit[1]), noise * math.sqrt(inverse[1, 1])
 
 
 class _Frame(NamedTuple):
@@ -180,9 +191,9 @@ class _Frame(NamedTuple):
 
 
 def _row(
-    trial: int, step: np.ndarray, loss: np.ndarray, frame: _Frame, high_until: float
+    trial: int, step: np.ndarray, loss: np.ndarray, frame: _Frame, rates: np.ndarray | None
 ) -> CurveRow:
-    """Judges one curve whose smaller values are better."""
+    """Judges one curve whose smaller values are better, with its rates as shares of their peak."""
     num_steps, time = frame.num_steps, step / frame.num_steps
     best = int(loss.argmin())
     noise = _noise(loss[step >= num_steps / 2])
@@ -193,7 +204,11 @@ def _row(
     total = float(loss[0] - loss[best])
     value = float(frame.sign * loss[best])
     scale = max(min(total, abs(value - frame.perfect)), FAR * total)
-    high_gain, high_error = _doubling_gain(time, loss, high_until / 2, high_until)
+    high_until = HALFWAY if rates is None else float(time[np.flatnonzero(rates >= HIGH)[-1]])
+    if rates is None or rates[time >= high_until / 2].min() >= STEADY:
+        high_gain, high_error = _doubling_gain(time, loss, high_until / 2, high_until)
+    else:
+        high_gain, high_error = _doubling_gain(time, loss, high_until / 2, 1.0, rates)
     flat_gain, flat_error = _doubling_gain(time, loss, high_until / 2, 1.0)
     typical = _typical_noise(loss[time >= high_until / 2])
     improving = bool(
@@ -213,7 +228,7 @@ def _row(
         rest_gain_error=rest_error,
         total_gain=total,
         scale=scale,
-        worth=max(MIN_DOUBLING * scale, typical, frame.resolution),
+        worth=max(MIN_DOUBLING * scale, typical / 2, frame.resolution),
         high_until=high_until,
         high_gain=high_gain,
         high_gain_error=high_error,
@@ -240,16 +255,16 @@ def learning_rates(study: Study) -> np.ndarray | None:
     return mean_curve(study, named[0]) if named else None
 
 
-def _high_until(step: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """(trial,) share of training up to which each rate is at least half of its peak.
+def _shares(rates: np.ndarray) -> np.ndarray | None:
+    """One trial's rates as shares of their peak; None where they are not known.
 
-    NaN where it is not known.
+    What is recorded between evaluations, as means, is not known before the first update.
     """
-    known = np.where(np.isfinite(rates), rates, -np.inf)
-    peak = known.max(axis=1, keepdims=True)
-    high = (known >= HIGH * peak) & (peak > 0)
-    last = step[high.shape[1] - 1 - high[:, ::-1].argmax(axis=1)]
-    return np.where(high.any(axis=1), last / max(int(step[-1]), 1), np.nan)
+    known = np.isfinite(rates)
+    if not known[1:].all() or not rates[known].max(initial=0.0) > 0:
+        return None
+    filled = np.where(known, rates, rates[1])
+    return np.asarray(filled / filled.max())
 
 
 def curve_info(
@@ -287,14 +302,12 @@ def curve_info(
     out = outcomes(study, objective, maximize)
     num_steps = int(out.step.max()) if len(out.step) else 0
     rates = learning_rates(study) if rates is None else np.asarray(rates, np.float64)
-    until = np.full(out.num_trials, np.nan)
-    if rates is not None:
-        if rates.shape not in (out.curve.shape, out.curve.shape[1:]):
-            raise ValueError(
-                f"rates must have shape (trial, eval) = {out.curve.shape} or (eval,), got "
-                f"{rates.shape}."
-            )
-        until = _high_until(out.step, np.broadcast_to(rates, out.curve.shape))
+    if rates is not None and rates.shape not in (out.curve.shape, out.curve.shape[1:]):
+        raise ValueError(
+            f"rates must have shape (trial, eval) = {out.curve.shape} or (eval,), got "
+            f"{rates.shape}."
+        )
+    table = None if rates is None else np.broadcast_to(rates, out.curve.shape)
     num_after = int((out.step > 0).sum())
     can_be_early = bool(((out.step > 0) & (out.step <= EARLY * num_steps)).any())
     skipped = ""
@@ -305,17 +318,19 @@ def curve_info(
             f"{num_after} evaluations after the first update are too few to tell a trend from "
             f"noise; {MIN_EVALS} are needed"
         )
-    rows = []
+    rows: list[CurveRow] = []
+    known: list[bool] = []
     if not skipped:
         sign = -1.0 if out.maximize else 1.0
-        frame = _Frame(sign, num_steps, _perfect(out.objective), 0.0)
+        frame = _Frame(sign, num_steps, _perfect(out.objective), study.resolution(out.objective))
         for trial in out.good():
             curve = sign * out.curve[trial]
             seen = np.isfinite(curve)
             # One that was stopped says nothing about the end of training.
             if seen[-1] and (seen & (out.step > 0)).sum() >= MIN_EVALS:
-                high_until = float(until[trial]) if np.isfinite(until[trial]) else HALFWAY
-                rows.append(_row(int(trial), out.step[seen], curve[seen], frame, high_until))
+                course = None if table is None else _shares(table[trial][seen])
+                known.append(course is not None)
+                rows.append(_row(int(trial), out.step[seen], curve[seen], frame, course))
         if not rows:
             skipped = (
                 f"the good trials have fewer than {MIN_EVALS} finite evaluations, or none at the "
@@ -328,7 +343,7 @@ def curve_info(
         num_early=sum(r.early for r in rows),
         num_improving=sum(r.improving for r in rows),
         can_be_early=can_be_early,
-        knows_rates=bool(rows) and bool(np.isfinite(until[[row.trial for row in rows]]).all()),
+        knows_rates=bool(rows) and all(known),
         skipped=skipped,
     )
 

@@ -598,7 +598,7 @@ def compare_lengths(
         pairs=pairs,
         gain=gain,
         gain_error=gain_error,
-        resolution=0.0,
+        resolution=max(s.resolution(objective) for s in (shorter, longer)),
     )
 
 

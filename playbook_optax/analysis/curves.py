@@ -322,7 +322,7 @@ def curve_info(
     known: list[bool] = []
     if not skipped:
         sign = -1.0 if out.maximize else 1.0
-        frame = _Frame(sign, num_steps, _perfect(out.objective), study.resolution(out.objective))
+        frame = _Frame(sign, num_steps, perfect(out.objective), study.resolution(out.objective))
         for trial in out.good():
             curve = sign * out.curve[trial]
             seen = np.isfinite(curve)
@@ -348,8 +348,15 @@ def curve_info(
     )
 
 
-def _perfect(objective: str) -> float:
-    """The value beyond which an objective cannot get better: 1 of an accuracy, else 0."""
+def perfect(objective: str) -> float:
+    """The value beyond which an objective cannot get better, as far as its name tells.
+
+    Args:
+      objective: name of the metric.
+
+    Returns:
+      1 for an accuracy, else 0.
+    """
     return float("accuracy" in objective.rpartition("/")[2].lower())
 
 
@@ -365,8 +372,9 @@ def curve_findings(info: CurveInfo) -> list[Finding]:
     """
     if info.skipped:
         advice = ""
-        if "too few" in info.skipped:
-            advice = f"Evaluate at least every {max(info.num_steps // MIN_EVALS, 1)} steps."
+        every = info.num_steps // MIN_EVALS
+        if "too few" in info.skipped and every:
+            advice = f"Evaluate at least every {every} steps."
         return [
             Finding(
                 "curve_check_skipped",
@@ -404,7 +412,10 @@ def curve_findings(info: CurveInfo) -> list[Finding]:
                 evidence,
                 BOUND_SECTION,
                 "Training is compute-bound at this length: if you can afford it, train longer and "
-                "tune the learning rate decay again.",
+                "tune the learning rate decay again."
+                if sum(row.falling for row in info.rows) >= AGREE * num
+                else "While the learning rate was high that was not so, and a decay improves the "
+                "end of any run: compare with a run of another length before you train longer.",
             )
         ]
     if info.can_be_early and info.num_early >= AGREE * num:

@@ -320,7 +320,7 @@ def _candidate(info: StepsToTarget, steps: int, fit: _Fit, rates: np.ndarray) ->
 
 def _unresolved(info: StepsToTarget, steps: int) -> list[Finding]:
     after = int(info.after[info.fastest])
-    if steps - after <= COARSE * steps:
+    if steps - after <= max(COARSE * steps, 1):
         return []
     return [
         Finding(
@@ -551,7 +551,7 @@ def refine_num_steps(
     answer = None
     if length is not None and (not info.curves.skipped or length.compute_bound is not None):
         answer = _refined(info, length, {finding.code for finding in judged}, growth)
-        if answer == info.num_steps and not info.curves.can_be_early:
+        if answer == info.num_steps >= 10 and not info.curves.can_be_early:
             findings.append(_early_unseen(info))
     # What decides comes first among equally grave findings.
     first = sorted(findings, key=lambda finding: finding not in judged)
@@ -623,5 +623,5 @@ def _early_unseen(info: BestStepInfo) -> Finding:
         "checked whether training is far too long.",
         {"num_steps": info.num_steps, "largest_gap": info.largest_gap},
         BOUND_SECTION,
-        f"Evaluate at least every {max(1, info.num_steps // 10)} steps.",
+        f"Evaluate at least every {info.num_steps // 10} steps.",
     )

@@ -267,6 +267,7 @@ def _shares(rates: np.ndarray) -> np.ndarray | None:
     return np.asarray(filled / filled.max())
 
 
+@np.errstate(over="ignore", invalid="ignore")  # Differences that no float holds.
 def curve_info(
     study: Study,
     objective: str | None = None,

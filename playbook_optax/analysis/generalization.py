@@ -145,6 +145,7 @@ def _training_loss(study: Study, objective: str) -> str:
     return next((name for name in names if name in known), "")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # Differences that no float holds.
 def overfitting_info(
     study: Study, objective: str | None = None, maximize: bool | None = None
 ) -> OverfittingInfo:
@@ -283,6 +284,7 @@ class LateVarianceInfo(NamedTuple):
         return self.noise > RANKING * self.gap
 
 
+@np.errstate(over="ignore", invalid="ignore")  # Differences that no float holds.
 def late_variance_info(
     study: Study, objective: str | None = None, maximize: bool | None = None
 ) -> LateVarianceInfo:

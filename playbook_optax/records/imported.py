@@ -196,7 +196,8 @@ class Imported:
                 f"objective = {objective!r} is not in metrics: {nearest(objective, metrics)}"
             )
         steps = _numbers("step", step)
-        if steps.ndim == 2 and len(steps) and (steps == steps[:1]).all():
+        in_trials = steps.ndim == 2 and steps.shape[:1] == np.shape(metrics[objective])[:1]
+        if in_trials and len(steps) and (steps == steps[:1]).all():
             steps = steps[0]  # As a vmapped loop returns it.
         if steps.ndim != 1 or not len(steps) or steps.dtype.kind not in "iu":
             raise ValueError(

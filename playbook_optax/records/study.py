@@ -582,8 +582,8 @@ class Study:
         Args:
           points: hyperparameters, name to numbers of shape (trial,).
           metrics: name to numbers of shape (trial, eval), or (trial, seed, eval) with seeds.
-          step: updates made before each evaluation, rising integers, shape (eval,); or (trial, eval)
-            if they are the same in all trials, as a vmapped loop returns them.
+          step: updates made before each evaluation, rising integers, shape (eval,); or, as a
+            vmapped loop returns them, (trial, eval) with the same in all trials.
           objective: the metric to optimize.
           maximize: whether larger is better; not if None, which a name such as "accuracy" refuses.
           space: the space that the points came from, for the boundary checks.

@@ -48,7 +48,7 @@ class CurveRow(NamedTuple):
       best_fraction: best_step as a share of training.
       settled_step: first evaluated step within noise of the best value: within
         1 + sqrt(2 log n) deviations, because the best of n noisy values lies sqrt(2 log n) below
-        their mean.
+        their mean; n counts the evaluations of all trials, among which the good ones were chosen.
       settled_fraction: settled_step as a share of training.
       noise: standard deviation of one evaluation around the curve, over the second half.
       last_gain: improvement over the last quarter by a straight line through it; negative if it
@@ -188,6 +188,7 @@ class _Frame(NamedTuple):
     num_steps: int
     perfect: float
     resolution: float
+    num_trials: int
 
 
 def _row(
@@ -197,7 +198,7 @@ def _row(
     num_steps, time = frame.num_steps, step / frame.num_steps
     best = int(loss.argmin())
     noise = _noise(loss[step >= num_steps / 2])
-    tolerance = noise * (1 + math.sqrt(2 * math.log(len(loss))))
+    tolerance = noise * (1 + math.sqrt(2 * math.log(len(loss) * frame.num_trials)))
     settled = int(np.argmax(loss <= loss[best] + tolerance))
     gain, error = _gain(time, loss, LATE, noise)
     rest, rest_error = _gain(time, loss, EARLY, noise)
@@ -323,7 +324,13 @@ def curve_info(
     known: list[bool] = []
     if not skipped:
         sign = -1.0 if out.maximize else 1.0
-        frame = _Frame(sign, num_steps, perfect(out.objective), study.resolution(out.objective))
+        frame = _Frame(
+            sign,
+            num_steps,
+            perfect(out.objective),
+            study.resolution(out.objective),
+            len(out.order),
+        )
         for trial in out.good():
             curve = sign * out.curve[trial]
             seen = np.isfinite(curve)

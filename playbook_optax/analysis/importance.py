@@ -129,7 +129,7 @@ def _neighbours_alike(values: np.ndarray, ranks: np.ndarray) -> float:
         return 1.0
     rng = np.random.default_rng(0)
     drawn = seen[rng.random((NUM_DRAWS, len(seen))).argsort(axis=1)]
-    alike = np.sum(np.diff(drawn, axis=1) ** 2, axis=1) <= np.sum(np.diff(seen) ** 2)
+    alike = np.abs(np.diff(drawn, axis=1)).sum(axis=1) <= np.abs(np.diff(seen)).sum()
     return float((1 + alike.sum()) / (1 + NUM_DRAWS))
 
 

@@ -15,6 +15,8 @@ from playbook_optax.records.study import Study
 SECTION = "Identifying bad search space boundaries"
 NEAR = 0.1
 """A trial is near an edge within this share of the range, measured on the dimension's scale."""
+OUTERMOST = 0.25
+"""The outermost trial is near an edge within this share: nothing was tried beyond it."""
 LEVEL = 0.05
 """Chance with which trials that ignore the hyperparameter may look like a crowd at one edge."""
 NUM_DRAWS = 4000
@@ -29,6 +31,7 @@ class BoundaryRow(NamedTuple):
       best_trial: index of the best trial.
       best_value: its value of the hyperparameter.
       distance: its distance to the edge as a share of the range, on the scale.
+      outermost: whether no trial with a value lies nearer to that edge.
       good_trials: the trials looked at, best first.
       good_values: their values.
       p_value: the chance that as many feasible trials, drawn at random, lie as near to the edge
@@ -48,6 +51,7 @@ class BoundaryRow(NamedTuple):
     best_trial: int
     best_value: float
     distance: float
+    outermost: bool
     good_trials: tuple[int, ...]
     good_values: tuple[float, ...]
     p_value: float
@@ -152,8 +156,8 @@ def _crowding(distance: np.ndarray, usable: np.ndarray, good: np.ndarray) -> flo
     seen = distance[good].mean()
     total = math.comb(len(pool), len(good))
     if total <= NUM_DRAWS:
-        means = np.asarray([np.mean(c) for c in itertools.combinations(pool, len(good))])
-        return float(np.mean(means <= seen + 1e-12))
+        chosen = np.asarray(list(itertools.combinations(range(len(pool)), len(good))))
+        return float(np.mean(pool[chosen].mean(axis=1) <= seen + 1e-12))
     rng = np.random.default_rng(0)
     picks = rng.random((NUM_DRAWS, len(pool))).argpartition(len(good), axis=1)[:, : len(good)]
     means = pool[picks].mean(axis=1)
@@ -205,6 +209,7 @@ def boundary_info(
                 best_trial=out.best,
                 best_value=float(line.values[out.best]),
                 distance=float(max(distance[out.best], 0.0)),
+                outermost=bool(distance[out.best] <= distance[out.order].min()),
                 good_trials=tuple(int(t) for t in good),
                 good_values=tuple(float(v) for v in line.values[good]),
                 p_value=_crowding(distance, out.usable, good),
@@ -224,7 +229,8 @@ def boundary_info(
 def boundary_findings(info: BoundaryInfo) -> list[Finding]:
     """Says which edges the best trials crowd.
 
-    The rule: the best trial lies within a tenth of the range of an edge. If random trials would
+    The rule: the best trial lies within a tenth of the range of an edge, or within a quarter with
+    no trial between, where the good trials crowd it. If random trials would
     crowd that edge as much as the good ones do with a chance of at most 5%, it is a warning,
     `best_near_boundary`; otherwise noise can explain it and it is an info,
     `best_maybe_near_boundary`. Where at least half of the trials in the quarter of the range at
@@ -252,9 +258,10 @@ def boundary_findings(info: BoundaryInfo) -> list[Finding]:
         ]
     found = []
     for row in info.rows:
-        if row.distance > NEAR or row.infeasible_share >= 0.5:
-            continue
         sure = row.p_value <= LEVEL
+        near = OUTERMOST if sure and row.outermost else NEAR
+        if row.distance > near or row.infeasible_share >= 0.5:
+            continue
         num = len(row.good_trials)
         where = (
             f"The best trial has {row.name} = {row.best_value:.4g}, {row.distance:.0%} of the "

@@ -303,7 +303,10 @@ def default_min_gain(info: BudgetInfo) -> tuple[float, str]:
 
 
 def enough(info: BudgetInfo, min_gain: float) -> int | None:
-    """The smallest budget from which on doubling brings no more than `min_gain`.
+    """The smallest budget from which on doubling brings no more than `min_gain`, twice at least.
+
+    A single doubling may gain little by luck: at the end of a study it is the distance between its
+    two or three best trials.
 
     Args:
       info: from `budget_info`.
@@ -311,18 +314,19 @@ def enough(info: BudgetInfo, min_gain: float) -> int | None:
 
     Returns:
       The budget, or None where even the largest one that can be doubled within the study still
-      gains, or where none can.
+      gains, where none can, or where doubling it once more is more than the study has.
     """
-    answer = None
+    answer, last = None, 0
     for i, row in enumerate(info.rows):
         gain = info.gain(i)
         if math.isnan(gain):
             break
+        last = row.budget
         if gain <= min_gain:
             answer = row.budget if answer is None else answer
         else:
             answer = None
-    return answer
+    return answer if answer is not None and 2 * answer <= last else None
 
 
 def budget_findings(info: BudgetInfo, min_gain: float, why: str = "as asked") -> list[Finding]:
@@ -335,7 +339,8 @@ def budget_findings(info: BudgetInfo, min_gain: float, why: str = "as asked") ->
 
     Returns:
       `enough_trials` (info) or `more_trials_help` (warning), or `budget_cannot_tell` (warning)
-      where no trial has a value, or no budget can be doubled.
+      where no trial has a value, no budget can be doubled, or only the last doublings gained
+      little.
     """
     evidence = {
         "objective": info.objective,
@@ -348,9 +353,16 @@ def budget_findings(info: BudgetInfo, min_gain: float, why: str = "as asked") ->
         "min_gain": min_gain,
     }
     told = [i for i in range(len(info.rows)) if not math.isnan(info.gain(i))]
-    if not math.isfinite(info.best_value) or not told:
+    answer = enough(info, min_gain)
+    known = math.isfinite(info.best_value) and bool(told)
+    if not known or (answer is None and info.gain(told[-1]) <= min_gain):
         reason = "no trial has a value of the objective"
-        if math.isfinite(info.best_value):
+        if known:
+            reason = (
+                f"only the last doublings within the study's {info.num_trials} trials gained no "
+                f"more than {min_gain:.2g} ({why}), which may be luck"
+            )
+        elif math.isfinite(info.best_value):
             reason = f"no budget can be doubled within the study's {info.num_trials} trials"
         return [
             Finding(
@@ -362,7 +374,6 @@ def budget_findings(info: BudgetInfo, min_gain: float, why: str = "as asked") ->
                 "Run more trials, or lower the range of the learning rate if they fail.",
             )
         ]
-    answer = enough(info, min_gain)
     if answer is not None:
         row = next(r for r in info.rows if r.budget == answer)
         return [

@@ -22,7 +22,20 @@ AGREE = 0.8
 MIN_EVALS = 8
 """Evaluations after the first update that a curve needs before its shape is judged."""
 MIN_GAIN = 0.005
-"""Smallest part of a curve's whole improvement that is worth more training."""
+"""Smallest part of a curve's `scale` that an improvement in the last quarter is told of."""
+MIN_DOUBLING = 0.02
+"""Smallest part of a curve's `scale` that twice the steps must gain to be worth them."""
+FAR = 0.01
+"""Part of the whole improvement below which nothing counts, however near to perfect a curve is."""
+HIGH = 0.5
+"""A learning rate is high while it is at least this share of its peak."""
+STEADY = 0.99
+"""A learning rate that stays above this share of its peak is constant."""
+HALFWAY = 0.5
+"""Share of training up to which a learning rate that nobody knows is taken to be high: the usual
+decays, linear and cosine, have half of their peak there."""
+RATES = ("learning_rate", "lr")
+"""Last parts of the names of metrics that are read as the course of the learning rate."""
 
 
 class CurveRow(NamedTuple):
@@ -35,7 +48,7 @@ class CurveRow(NamedTuple):
       best_fraction: best_step as a share of training.
       settled_step: first evaluated step within noise of the best value: within
         1 + sqrt(2 log n) deviations, because the best of n noisy values lies sqrt(2 log n) below
-        their mean.
+        their mean; n counts the evaluations of all trials, among which the good ones were chosen.
       settled_fraction: settled_step as a share of training.
       noise: standard deviation of one evaluation around the curve, over the second half.
       last_gain: improvement over the last quarter by a straight line through it; negative if it
@@ -44,10 +57,24 @@ class CurveRow(NamedTuple):
       rest_gain: the same after the first tenth of training.
       rest_gain_error: standard error of that.
       total_gain: improvement from the first evaluation to the best value.
+      scale: what its gains are compared with: what was still to be gained at the end, which is
+        the distance of its best value from 0, or from 1 for an accuracy; no more than the total
+        improvement, and no less than a hundredth of that. The fall from the first loss alone
+        would dwarf all that comes later.
+      worth: what twice the steps must gain to be worth them: a fiftieth of the scale, half of the
+        typical noise of one evaluation, or the resolution of the objective, the largest of them.
+      high_until: share of training up to which the learning rate was high, 1 for a constant one.
+      high_gain: improvement for each doubling of the steps by a line, in the logarithm of the
+        step, through the second half of the part of training in which the rate was high. Where
+        the course of a rate that varies is known: by a line from there to the end, beside what
+        goes with the rate, so that a floor of noise that falls with it is no progress.
+      high_gain_error: standard error of that; infinite with fewer than four evaluations.
+      flat_gain: improvement for each doubling by a line from there to the end, whatever it is from.
+      flat_gain_error: standard error of that.
       improving: whether the best step is in the last quarter, the line improves by more than two
-        standard errors, and by at least 0.5% of the total improvement.
+        standard errors, and by at least 0.5% of the scale.
       early: whether the curve settled within the first tenth of training, and improved by no more
-        than two standard errors, or by less than 0.5% of the total improvement, after that.
+        than two standard errors, or by less than 0.5% of the scale, after that.
     """
 
     trial: int
@@ -62,8 +89,20 @@ class CurveRow(NamedTuple):
     rest_gain: float
     rest_gain_error: float
     total_gain: float
+    scale: float
+    worth: float
+    high_until: float
+    high_gain: float
+    high_gain_error: float
+    flat_gain: float
+    flat_gain_error: float
     improving: bool
     early: bool
+
+    @property
+    def falling(self) -> bool:
+        """Whether it surely improved while the rate was high, and enough to be worth the steps."""
+        return self.high_gain > 2 * self.high_gain_error and self.high_gain >= self.worth
 
 
 class CurveInfo(NamedTuple):
@@ -76,6 +115,7 @@ class CurveInfo(NamedTuple):
       num_early: rows that settled early.
       num_improving: rows still improving at the end.
       can_be_early: whether any evaluation falls within the first tenth of training.
+      knows_rates: whether the course of the learning rate is known.
       skipped: why nothing was judged; "" if something was.
     """
 
@@ -85,6 +125,7 @@ class CurveInfo(NamedTuple):
     num_early: int
     num_improving: int
     can_be_early: bool
+    knows_rates: bool
     skipped: str
 
 
@@ -94,32 +135,89 @@ def _noise(y: np.ndarray) -> float:
     return float(np.sqrt(np.mean(off**2) / 1.5)) if len(off) else 0.0
 
 
+def _typical_noise(y: np.ndarray) -> float:
+    """The same by the median, so that a single spike does not pass for noise."""
+    off = y[1:-1] - (y[:-2] + y[2:]) / 2
+    return float(1.4826 * np.median(np.abs(off)) / math.sqrt(1.5)) if len(off) else 0.0
+
+
 def _gain(time: np.ndarray, loss: np.ndarray, after: float, noise: float) -> tuple[float, float]:
     """How much a straight line through the end of a curve falls, and the standard error."""
     late = time >= after
     x, y = time[late], loss[late]
-    spread = float(np.sum((x - x.mean()) ** 2))
+    spread = float(np.sum((x - x.mean()) ** 2)) if len(x) else 0.0
     if not spread:
         return 0.0, math.inf
     slope = float(np.sum((x - x.mean()) * (y - y.mean())) / spread)
     return -slope * (1 - after), noise / math.sqrt(spread) * (1 - after)
 
 
-def _row(trial: int, step: np.ndarray, loss: np.ndarray, sign: float, num_steps: int) -> CurveRow:
-    """Judges one curve whose smaller values are better."""
+def _doubling_gain(
+    time: np.ndarray,
+    loss: np.ndarray,
+    first: float,
+    last: float,
+    rates: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """How much a curve falls for each doubling of the steps, and the standard error.
+
+    A curve falls ever more slowly: between the steps n and 2n at least as much as between 2n and
+    4n, where it is a power of the step. So this is what the next doubling gains at most. With
+    rates, what goes with them, as the noise of training does, is fitted beside it.
+    """
+    inside = (time >= first * (1 - 1e-9)) & (time <= last * (1 + 1e-9)) & (time > 0)
+    x, y = np.log2(time[inside]), loss[inside]
+    columns = [np.ones(len(x)), x - x.mean()]
+    if rates is not None:
+        columns.append(rates[inside] - rates[inside].mean())
+    if len(x) < len(columns) + 2:
+        return 0.0, math.inf
+    terms = np.stack(columns, axis=1)
+    inverse = np.linalg.pinv(terms.T @ terms)
+    fit = inverse @ (terms.T @ (y - y.mean()))
+    rest = y - y.mean() - terms @ fit
+    # Neighbours that wander together leave more beside the line than beside each other.
+    noise = max(_noise(y), float(np.sqrt(np.sum(rest**2) / (len(x) - len(columns)))))
+    return -float(fit[1]), noise * math.sqrt(inverse[1, 1])
+
+
+class _Frame(NamedTuple):
+    """What the curves of a study have in common."""
+
+    sign: float
+    num_steps: int
+    perfect: float
+    resolution: float
+    num_trials: int
+
+
+def _row(
+    trial: int, step: np.ndarray, loss: np.ndarray, frame: _Frame, rates: np.ndarray | None
+) -> CurveRow:
+    """Judges one curve whose smaller values are better, with its rates as shares of their peak."""
+    num_steps, time = frame.num_steps, step / frame.num_steps
     best = int(loss.argmin())
     noise = _noise(loss[step >= num_steps / 2])
-    tolerance = noise * (1 + math.sqrt(2 * math.log(len(loss))))
+    tolerance = noise * (1 + math.sqrt(2 * math.log(len(loss) * frame.num_trials)))
     settled = int(np.argmax(loss <= loss[best] + tolerance))
-    gain, error = _gain(step / num_steps, loss, LATE, noise)
-    rest, rest_error = _gain(step / num_steps, loss, EARLY, noise)
+    gain, error = _gain(time, loss, LATE, noise)
+    rest, rest_error = _gain(time, loss, EARLY, noise)
     total = float(loss[0] - loss[best])
+    value = float(frame.sign * loss[best])
+    scale = max(min(total, abs(value - frame.perfect)), FAR * total)
+    high_until = HALFWAY if rates is None else float(time[np.flatnonzero(rates >= HIGH)[-1]])
+    if rates is None or rates[time >= high_until / 2].min() >= STEADY:
+        high_gain, high_error = _doubling_gain(time, loss, high_until / 2, high_until)
+    else:
+        high_gain, high_error = _doubling_gain(time, loss, high_until / 2, 1.0, rates)
+    flat_gain, flat_error = _doubling_gain(time, loss, high_until / 2, 1.0)
+    typical = _typical_noise(loss[time >= high_until / 2])
     improving = bool(
-        step[best] > LATE * num_steps and gain > 2 * error and gain >= MIN_GAIN * total > 0
+        step[best] > LATE * num_steps and gain > 2 * error and gain >= MIN_GAIN * scale > 0
     )
     return CurveRow(
         trial=trial,
-        value=float(sign * loss[best]),
+        value=value,
         best_step=int(step[best]),
         best_fraction=float(step[best] / num_steps),
         settled_step=int(step[settled]),
@@ -130,16 +228,52 @@ def _row(trial: int, step: np.ndarray, loss: np.ndarray, sign: float, num_steps:
         rest_gain=rest,
         rest_gain_error=rest_error,
         total_gain=total,
+        scale=scale,
+        worth=max(MIN_DOUBLING * scale, typical / 2, frame.resolution),
+        high_until=high_until,
+        high_gain=high_gain,
+        high_gain_error=high_error,
+        flat_gain=flat_gain,
+        flat_gain_error=flat_error,
         improving=improving,
         early=bool(
             step[settled] <= EARLY * num_steps
-            and (rest <= 2 * rest_error or rest < MIN_GAIN * total)
+            and (rest <= 2 * rest_error or rest < MIN_GAIN * scale)
         ),
     )
 
 
+def learning_rates(study: Study) -> np.ndarray | None:
+    """The course of the learning rate, where a study recorded it.
+
+    Args:
+      study: the study.
+
+    Returns:
+      (trial, eval) the first metric whose name ends in ``learning_rate`` or ``lr``; None without.
+    """
+    named = [name for name in metric_names(study) if name.rpartition("/")[2].lower() in RATES]
+    return mean_curve(study, named[0]) if named else None
+
+
+def _shares(rates: np.ndarray) -> np.ndarray | None:
+    """One trial's rates as shares of their peak; None where they are not known.
+
+    What is recorded between evaluations, as means, is not known before the first update.
+    """
+    known = np.isfinite(rates)
+    if not known[1:].all() or not rates[known].max(initial=0.0) > 0:
+        return None
+    filled = np.where(known, rates, rates[1])
+    return np.asarray(filled / filled.max())
+
+
+@np.errstate(over="ignore", invalid="ignore")  # Differences that no float holds.
 def curve_info(
-    study: Study, objective: str | None = None, maximize: bool | None = None
+    study: Study,
+    objective: str | None = None,
+    maximize: bool | None = None,
+    rates: np.ndarray | None = None,
 ) -> CurveInfo:
     """Measures the shape of the good trials' curves.
 
@@ -148,21 +282,34 @@ def curve_info(
     off the middle of its neighbours), an improvement counts beyond two of its standard errors,
     and a curve has settled where it first comes within noise of its best.
 
+    At the end of a decay every curve is flat, since the rate is 0: so the slope at a rate that is
+    still high is measured too. Where nobody knows the rates, they are taken to be high during
+    the first half of training.
+
     Args:
       study: the study.
       objective: a recorded metric; the study's own by default.
       maximize: whether larger is better; see `outcomes`.
+      rates: the learning rate at each evaluation, shape (trial, eval) or (eval,), in any unit;
+        by default what the study recorded as ``learning_rate``.
 
     Returns:
       The CurveInfo over the good trials (best tenth, at least three, at most ten).
 
     Raises:
-      ValueError: no such metric.
+      ValueError: no such metric, or rates of another shape.
 
     Source: "Determining the number of steps for each training run".
     """
     out = outcomes(study, objective, maximize)
     num_steps = int(out.step.max()) if len(out.step) else 0
+    rates = learning_rates(study) if rates is None else np.asarray(rates, np.float64)
+    if rates is not None and rates.shape not in (out.curve.shape, out.curve.shape[1:]):
+        raise ValueError(
+            f"rates must have shape (trial, eval) = {out.curve.shape} or (eval,), got "
+            f"{rates.shape}."
+        )
+    table = None if rates is None else np.broadcast_to(rates, out.curve.shape)
     num_after = int((out.step > 0).sum())
     can_be_early = bool(((out.step > 0) & (out.step <= EARLY * num_steps)).any())
     skipped = ""
@@ -173,16 +320,30 @@ def curve_info(
             f"{num_after} evaluations after the first update are too few to tell a trend from "
             f"noise; {MIN_EVALS} are needed"
         )
-    rows = []
+    rows: list[CurveRow] = []
+    known: list[bool] = []
     if not skipped:
         sign = -1.0 if out.maximize else 1.0
+        frame = _Frame(
+            sign,
+            num_steps,
+            perfect(out.objective),
+            study.resolution(out.objective),
+            len(out.order),
+        )
         for trial in out.good():
             curve = sign * out.curve[trial]
             seen = np.isfinite(curve)
-            if (seen & (out.step > 0)).sum() >= MIN_EVALS:
-                rows.append(_row(int(trial), out.step[seen], curve[seen], sign, num_steps))
+            # One that was stopped says nothing about the end of training.
+            if seen[-1] and (seen & (out.step > 0)).sum() >= MIN_EVALS:
+                course = None if table is None else _shares(table[trial][seen])
+                known.append(course is not None)
+                rows.append(_row(int(trial), out.step[seen], curve[seen], frame, course))
         if not rows:
-            skipped = f"the good trials have fewer than {MIN_EVALS} finite evaluations"
+            skipped = (
+                f"the good trials have fewer than {MIN_EVALS} finite evaluations, or none at the "
+                "end"
+            )
     return CurveInfo(
         objective=out.objective,
         rows=tuple(rows),
@@ -190,8 +351,21 @@ def curve_info(
         num_early=sum(r.early for r in rows),
         num_improving=sum(r.improving for r in rows),
         can_be_early=can_be_early,
+        knows_rates=bool(rows) and all(known),
         skipped=skipped,
     )
+
+
+def perfect(objective: str) -> float:
+    """The value beyond which an objective cannot get better, as far as its name tells.
+
+    Args:
+      objective: name of the metric.
+
+    Returns:
+      1 for an accuracy, else 0.
+    """
+    return float("accuracy" in objective.rpartition("/")[2].lower())
 
 
 def curve_findings(info: CurveInfo) -> list[Finding]:
@@ -206,8 +380,9 @@ def curve_findings(info: CurveInfo) -> list[Finding]:
     """
     if info.skipped:
         advice = ""
-        if "too few" in info.skipped:
-            advice = f"Evaluate at least every {max(info.num_steps // MIN_EVALS, 1)} steps."
+        every = info.num_steps // MIN_EVALS
+        if "too few" in info.skipped and every:
+            advice = f"Evaluate at least every {every} steps."
         return [
             Finding(
                 "curve_check_skipped",
@@ -245,7 +420,10 @@ def curve_findings(info: CurveInfo) -> list[Finding]:
                 evidence,
                 BOUND_SECTION,
                 "Training is compute-bound at this length: if you can afford it, train longer and "
-                "tune the learning rate decay again.",
+                "tune the learning rate decay again."
+                if sum(row.falling for row in info.rows) >= AGREE * num
+                else "While the learning rate was high that was not so, and a decay improves the "
+                "end of any run: compare with a run of another length before you train longer.",
             )
         ]
     if info.can_be_early and info.num_early >= AGREE * num:

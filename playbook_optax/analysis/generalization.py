@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from playbook_optax.analysis.curves import AGREE, MIN_EVALS, _noise
+from playbook_optax.analysis.curves import AGREE, MIN_EVALS, _noise, perfect
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import Outcomes, mean_curve, metric_names, outcomes
 from playbook_optax.records.study import Study
@@ -18,6 +18,10 @@ ERRORS = 4.0
 neighbouring evaluations of a slow model share theirs, so that two would not do."""
 PROBLEMATIC = 0.05
 """Part of a curve's whole improvement that a rise has to undo before it is a problem."""
+UNIMPROVED = 0.2
+"""Part of its best value by which an objective that never improved has to rise to be a problem."""
+MIN_WANDER = 8
+"""Evaluations from the best stretch on that it takes to see a curve wander."""
 VISIBLE = 0.01
 """Part of a curve's whole improvement below which noise cannot be seen in it."""
 RANKING = 0.5
@@ -32,10 +36,12 @@ class OverfittingRow(NamedTuple):
       best_step: the step in the middle of the best stretch of its objective.
       rise: by how much the objective is worse in the last stretch than in the best one.
       rise_error: standard error of that.
-      undone: the rise as a share of the whole improvement before it.
+      undone: the rise as a share of the whole improvement before it; 1 where there was none beyond
+        noise.
       training_gain: by how much the training loss improved meanwhile.
       overfitting: whether the objective got worse by more than four errors and a twentieth of its
-        improvement, while the training loss improved beyond its own noise.
+        improvement (by a fifth of its best value where it had not improved beyond noise), while
+        the training loss improved beyond its own noise.
     """
 
     trial: int
@@ -76,10 +82,25 @@ def _stretches(curve: np.ndarray) -> tuple[np.ndarray, int]:
     return np.convolve(curve, np.full(width, 1 / width), mode="valid"), width
 
 
+def _wander(curve: np.ndarray) -> float:
+    """Standard deviation of a curve around its trend, times what neighbours that go together add.
+
+    The mean of `n` evaluations is off by this over the square root of `n`, if they are many more
+    than the length over which the curve wanders.
+    """
+    time = np.linspace(-1, 1, len(curve))
+    rest = curve - np.polynomial.Polynomial.fit(time, curve, 2)(time)
+    power = float(np.sum(rest**2))
+    if len(curve) < MIN_WANDER or not power:
+        return 0.0
+    together = float(np.clip(np.sum(rest[1:] * rest[:-1]) / power, 0.0, 0.9))
+    return math.sqrt(power / (len(curve) - 3) * (1 + together) / (1 - together))
+
+
 def _overfitting_row(
-    trial: int, step: np.ndarray, loss: np.ndarray, training: np.ndarray
+    trial: int, step: np.ndarray, loss: np.ndarray, training: np.ndarray, perfect: float
 ) -> OverfittingRow:
-    """Judges a curve whose smaller values are better."""
+    """Judges a curve whose smaller values are better, and which none is better than `perfect`."""
     late = step >= step[-1] / 2
     noise, own = _noise(loss[late]), _noise(training[late])
     means, width = _stretches(loss)
@@ -88,9 +109,14 @@ def _overfitting_row(
     earlier = means[: len(means) - width]
     best = int(earlier.argmin())
     rise = float(means[-1] - earlier[best])
-    error = noise * math.sqrt(2 / width)
+    error = max(noise, _wander(loss[best:])) * math.sqrt(2 / width)
     improvement = float(loss[0] - earlier[best])
-    undone = rise / improvement if improvement > 0 else 0.0
+    if best == 0:
+        # Every stretch may be worse than the best evaluation, which is one of the first.
+        improvement = max(improvement, float(loss[0] - loss[:width].min() - 2 * noise))
+    improved = improvement > ERRORS * error
+    undone = rise / improvement if improved else 1.0
+    level = abs(float(earlier[best]) - perfect)
     gain = float(theirs[best] - theirs[-1])
     return OverfittingRow(
         trial=trial,
@@ -102,6 +128,7 @@ def _overfitting_row(
         overfitting=bool(
             rise > ERRORS * error
             and undone >= PROBLEMATIC
+            and (improved or rise >= UNIMPROVED * level)
             and gain > 2 * own * math.sqrt(2 / width)
             and gain > 0
         ),
@@ -118,6 +145,7 @@ def _training_loss(study: Study, objective: str) -> str:
     return next((name for name in names if name in known), "")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # Differences that no float holds.
 def overfitting_info(
     study: Study, objective: str | None = None, maximize: bool | None = None
 ) -> OverfittingInfo:
@@ -156,12 +184,17 @@ def overfitting_info(
             loss = sign * out.curve[trial]
             seen = np.isfinite(loss) & np.isfinite(fit[trial])
             if (seen & (out.step > 0)).sum() >= MIN_EVALS:
-                rows.append(
-                    _overfitting_row(int(trial), out.step[seen], loss[seen], fit[trial][seen])
-                )
+                curves = out.step[seen], loss[seen], fit[trial][seen]
+                rows.append(_overfitting_row(int(trial), *curves, sign * perfect(out.objective)))
         if not rows:
             skipped = f"the good trials have fewer than {MIN_EVALS} finite evaluations"
     return OverfittingInfo(out.objective, training, tuple(rows), num_steps, skipped)
+
+
+def _undone(row: OverfittingRow) -> str:
+    if row.undone >= 1:
+        return "which is all that it had improved, or more"
+    return f"{row.undone:.0%} of what it had improved"
 
 
 def overfitting_findings(info: OverfittingInfo) -> list[Finding]:
@@ -195,7 +228,7 @@ def overfitting_findings(info: OverfittingInfo) -> list[Finding]:
             "warning",
             f"{num} of the {len(info.rows)} best trials overfit: in trial {row.trial} "
             f"{info.objective} is best around step {row.best_step} and worse by {row.rise:.3g} "
-            f"(error {row.rise_error:.1g}) at the end, {row.undone:.0%} of what it had improved, "
+            f"(error {row.rise_error:.1g}) at the end, {_undone(row)}, "
             f"while {info.training} fell by another {row.training_gain:.3g}.",
             evidence,
             SECTION,
@@ -251,6 +284,7 @@ class LateVarianceInfo(NamedTuple):
         return self.noise > RANKING * self.gap
 
 
+@np.errstate(over="ignore", invalid="ignore")  # Differences that no float holds.
 def late_variance_info(
     study: Study, objective: str | None = None, maximize: bool | None = None
 ) -> LateVarianceInfo:
@@ -280,13 +314,16 @@ def late_variance_info(
         for trial in out.good():
             loss = sign * out.curve[trial]
             seen = np.isfinite(loss)
-            if (seen & (out.step > 0)).sum() >= MIN_EVALS:
+            # Of one that was stopped early there may be nothing late.
+            if (seen & (out.step > 0)).sum() >= MIN_EVALS and (seen & late).sum() >= 3:
                 noise = _noise(loss[seen & late])
                 rows.append(
                     LateVarianceRow(int(trial), noise, float(loss[seen][0] - loss[seen].min()))
                 )
         if not rows:
-            skipped = f"the good trials have fewer than {MIN_EVALS} finite evaluations"
+            skipped = (
+                f"the good trials have fewer than {MIN_EVALS} finite evaluations, or none late"
+            )
     noise = float(np.median([r.noise for r in rows])) if rows else math.nan
     return LateVarianceInfo(
         objective=out.objective,

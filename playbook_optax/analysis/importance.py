@@ -19,6 +19,14 @@ SMALL = 0.2
 _MAX_UNIT = 1e3
 MIN_FREEDOM = 8
 """Residual degrees of freedom that the fit needs before it is believed."""
+MIN_OWN = 0.1
+"""Part of a hyperparameter's variation that the others must leave before it is said to do nothing:
+of two that vary together either may do what the other seems to."""
+MIN_SWEEP = 5
+"""Trials of a sweep of one hyperparameter before an order among them can be more than chance."""
+NUM_DRAWS = 1999
+# What rounding leaves of a fit that is exact.
+_ROUNDING = 1e-10
 
 
 class ImportanceRow(NamedTuple):
@@ -29,7 +37,8 @@ class ImportanceRow(NamedTuple):
       share: share of the variance of the trials' ranks that it explains, out of what the other
         hyperparameters leave, in the sample; 0 to 1.
       upper: upper 95% confidence limit of that share.
-      p_value: chance of such a share if it did nothing (F test).
+      p_value: chance of such a share if it did nothing (F test). In a sweep of nothing else twice
+        the smaller one of that and of the chance that neighbours would be as alike in rank.
       num_terms: terms that it has in the fit.
       verdict: "sensitive", "insensitive", "cannot tell" or "not varied".
     """
@@ -102,6 +111,28 @@ def _upper_share(f: float, num: int, freedom: int) -> float:
     return float(effect / (1 + effect))
 
 
+def _own_part(terms: np.ndarray, others: list[np.ndarray]) -> float:
+    """The part of a hyperparameter's variation that the others leave."""
+    whole = sum(_residual([], column) for column in terms.T)
+    return sum(_residual(others, column) for column in terms.T) / whole if whole else 0.0
+
+
+def _neighbours_alike(values: np.ndarray, ranks: np.ndarray) -> float:
+    """Chance that neighbours along a hyperparameter are as alike in rank as they are.
+
+    In a sweep an optimum, a cliff and a plateau all make neighbours alike, whatever their shape.
+    Trials of one value stand in an order of their own, the same for all.
+    """
+    order = np.argsort(values, kind="stable")
+    seen = ranks[order]
+    if len(seen) < MIN_SWEEP or np.ptp(seen) == 0:
+        return 1.0
+    rng = np.random.default_rng(0)
+    drawn = seen[rng.random((NUM_DRAWS, len(seen))).argsort(axis=1)]
+    alike = np.abs(np.diff(drawn, axis=1)).sum(axis=1) <= np.abs(np.diff(seen)).sum()
+    return float((1 + alike.sum()) / (1 + NUM_DRAWS))
+
+
 @functools.lru_cache(maxsize=64)
 def _num_needed(num: int, others: int) -> int:
     """Fewest trials at which an effect of nothing, at its median F, has an upper limit < SMALL."""
@@ -126,7 +157,10 @@ def importance_info(
     It is sensitive if an F test at 5%, shared by all hyperparameters, says so; insensitive only
     if the upper 95% confidence limit of its share is below 0.2 and there are enough trials for
     that to be usual, not luck; otherwise the trials cannot tell.
-    Effects that show only in combination, or that go up and down repeatedly, escape it.
+    Where only one hyperparameter varies it is also sensitive if neighbours along it are more alike
+    in rank than chance makes them, whatever the shape of its effect; five trials can show that.
+    One that varies together with others is never called insensitive.
+    Effects that show only in combination, or that go up and down repeatedly, escape the fit.
 
     Args:
       study: the study.
@@ -154,24 +188,36 @@ def importance_info(
     freedom = len(ranks) - 1 - sum(widths.values())
     whole = _residual(list(varied.values()), ranks) if freedom > 0 and varied else 0.0
     needs = {n: _num_needed(w, sum(widths.values()) - w) for n, w in widths.items() if w}
+    spread = float(np.sum((ranks - ranks.mean()) ** 2)) if len(ranks) else 0.0
+    # Along the only hyperparameter that varies the order of the trials says more than a fit.
+    sweep = 1.0
+    if len(varied) == 1:
+        (line,) = [line for line in lines if line.name in varied]
+        sweep = 1.0 if line.kind == "categorical" else _neighbours_alike(line.values, ranks)
     rows = []
     for name in names:
         if name not in varied:
             rows.append(ImportanceRow(name, 0.0, 1.0, 1.0, 0, "not varied"))
             continue
-        num = widths[name]
-        if num == 0 or freedom < MIN_FREEDOM or np.ptp(ranks) == 0:
-            rows.append(ImportanceRow(name, 0.0, 1.0, 1.0, num, "cannot tell"))
+        num, own = widths[name], varied[name]
+        if num == 0 or freedom < MIN_FREEDOM or spread == 0:
+            verdict = "sensitive" if num and sweep <= LEVEL else "cannot tell"
+            rows.append(ImportanceRow(name, 0.0, 1.0, min(sweep, 1.0), num, verdict))
             continue
-        rest = _residual([t for n, t in varied.items() if n != name], ranks)
-        gain = max(rest - whole, 0.0)
-        share = gain / rest if rest > 0 else 0.0
+        others = [t for n, t in varied.items() if n != name]
+        rest = _residual(others, ranks)
+        # Where the others explain everything, rounding is all that is left.
+        gain = max(rest - whole, 0.0) if rest > _ROUNDING * spread else 0.0
+        share = gain / rest if gain else 0.0
         f = (gain / num) / (whole / freedom) if whole > 1e-12 * rest else np.inf
-        p_value = float(stats.f.sf(f, num, freedom))
+        f = f if gain else 0.0
+        p_value = min(float(stats.f.sf(f, num, freedom)), 1.0)
+        if len(varied) == 1:
+            p_value = min(2 * min(p_value, sweep), 1.0)
         upper = _upper_share(float(f), num, freedom) if np.isfinite(f) else 1.0
         if p_value <= LEVEL / len(varied):
             verdict = "sensitive"
-        elif upper < SMALL and len(ranks) >= needs[name]:
+        elif upper < SMALL and len(ranks) >= needs[name] and _own_part(own, others) >= MIN_OWN:
             verdict = "insensitive"
         else:
             verdict = "cannot tell"

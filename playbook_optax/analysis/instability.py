@@ -41,6 +41,8 @@ EARLY_SHARE = 0.5
 loss."""
 EARLY = 0.05
 """Share of training within which a rise is early."""
+NEAR_LOWEST = 3.0
+"""Deviations of the noise up to which the loss has not left its lowest point."""
 SLOW = 0.05
 """Share of training beyond which a recovery is slow."""
 OUTLIER = 5.0
@@ -70,7 +72,8 @@ class Rise(NamedTuple):
       noise: deviation of the loss from its trend.
       kind: ``"early"``: it began within the first 5% of training, or before any decline beyond the
         noise; ``"mid"``: after a decline.
-      slow_recovery: whether it took more than 5% of training to recover, or never did.
+      slow_recovery: whether it took more than 5% of training from where the loss left the lowest
+        point until it had recovered, or never did.
     """
 
     start_step: int
@@ -331,6 +334,9 @@ def find_rises(
         stop = recovered if recovered >= 0 else until
         top = at + int(np.argmax(high[at : max(stop, at + 1)]))
         start, over = int(step[low]), int(step[recovered]) if recovered >= 0 else -1
+        # The lowest point may be luck, long before the loss left it.
+        near = np.flatnonzero(curve[low:at] <= curve[low] + NEAR_LOWEST * noise)
+        begin = int(step[low + near[-1]]) if len(near) else start
         early = start <= EARLY * total or decline <= deviations * noise
         found.append(
             Rise(
@@ -343,7 +349,7 @@ def find_rises(
                 height=float(high[top] - level),
                 noise=noise,
                 kind="early" if early else "mid",
-                slow_recovery=recovered < 0 or over - start > SLOW * total,
+                slow_recovery=recovered < 0 or over - begin > SLOW * total,
             )
         )
         if recovered < 0:

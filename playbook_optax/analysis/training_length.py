@@ -4,7 +4,7 @@ The curves are judged once, by `curve_info`; this module counts and words what i
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,14 +21,14 @@ from playbook_optax.analysis.curves import (
     curve_info,
 )
 from playbook_optax.analysis.findings import Finding
-from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.records.study import Study
 
 NUM_BINS = 20
 """Bins of the distribution of best steps: 5% of training each, so that 10% and 75% are edges."""
-LITTLE = 0.02
-"""Part of the whole improvement below which the last quarter of training must surely stay for the
-curves to be called saturated."""
+MIN_PAIRS = 2
+"""Points that two studies of different length must have in common, without seeds, before what the
+longer one gained is believed."""
 
 
 class BestStepInfo(NamedTuple):
@@ -126,53 +126,74 @@ class TrainingLengthInfo(NamedTuple):
     """Whether training is compute-bound at the length of a study.
 
     Attributes:
-      compute_bound: True where the best results were still improving at the end, False where they
-        had saturated long before it, None where it cannot be told.
+      compute_bound: True where more steps would still help, False where they would not, None where
+        it cannot be told.
       reason: why it cannot be told; "" if it can.
+      basis: what it was told by: ``"lengths"``, two studies of different length, or ``"curves"``.
       objective: the metric.
       num_steps: steps of training.
       trials: the good trials that were judged, best first.
       num_improving: how many of them were still improving at the end.
+      num_falling: how many of them were surely improving while their learning rate was high.
       num_early: how many settled within the first tenth.
-      last_gain: improvement over the last quarter, mean over these trials, as a share of their
-        whole improvement; NaN where nothing improved.
-      last_gain_error: standard error of that.
+      doubling_gain: what the objective gained for each doubling of the steps: by two studies, or
+        by the good trials' curves from the second half of the part with a high rate on to the end,
+        their mean. An upper limit of what twice the steps would gain, since gains shrink. NaN
+        where nothing was judged.
+      doubling_gain_error: standard error of that.
+      worth: the gain that would be worth twice the steps (`CurveRow.worth`), mean over the trials.
+      knows_rates: whether the course of the learning rates is known.
       settled_steps: steps at which they came within noise of their best.
     """
 
     compute_bound: bool | None
     reason: str
+    basis: str
     objective: str
     num_steps: int
     trials: tuple[int, ...]
     num_improving: int
+    num_falling: int
     num_early: int
-    last_gain: float
-    last_gain_error: float
+    doubling_gain: float
+    doubling_gain_error: float
+    worth: float
+    knows_rates: bool
     settled_steps: tuple[int, ...]
 
 
 @_checks.named_arguments
 def training_length_info(
-    study: Study, objective: str | None = None, maximize: bool | None = None
+    study: Study,
+    objective: str | None = None,
+    maximize: bool | None = None,
+    *,
+    rates: np.ndarray | None = None,
+    shorter: Study | None = None,
 ) -> TrainingLengthInfo:
     """Tells whether training is compute-bound at the length of a study.
 
-    A curve that gains nothing significant in the last quarter is no evidence by itself: its noise
-    may hide a gain. So training is called saturated only if the gain of the good trials together
-    stays, two standard errors included, below 2% of their whole improvement.
+    A curve that is flat at its end is no evidence by itself: where the learning rate decays, every
+    curve is, and noise may hide a gain. So training is called saturated only if the good trials
+    together surely gain, two standard errors included, less for each doubling of the steps than
+    would be worth it, from a time on at which the learning rate was still high; compute-bound only
+    if 80% of them surely improved both while it was high and at the end. Where nobody knows the
+    rates, they are taken to be high until half of the steps are done. A shorter study decides by
+    itself, whatever the schedule: what twice the steps gained then has been measured.
 
     Args:
       study: the study.
       objective: a recorded metric; the study's own by default.
       maximize: whether larger is better; see `outcomes`.
+      rates: the course of the learning rates; see `curve_info`.
+      shorter: a study of the same workload with fewer steps, each under a whole schedule of its
+        own. Where points of both agree these are compared.
 
     Returns:
-      The TrainingLengthInfo: True if 80% of the good trials were still improving, False if they
-      were saturated.
+      The TrainingLengthInfo.
 
     Raises:
-      ValueError: no such metric, or its direction has to be said.
+      ValueError: no such metric, its direction has to be said, or `shorter` is not shorter.
 
     Example:
       >>> import numpy as np
@@ -187,33 +208,97 @@ def training_length_info(
 
     Source: "Determining the number of steps for each training run".
     """
-    curves = curve_info(study, objective, maximize)
+    curves = curve_info(study, objective, maximize, rates)
     rows = curves.rows
-    total = sum(row.total_gain for row in rows)
-    gain = sum(row.last_gain for row in rows)
-    error = math.sqrt(sum(row.last_gain_error**2 for row in rows))
-    compute_bound, reason = None, curves.skipped
-    if rows and curves.num_improving >= AGREE * len(rows):
-        compute_bound = True
-    elif rows and gain + 2 * error <= LITTLE * total:
-        compute_bound = False
-    elif rows:
-        reason = (
-            f"{curves.num_improving} of the {len(rows)} best trials were surely still improving at "
-            f"the end, of which {AGREE:.0%} would have to be, and all together may have gained "
-            f"more than {LITTLE:.0%} of their whole improvement in the last quarter"
-        )
+    num_falling = sum(row.falling for row in rows)
+    gain = error = worth = math.nan
+    if rows:
+        gain = float(np.mean([row.flat_gain for row in rows]))
+        error = math.sqrt(sum(row.flat_gain_error**2 for row in rows)) / len(rows)
+        worth = float(np.mean([row.worth for row in rows]))
+    told = _Told(None, curves.skipped, gain, error)
+    if rows:
+        told = _by_curves(curves, num_falling, told, worth)
+    basis = "curves"
+    if shorter is not None:
+        comparison = compare_lengths(shorter, study, objective, maximize)
+        measured = _by_lengths(comparison, worth)
+        if measured.compute_bound is not None or not rows:
+            told, basis = measured, "lengths"
     return TrainingLengthInfo(
-        compute_bound=compute_bound,
-        reason=reason,
+        compute_bound=told.compute_bound,
+        reason=told.reason,
+        basis=basis,
         objective=curves.objective,
         num_steps=curves.num_steps,
         trials=tuple(row.trial for row in rows),
         num_improving=curves.num_improving,
+        num_falling=num_falling,
         num_early=curves.num_early,
-        last_gain=gain / total if total else math.nan,
-        last_gain_error=error / total if total else math.nan,
+        doubling_gain=told.gain,
+        doubling_gain_error=told.error,
+        worth=worth,
+        knows_rates=curves.knows_rates,
         settled_steps=tuple(row.settled_step for row in rows),
+    )
+
+
+class _Told(NamedTuple):
+    """A verdict on the length, its reason if there is none, and the gain that it rests on."""
+
+    compute_bound: bool | None
+    reason: str
+    gain: float
+    error: float
+
+
+def _by_curves(curves: CurveInfo, num_falling: int, seen: _Told, worth: float) -> _Told:
+    """What the curves of the good trials say."""
+    num = len(curves.rows)
+    both = sum(row.improving and row.falling for row in curves.rows)
+    if both >= AGREE * num:
+        return seen._replace(compute_bound=True)
+    if seen.gain + 2 * seen.error <= worth + 1e-9 * abs(curves.rows[0].value):
+        return seen._replace(compute_bound=False)
+    if curves.num_improving < AGREE * num <= num_falling and not curves.knows_rates:
+        reason = (
+            f"{num_falling} of the {num} best trials improved in the middle of training, and "
+            f"{curves.num_improving} still did at the end: that is saturation if the learning rate "
+            "was constant, and no more than the end of a decay otherwise"
+        )
+    elif num_falling < AGREE * num <= curves.num_improving:
+        reason = (
+            f"{curves.num_improving} of the {num} best trials were still improving at the end, but "
+            f"only {num_falling} while the learning rate was high: that is what a decay does by "
+            "itself"
+        )
+    else:
+        reason = (
+            f"{both} of the {num} best trials were surely still improving, of which {AGREE:.0%} "
+            f"would have to be, and all together may gain {seen.gain:.2g} ± {2 * seen.error:.1g} "
+            f"from twice the steps, where {worth:.2g} would be worth them"
+        )
+    return seen._replace(reason=reason)
+
+
+def _by_lengths(info: "LengthComparison", worth: float) -> _Told:
+    """What two studies of different length say."""
+    doublings = math.log2(info.num_steps[1] / info.num_steps[0])
+    gain, error = info.gain / doublings, info.gain_error / doublings
+    told = _Told(None, "", gain, error)
+    worth = max(worth, info.resolution) if math.isfinite(worth) else info.resolution
+    if not math.isfinite(error):
+        return told._replace(
+            reason="the two studies have too few points in common, and no seeds, to tell a gain "
+            "from luck"
+        )
+    if gain > 2 * error and gain >= worth:
+        return told._replace(compute_bound=True)
+    if gain + 2 * error <= worth:
+        return told._replace(compute_bound=False)
+    return told._replace(
+        reason=f"twice the steps gained {gain:.2g} ± {2 * error:.1g}, where {worth:.2g} would be "
+        "worth them"
     )
 
 
@@ -228,28 +313,40 @@ def training_length_findings(info: TrainingLengthInfo) -> list[Finding]:
       `compute_bound_unknown`.
     """
     num, at = len(info.trials), f"at {info.num_steps} steps"
+    gained = f"{info.doubling_gain:.2g} ± {2 * info.doubling_gain_error:.1g}"
     if info.compute_bound is None:
         code = "compute_bound_unknown"
         message = f"Whether training is compute-bound {at} cannot be told: {info.reason}."
-        advice = "Evaluate more often, or repeat each trial with num_seeds."
+        advice = (
+            "Train the best points for half or twice as many steps, each under its whole schedule, "
+            "and compare: refine_num_steps takes both studies (shorter=)."
+        )
     elif info.compute_bound:
         code = "compute_bound"
-        message = (
-            f"Training is compute-bound {at}: {info.num_improving} of the {num} best trials were "
-            f"still improving their {info.objective} at the end."
+        by = (
+            f"{info.num_improving} of the {num} best trials were still improving their "
+            f"{info.objective} at the end"
         )
+        if info.basis == "lengths":
+            by = f"twice the steps gained {gained} of {info.objective}"
+        message = f"Training is compute-bound {at}: {by}."
         advice = (
             "The best length is as long as you can afford. Tune in one to three rounds of growing "
             "length, the first with about a tenth of the steps."
         )
     else:
         code = "not_compute_bound"
-        message = (
-            f"Training is not compute-bound {at}: the {num} best trials had saturated in "
-            f"{info.objective}, and were within noise of their best by step "
-            f"{max(info.settled_steps)}."
+        by = (
+            f"the {num} best trials had saturated in {info.objective}, which gained {gained} for "
+            "each doubling of the steps since a time when the learning rate was high, and were "
+            f"within noise of their best by step {max(info.settled_steps, default=0)}"
         )
-        advice = "More steps would not help much: spend them on more trials."
+        if info.basis == "lengths":
+            by = f"twice the steps gained {gained} of {info.objective}"
+        message = f"Training is not compute-bound {at}: {by}."
+        advice = (
+            f"Twice the steps would gain less than {info.worth:.2g}: spend them on more trials."
+        )
     return [Finding(code, "info", message, info._asdict(), BOUND_SECTION, advice)]
 
 
@@ -322,7 +419,7 @@ def checkpoint_info(
         chance = row.noise * (1 + math.sqrt(2 * math.log(len(curve))))
         dips.append(dip)
         missed.append(second / 8)
-        sparse.append(dip > max(chance, MIN_GAIN * row.total_gain))
+        sparse.append(dip > max(chance, MIN_GAIN * row.scale))
     loss = np.where(np.isfinite(out.curve), sign * out.curve, np.inf)
     loss[out.infeasible] = np.inf
     running = np.minimum.accumulate(loss, axis=1)
@@ -350,6 +447,8 @@ def checkpoint_findings(info: CheckpointInfo) -> list[Finding]:
       best ones of most good trials stand alone; or nothing.
     """
     every = max(info.num_steps // max(2 * info.num_evals, MIN_EVALS), 1)
+    if info.num_evals >= info.num_steps:
+        return []  # Every step was evaluated.
     evidence = {
         "num_evals": info.num_evals,
         "num_steps": info.num_steps,
@@ -392,6 +491,13 @@ class LengthComparison(NamedTuple):
       error: standard error of their difference: from the spread over seeds where both have seeds,
         else from the noise of single evaluations, which is a lower bound.
       worse: whether the longer is worse by more than two errors.
+      pairs: (pair, 2) trials of the two that have the same point and a value.
+      gain: by how much the longer runs of these are better, their mean; of the two best trials
+        where no point is common. NaN where a study has no value.
+      gain_error: standard error of that, widened such that two of it hold with 95% probability
+        however few the pairs are; infinite where it is not known: for fewer than two pairs without
+        seeds.
+      resolution: smallest difference of the objective that there can be; 0 where it is not known.
     """
 
     objective: str
@@ -400,6 +506,35 @@ class LengthComparison(NamedTuple):
     values: tuple[float, float]
     error: float
     worse: bool
+    pairs: np.ndarray
+    gain: float
+    gain_error: float
+    resolution: float
+
+
+def _pairs(outs: list[Outcomes], studies: tuple[Study, Study]) -> np.ndarray:
+    """(pair, 2) trials of two studies that have the same point and a value."""
+    names = sorted(set(studies[0].points) & set(studies[1].points))
+    if not names or set(studies[0].points) != set(studies[1].points):
+        return np.empty((0, 2), int)
+    places: list[dict[tuple[Any, ...], int]] = []
+    for study, out in zip(studies, outs, strict=True):
+        columns = [study.points[name].tolist() for name in names]
+        points = list(zip(*columns, strict=True))
+        places.append({points[t]: int(t) for t in out.order[::-1]})
+    both = [point for point in places[1] if point in places[0]]
+    return np.asarray([[of[point] for of in places] for point in both], int).reshape(-1, 2)
+
+
+def _error_of_mean(differences: np.ndarray) -> float:
+    """Half of the reach of a 95% interval of the mean of a few differences."""
+    from scipy import stats
+
+    num = len(differences)
+    if num < MIN_PAIRS:
+        return math.inf
+    deviation = float(differences.std(ddof=1)) / math.sqrt(num)
+    return deviation * float(stats.t.ppf(0.975, num - 1)) / 2
 
 
 @_checks.named_arguments
@@ -426,9 +561,10 @@ def compare_lengths(
     objective = shorter.objective if objective is None else objective
     if maximize is None and objective == shorter.objective:
         maximize = shorter.maximize
-    values, lengths, errors = [], [], []
+    values, lengths, errors, outs = [], [], [], []
     for study in (shorter, longer):
         out = outcomes(study, objective, maximize)
+        outs.append(out)
         lengths.append(int(out.step[-1]))
         values.append(float(out.value[out.best]) if out.best >= 0 else math.nan)
         rows = curve_info(study, objective, maximize).rows
@@ -445,6 +581,13 @@ def compare_lengths(
         )
     lost = values[0] - values[1] if maximize else values[1] - values[0]
     error = math.hypot(*errors)
+    pairs = _pairs(outs, (shorter, longer))
+    gain, gain_error = -lost, math.inf
+    if len(pairs):
+        differences = outs[0].loss[pairs[:, 0]] - outs[1].loss[pairs[:, 1]]
+        gain, gain_error = float(differences.mean()), _error_of_mean(differences)
+    if shorter.num_seeds > 1 and longer.num_seeds > 1 and not math.isfinite(gain_error):
+        gain, gain_error = -lost, error
     return LengthComparison(
         objective=objective,
         maximize=bool(maximize),
@@ -452,6 +595,10 @@ def compare_lengths(
         values=(values[0], values[1]),
         error=error,
         worse=bool(lost > 2 * error),  # False for NaN
+        pairs=pairs,
+        gain=gain,
+        gain_error=gain_error,
+        resolution=max(s.resolution(objective) for s in (shorter, longer)),
     )
 
 

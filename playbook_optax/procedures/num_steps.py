@@ -20,9 +20,12 @@ from playbook_optax.analysis.outcomes import Outcomes, metric_names, outcomes
 from playbook_optax.analysis.targets import StepsToTarget, steps_to_target
 from playbook_optax.analysis.training_length import (
     BestStepInfo,
+    TrainingLengthInfo,
     best_step_info,
     checkpoint_findings,
     checkpoint_info,
+    compare_lengths,
+    length_findings,
     training_length_findings,
     training_length_info,
 )
@@ -317,7 +320,7 @@ def _candidate(info: StepsToTarget, steps: int, fit: _Fit, rates: np.ndarray) ->
 
 def _unresolved(info: StepsToTarget, steps: int) -> list[Finding]:
     after = int(info.after[info.fastest])
-    if steps - after <= COARSE * steps:
+    if steps - after <= max(COARSE * steps, 1):
         return []
     return [
         Finding(
@@ -460,6 +463,7 @@ def refine_num_steps(
     objective: str | None = None,
     maximize: bool | None = None,
     growth: float = 2.0,
+    shorter: Study | None = None,
     directory: str | os.PathLike[str] | None = None,
 ) -> Verdict:
     """Refines max_train_steps from where the good trials of a study had their best checkpoint.
@@ -470,6 +474,10 @@ def refine_num_steps(
     learning rate decay has to be tuned again: the answer is `growth` times as long. Otherwise the
     length stays. On a noisy plateau the best step can be anywhere and asks for nothing;
     `curve_info` judges that. The length itself is never a hyperparameter of a study.
+
+    Under a decay every curve is flat at its end and falls while the rate does, whatever more steps
+    would bring. So the schedules of the trainer are read, if it has a `make_schedule`, or the
+    metric ``learning_rate`` of the study; and a shorter study, if there is one, decides.
 
     Args:
       trainer: as in `run_study`, or ``None, None`` with a study.
@@ -483,12 +491,13 @@ def refine_num_steps(
       objective: a recorded metric; the study's own by default.
       maximize: whether larger is better; see `outcomes`.
       growth: how much longer to train, above 1.
+      shorter: a finished study of the same workload with fewer steps; see `training_length_info`.
       directory: where to store the study.
 
     Returns:
       A `Verdict`: `answer` is a number of steps, int; or None where the curves cannot be judged,
-      for want of evaluations or of feasible trials. The Finding ``best_steps`` holds the
-      distribution of best steps (`best_step_info`).
+      for want of evaluations or of feasible trials, and there is no shorter study. The Finding
+      ``best_steps`` holds the distribution of best steps (`best_step_info`).
 
     Raises:
       ValueError: a bad argument, as `run_study`.
@@ -529,28 +538,52 @@ def refine_num_steps(
     findings = feasibility_findings(feasibility_info(study, objective, maximize))
     judged = curve_findings(info.curves)
     findings += judged
+    length = None
     if len(info.trials):
+        rates = _scheduled(trainer, study, info.trials)
+        length = training_length_info(study, objective, maximize, rates=rates, shorter=shorter)
         findings += boundary_findings(boundary_info(study, objective, maximize))
-        findings += training_length_findings(training_length_info(study, objective, maximize))
+        findings += training_length_findings(length)
         findings += checkpoint_findings(checkpoint_info(study, objective, maximize))
+        if shorter is not None:
+            findings += length_findings(compare_lengths(shorter, study, objective, maximize))
     findings.append(_best_steps(info))
     answer = None
-    if not info.curves.skipped:
-        answer = _refined(info, {finding.code for finding in judged}, growth)
-        if answer == info.num_steps and not info.curves.can_be_early:
+    if length is not None and (not info.curves.skipped or length.compute_bound is not None):
+        answer = _refined(info, length, {finding.code for finding in judged}, growth)
+        if answer == info.num_steps >= 10 and not info.curves.can_be_early:
             findings.append(_early_unseen(info))
     # What decides comes first among equally grave findings.
     first = sorted(findings, key=lambda finding: finding not in judged)
     return Verdict(answer, tuple(by_severity(first)), {"study": study}, cost)
 
 
-def _refined(info: BestStepInfo, codes: set[str], growth: float) -> int:
-    """The length that the curves ask for."""
+def _scheduled(trainer: Trainer, study: Study, trials: np.ndarray) -> np.ndarray | None:
+    """The learning rates that a trainer's schedules give some trials at their evaluations.
+
+    Returns (trial, eval), NaN for the other trials; None without schedules.
+    """
+    if trainer.make_schedule is None or LEARNING_RATE not in study.points:
+        return None
+    steps = np.asarray(study.data["step"].values)
+    rates = np.full((study.num_trials, len(steps)), np.nan)
+    for trial in trials:
+        point = {**trainer.fixed, **study.point(int(trial))}
+        schedule = trainer.make_schedule(point, int(steps[-1]))
+        rates[trial] = [float(schedule(jnp.int32(step))) for step in steps]
+    return rates
+
+
+def _refined(info: BestStepInfo, length: TrainingLengthInfo, codes: set[str], growth: float) -> int:
+    """The length that the curves ask for, or a shorter study."""
+    longer = length.compute_bound
+    if longer is None and "still_improving" in codes and not length.knows_rates:
+        longer = True  # By the playbook's rule of the last quarter; nothing contradicts it.
+    if longer:
+        return max(info.num_steps + 1, round(growth * info.num_steps))
     if "saturated_early" in codes:
         last = max(row.settled_step for row in info.curves.rows if row.early)
         return min(ROOM * max(last, 1), info.num_steps)
-    if "still_improving" in codes:
-        return max(info.num_steps + 1, round(growth * info.num_steps))
     return info.num_steps
 
 
@@ -564,9 +597,7 @@ def _best_steps(info: BestStepInfo) -> Finding:
             f"tenth, {info.num_last_quarter} in the last quarter."
         )
         if info.num_last_quarter > num / 2 and not info.curves.num_improving:
-            message += (
-                " The late ones gained no more than noise there, and do not ask for more steps."
-            )
+            message += " The late ones gained no more than noise there."
     return Finding(
         "best_steps",
         "info",
@@ -592,5 +623,5 @@ def _early_unseen(info: BestStepInfo) -> Finding:
         "checked whether training is far too long.",
         {"num_steps": info.num_steps, "largest_gap": info.largest_gap},
         BOUND_SECTION,
-        f"Evaluate at least every {max(1, info.num_steps // 10)} steps.",
+        f"Evaluate at least every {info.num_steps // 10} steps.",
     )

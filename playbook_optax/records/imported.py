@@ -112,6 +112,37 @@ def _numbers(what: str, values: Any) -> np.ndarray:
     return array
 
 
+# Nobody stops a run that was evaluated but once since it began; many diverge there.
+_MIN_SEEN = 3
+_OF_STEPS, _OF_TRAINING = "step/", ("step/", "train/")
+_ENDED = (
+    "{} runs end before the last step, with no loss on its way up, and were taken as stopped "
+    "by somebody, not as diverged; infeasible= says otherwise"
+)
+
+
+def _is_loss(name: str) -> bool:
+    return "loss" in name.rpartition("/")[2].lower()
+
+
+def _returns(curve: np.ndarray, training: bool) -> np.ndarray:
+    """Whether losses (..., eval) end half-way back to where they began, or higher.
+
+    A validation loss has to be back where it began: below that overfitting raises it as well.
+    """
+    seen = np.isfinite(curve)
+    known = seen.any(axis=-1)
+    places = np.arange(curve.shape[-1])
+    first = np.where(seen, places, curve.shape[-1]).min(axis=-1) * known
+    last = np.where(seen, places, 0).max(axis=-1)
+    finite = np.where(seen, curve, 0.0)
+    begin, end = (np.take_along_axis(finite, i[..., None], -1)[..., 0] for i in (first, last))
+    lowest = np.where(known, np.where(seen, curve, np.inf).min(axis=-1), 0.0)
+    # In halves, which no sum of large numbers makes infinite.
+    limit = lowest / 2 + begin / 2 if training else begin
+    return np.asarray(known & (end > limit))
+
+
 @dataclasses.dataclass(frozen=True)
 class Imported:
     """Arrays of another loop, checked.
@@ -144,7 +175,7 @@ class Imported:
         Args:
           points: name to numbers (trial,).
           metrics: name to numbers (trial, eval) or (trial, seed, eval).
-          step: rising integers (eval,).
+          step: rising integers (eval,), or the same ones for each trial (trial, eval).
           objective: the name of a metric.
           space: the search space, or None.
 
@@ -165,6 +196,9 @@ class Imported:
                 f"objective = {objective!r} is not in metrics: {nearest(objective, metrics)}"
             )
         steps = _numbers("step", step)
+        in_trials = steps.ndim == 2 and steps.shape[:1] == np.shape(metrics[objective])[:1]
+        if in_trials and len(steps) and (steps == steps[:1]).all():
+            steps = steps[0]  # As a vmapped loop returns it.
         if steps.ndim != 1 or not len(steps) or steps.dtype.kind not in "iu":
             raise ValueError(
                 f"step must be rising integers of shape (eval,), got dtype {steps.dtype} and shape "
@@ -222,34 +256,61 @@ class Imported:
         """Whether each run is infeasible, from which evaluation, why, and what was not judged."""
         shape = self.metrics[objective].shape
         bad = np.zeros(shape, bool)
-        for name, values in self.metrics.items():
-            if name == objective or "loss" in name.rpartition("/")[2].lower():
-                bad |= ~np.isfinite(values.astype(np.float64))
+        judged = [name for name in self.metrics if name == objective or _is_loss(name)]
+        for name in judged:
+            wrong = ~np.isfinite(self.metrics[name].astype(np.float64))
+            if name.startswith(_OF_STEPS):  # A mean since the evaluation before, if there was one.
+                wrong[..., 0] = False
+            bad |= wrong
         if self.present is not None:
             bad &= self.present[:, None, :]
         if self.step[0] == 0 and len(self.step) > 1:
             # Of an untrained model a metric may overflow, and means over updates are of none.
             bad[..., 0] = False
+        ended = self._ended_early(bad, judged)
+        bad[ended] = False
+        unchecked = {"divergence": _ENDED.format(int(ended.sum()))} if ended.any() else {}
         infeasible = np.asarray(bad.any(axis=-1))
         reason = np.where(infeasible, _feasibility.NONFINITE_LOSS, 0)
         index = np.where(infeasible, bad.argmax(axis=-1), -1)
         if self.failed is not None:  # Known without a reason: none is made up.
             infeasible = infeasible | self.failed[:, None]
+        unseen = ""
         if "train/loss" not in self.metrics:
-            return infeasible, index, reason, {"high_loss": 'there is no metric "train/loss"'}
-        if self.step[0] != 0:
-            return (
-                infeasible,
-                index,
-                reason,
-                {"high_loss": f'"train/loss" begins at step {self.step[0]}, not before training'},
-            )
+            unseen = 'there is no metric "train/loss"'
+        elif self.step[0] != 0:
+            unseen = f'"train/loss" begins at step {self.step[0]}, not before training'
+        if unseen:
+            return infeasible, index, reason, {"high_loss": unseen, **unchecked}
         curves = self.metrics["train/loss"].astype(np.float64)
         curves = np.where(np.isfinite(curves), curves, np.nan)
         high, first_high = _feasibility.high_loss(curves)
         high = np.logical_and(high, ~infeasible)
         reason = np.where(high, _feasibility.HIGH_LOSS, reason)
-        return np.logical_or(infeasible, high), np.where(high, first_high, index), reason, {}
+        index = np.where(high, first_high, index)
+        return np.logical_or(infeasible, high), index, reason, unchecked
+
+    def _ended_early(self, bad: np.ndarray, judged: Sequence[str]) -> np.ndarray:
+        """Which runs somebody stopped, as far as their curves tell: (trial, seed).
+
+        From some evaluation on, the fourth or later, every metric is NaN; nothing is infinite; and
+        no loss was on its way back up, as before a divergence it mostly is.
+        """
+        ended = np.asarray(bad.any(axis=-1))
+        if self.present is not None:  # A table leaves out the rows of a run that has ended.
+            return np.zeros_like(ended)
+        first = np.where(ended, bad.argmax(axis=-1), len(self.step))[..., None]
+        after = np.arange(len(self.step)) >= first
+        ended &= first[..., 0] >= _MIN_SEEN
+        for name, values in self.metrics.items():
+            curve = values.astype(np.float64)
+            ended &= (np.isnan(curve) | ~after).all(axis=-1)
+            if name not in judged:
+                continue
+            ended &= ~np.isinf(curve).any(axis=-1)
+            if _is_loss(name):
+                ended &= ~_returns(np.where(after, np.nan, curve), name.startswith(_OF_TRAINING))
+        return ended
 
     def record(
         self,

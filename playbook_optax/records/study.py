@@ -571,12 +571,19 @@ class Study:
         infeasible from the first evaluation after step 0 at which the objective or a metric with
         "loss" in its name is not finite (−inf counts as diverged), or where its "train/loss" is
         uncharacteristically high against its own value at step 0. Without "train/loss" from step 0
-        on the second half is not judged, and ``spec["unchecked"]["high_loss"]`` says so.
+        on the second half is not judged, and ``spec["unchecked"]["high_loss"]`` says so. A metric
+        of "step/" is a mean since the evaluation before, and may be NaN at the first.
+
+        A run that ends early is not infeasible, and its best value counts: one of which every
+        metric is NaN from the fourth evaluation on or a later one, with no loss back at its first
+        value (of training: half-way back). That somebody stopped it, and it did not diverge, is a
+        guess, and ``spec["unchecked"]["divergence"]`` says so; `infeasible` overrules it.
 
         Args:
           points: hyperparameters, name to numbers of shape (trial,).
           metrics: name to numbers of shape (trial, eval), or (trial, seed, eval) with seeds.
-          step: updates made before each evaluation, rising integers, shape (eval,).
+          step: updates made before each evaluation, rising integers, shape (eval,); or, as a
+            vmapped loop returns them, (trial, eval) with the same in all trials.
           objective: the metric to optimize.
           maximize: whether larger is better; not if None, which a name such as "accuracy" refuses.
           space: the space that the points came from, for the boundary checks.

@@ -174,3 +174,32 @@ def test_analysis_never_imports_training():
                 assert not name.startswith(
                     tuple(f"playbook_optax.{floor}" for floor in ("trials", "runner", "procedures"))
                 ), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_trials_that_ended_early_are_compared_by_what_they_have(num_seeds):
+    time = np.linspace(0, 1, 41)
+    rng = np.random.default_rng(0)
+    rates = np.geomspace(1e-3, 1.0, 12)
+    ends = 0.2 + 0.1 * (np.log10(rates) + 1.5) ** 2
+    curve = ends[:, None, None] + 2 * np.exp(-time / 0.05) + 0 * np.ones((1, num_seeds, 1))
+    curve = curve + 0.005 * rng.normal(size=curve.shape)
+    train = 0.8 * curve
+    for trial, length in enumerate([2, 5, 9, 12, 3, 12, 16, 20, 24, 28, 40]):
+        curve[trial, :, length + 1 :] = np.nan
+        train[trial, :, length + 1 :] = np.nan
+    study = Study.from_arrays(
+        {"learning_rate": rates},
+        {"valid/loss": curve, "train/loss": train},
+        (1000 * time).astype(int),
+        objective="valid/loss",
+        space=SearchSpace({"learning_rate": Float(1e-3, 1.0, scale="log")}),
+    )
+    assert not study.data["infeasible"].values.any()
+    found = diagnose(study)
+    assert "divergence_check_skipped" in codes(found)
+    assert found[0].severity != "error"
+    best = int(np.nanmin(curve.mean(axis=1), axis=1).argmin())
+    assert study.best().trial == best
+    for rule in RULES:
+        rule.conclude(rule.inform(study, None, None))

@@ -125,3 +125,64 @@ def test_an_effect_at_the_limit_is_seldom_called_insensitive():
         found.append(info.rows[0].verdict)
     assert found.count("insensitive") <= 22  # 15 are expected; 22 is 1.9 deviations above
     assert {"sensitive", "cannot tell"} <= set(found)
+
+
+def sweep(values):
+    values = np.asarray(values, np.float64)
+    rates = np.geomspace(1e-5, 10, len(values))
+    study = Study.from_arrays(
+        {"learning_rate": rates, "b1": np.full(len(values), 0.9)},
+        {"loss": values[:, None]},
+        [0],
+        objective="loss",
+        infeasible=np.isnan(values),
+    )
+    return verdicts(study)["learning_rate"]
+
+
+def test_a_sweep_of_one_hyperparameter_is_judged_by_how_alike_neighbours_are():
+    # Chance at low rates, an optimum, a cliff: no parabola.
+    cliff = [2.3, 2.31, 2.29, 2.2, 1.6, 0.7, 0.4, 0.35, np.nan, np.nan]
+    assert sweep(cliff) == "sensitive"
+    assert sweep([8, 6, 4, 2, 1, 3, 5, 7]) == "sensitive"
+    assert sweep([1, 2, 3, 4]) == "cannot tell"
+    assert sweep(np.ones(10)) == "cannot tell"
+    rng = np.random.default_rng(5)
+    for num in (6, 10, 24):
+        alarms = sum(sweep(rng.random(num)) == "sensitive" for _ in range(100))
+        assert alarms <= 11  # 5 are expected at 5%; 11 is 2.8 deviations above
+
+
+def test_of_two_that_vary_together_neither_is_said_to_do_nothing():
+    rng = np.random.default_rng(6)
+    x = rng.random(60)
+    together = {"x": x, "y": x + 0.01 * rng.normal(size=60), "z": rng.random(60)}
+    study = Study.from_arrays(together, {"loss": x[:, None]}, [0], objective="loss")
+    found = verdicts(study)
+    assert found["y"] != "insensitive"
+    assert found["z"] == "insensitive"
+    same = {"x": x, "y": x}
+    study = Study.from_arrays(same, {"loss": x[:, None]}, [0], objective="loss")
+    assert set(verdicts(study).values()) == {"cannot tell"}
+
+
+def test_what_rounding_leaves_of_an_exact_fit_is_no_effect():
+    rng = np.random.default_rng(7)
+    points = {"x": np.arange(60.0), "y": rng.random(60)}
+    study = Study.from_arrays(points, {"loss": np.arange(60.0)[:, None]}, [0], objective="loss")
+    rows = {row.name: row for row in importance_info(study).rows}
+    assert (rows["y"].share, rows["y"].p_value) == (0.0, 1.0)
+    assert rows["x"].verdict == "sensitive"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_objectives_of_extreme_range_are_judged(seed):
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(3, 40))
+    curves = 10.0 ** rng.uniform(-300, 300, (size, 3)) * rng.choice([-1.0, 1.0], (size, 3))
+    curves[rng.random((size, 3)) < 0.1] = rng.choice([np.nan, np.inf, 1.7e308, 5e-324])
+    points = {"x": rng.random(size), "wide": 10.0 ** rng.uniform(-37, 38, size)}
+    study = Study.from_arrays(points, {"loss": curves}, [0, 1, 2], objective="loss")
+    for row in importance_info(study).rows:
+        assert 0 <= min(row.share, row.upper) <= max(row.share, row.upper) <= 1
+        assert 0 <= row.p_value <= 1

@@ -99,7 +99,10 @@ def test_noise_is_no_evidence_of_saturation():
 
 
 def test_true_verdicts_over_many_noisy_studies(make_study):
-    flat = [training_length_info(make_study(s)).compute_bound for s in range(20)]
+    flat = [
+        training_length_info(make_study(s, settle=0.03, num_evals=41)).compute_bound
+        for s in range(20)
+    ]
     trend = [training_length_info(make_study(s, drift=0.5)).compute_bound for s in range(20)]
     assert (flat.count(True), trend.count(False)) == (0, 0)
     assert flat.count(False) >= 15
@@ -165,3 +168,126 @@ def test_a_difference_within_the_spread_over_seeds_is_none():
     info = compare_lengths(short, long)
     assert info.error == pytest.approx(np.sqrt(2) * np.std([0, 0.2], ddof=1) / np.sqrt(2))
     assert not info.worse
+
+
+TIME = np.linspace(0, 1, 41)
+COSINE = 0.5 + 0.5 * np.cos(np.pi * TIME)
+FLOOR = 0.2 + 0.3 * COSINE + 2 * np.exp(-TIME / 0.02)
+
+
+def bound(curve, **arguments):
+    return training_length_info(study(np.tile(curve, (3, 1))), **arguments).compute_bound
+
+
+def test_the_fall_from_the_first_loss_does_not_dwarf_what_comes_later():
+    later = 0.4 * 2.0**-TIME  # 0.2 at the end, 0.1 after twice the steps.
+    assert [bound(later + first * (TIME == 0)) for first in (0, 2, 200)] == [True] * 3
+    # Of an accuracy it is what is missing to 1 that counts.
+    curve = np.tile(1 - later / 10, (3, 1))
+    record = Study.from_arrays(
+        {"x": np.arange(3)},
+        {"accuracy": curve - 0.9 * (TIME == 0)},
+        np.arange(41),
+        objective="accuracy",
+        maximize=True,
+    )
+    info = training_length_info(record)
+    assert info.compute_bound is True
+    assert info.worth == pytest.approx(0.02 * 0.02)
+
+
+def test_a_floor_of_noise_that_falls_with_the_rate_is_no_progress():
+    assert bound(FLOOR, rates=COSINE) is None
+    progress = FLOOR + 0.1 * (TIME + 0.01) ** -0.3
+    assert bound(progress, rates=COSINE) is True
+    record = study(np.tile(FLOOR, (3, 1)))
+    with pytest.raises(ValueError, match=r"rates must have shape \(trial, eval\) = \(3, 41\)"):
+        training_length_info(record, rates=np.ones(40))
+
+
+def test_a_recorded_rate_is_read_and_one_that_is_unknown_is_taken_to_decay():
+    curve = 0.2 + 2 * np.exp(-TIME / 0.07)
+
+    def info(**metrics):
+        record = Study.from_arrays(
+            {"x": np.arange(3)},
+            {"loss": np.tile(curve, (3, 1)), **metrics},
+            np.arange(41),
+            objective="loss",
+        )
+        return training_length_info(record)
+
+    assert (info().compute_bound, info().knows_rates) == (None, False)
+    steady = info(learning_rate=np.full((3, 41), 0.1))
+    assert (steady.compute_bound, steady.knows_rates) == (False, True)
+    # Means between evaluations begin with none.
+    late = np.full((3, 41), 0.1)
+    late[:, 0] = np.nan
+    assert info(**{"step/lr": late}).knows_rates
+    late[:, 9] = np.nan
+    assert not info(**{"step/lr": late}).knows_rates
+
+
+def test_a_gain_that_one_example_makes_is_not_worth_twice_the_steps():
+    curve = np.where(TIME == 0, 0.9, np.where(TIME < 0.6, 0.05, 0.04))
+    metrics = {"error_rate": np.tile(curve, (3, 1))}
+
+    def info(**resolution):
+        record = Study.from_arrays(
+            {"x": np.arange(3)}, metrics, np.arange(41), objective="error_rate", **resolution
+        )
+        return training_length_info(record)
+
+    assert info().compute_bound is None
+    assert info(resolution=0.02).compute_bound is False
+    assert info(resolution=0.02).worth == 0.02
+
+
+def pair(gains):
+    """A study of 1000 steps and one of 2000 whose points end so much lower."""
+    ends = 0.2 + 0.01 * np.arange(len(gains))
+    curves = ends[:, None] + FLOOR - FLOOR[-1]
+    short = study(curves)
+    long = study(curves - np.asarray(gains)[:, None], step=(2000 * TIME).astype(int))
+    return short, long
+
+
+def test_two_lengths_decide_where_the_curves_cannot():
+    short, long = pair([0.1, 0.11, 0.09, 0.1])
+    info = training_length_info(long, shorter=short, rates=COSINE)
+    assert (info.compute_bound, info.basis) == (True, "lengths")
+    assert info.doubling_gain == pytest.approx(0.1)
+    (finding,) = training_length_findings(info)
+    assert "twice the steps gained 0.1" in finding.message
+    # Half of a 95% interval of the mean of four: t(3) = 3.182.
+    deviation = np.std([0.1, 0.11, 0.09, 0.1], ddof=1) / 2
+    assert info.doubling_gain_error == pytest.approx(deviation * 3.1824 / 2, rel=1e-4)
+    short, long = pair([0.0, 0.0005, -0.0005, 0.0])
+    info = training_length_info(long, shorter=short, rates=COSINE)
+    assert (info.compute_bound, info.basis) == (False, "lengths")
+    short, long = pair([0.1, -0.1, 0.05, -0.05])
+    assert training_length_info(long, shorter=short, rates=COSINE).compute_bound is None
+
+
+def test_lengths_are_compared_at_the_points_that_they_share():
+    short, long = pair([0.1, 0.1, 0.1])
+    shared = compare_lengths(short, long)
+    assert sorted(shared.pairs.tolist()) == [[0, 0], [1, 1], [2, 2]]
+    assert shared.gain == pytest.approx(0.1)
+    other = Study.from_arrays(
+        {"x": np.arange(5.0, 8.0)},
+        {"loss": long.data["loss"].values},
+        long.data["step"].values,
+        objective="loss",
+    )
+    apart = compare_lengths(short, other)
+    assert (len(apart.pairs), apart.gain_error) == (0, np.inf)
+    assert apart.gain == pytest.approx(0.1)
+    info = training_length_info(other, shorter=short, rates=COSINE)
+    assert (info.compute_bound, info.basis) == (None, "curves")
+
+
+def test_what_cannot_be_followed_is_not_asked_for():
+    curve = np.array([[2.0, 1.0, 1.5, 0.5, 1.5]])
+    assert checkpoint_findings(checkpoint_info(study(curve, step=np.arange(5)))) == []
+    assert checkpoint_findings(checkpoint_info(study(curve, step=2 * np.arange(5)))) != []

@@ -377,3 +377,27 @@ def test_a_space_is_run_and_its_cost_counted():
     assert verdict.studies["study"].num_seeds == 2
     with pytest.raises(ValueError, match="growth must be > 1"):
         refine(curves(2 - TIME), growth=1.0)
+
+
+def test_schedules_of_the_trainer_and_a_shorter_study_are_read():
+    cosine = 0.5 + 0.5 * np.cos(np.pi * TIME)
+    floor = curves(0.2 + 0.3 * cosine + 2 * np.exp(-TIME / 0.02))
+    trainer = pbx.Trainer(
+        threshold(),
+        tiny.sgd,
+        make_schedule=lambda point, n: pbx.schedules.cosine_decay(point["learning_rate"], n),
+    )
+    verdict = refine_num_steps(trainer, floor, key=KEY)
+    # It falls only because the rate does.
+    assert (verdict.answer, "compute_bound_unknown" in codes(verdict)) == (1000, True)
+    assert finding(verdict, "compute_bound_unknown").evidence["knows_rates"]
+    progress = curves(0.2 + 0.3 * cosine + 0.3 * (TIME + 0.01) ** -0.3)
+    assert refine_num_steps(trainer, progress, key=KEY).answer == 2000
+    half = pbx.Study.from_arrays(
+        floor.points,
+        {"valid/loss": floor.data["valid/loss"].values + 0.1},
+        floor.data["step"].values // 2,
+        objective="valid/loss",
+    )
+    verdict = refine_num_steps(trainer, floor, key=KEY, shorter=half)
+    assert (verdict.answer, "compute_bound" in codes(verdict)) == (2000, True)

@@ -528,3 +528,76 @@ def test_a_metric_that_is_not_finite_before_the_first_update_only(bad):
         {"lr": RATES}, {"perplexity": curves[:, :1]}, [0], objective="perplexity"
     )
     assert once.data["infeasible"].values.tolist() == [True, True, False]
+
+
+def test_means_over_steps_are_none_at_the_first_evaluation_whatever_its_step():
+    curves = np.array([[3.0, 2.0, 1.0]] * 3)
+    mean = np.where(np.arange(3) == 0, NAN, curves)
+    for step in ([0, 5, 10], [1, 5, 10]):
+        study = Study.from_arrays(
+            {"lr": RATES},
+            {"valid/loss": curves, "step/loss": mean},
+            step,
+            objective="valid/loss",
+        )
+        assert not study.data["infeasible"].values.any()
+
+
+def test_steps_of_a_vmapped_loop_are_those_of_each_trial():
+    curves = {"loss": np.array([[3.0, 2.0], [3.0, 1.0]])}
+    same = Study.from_arrays({"lr": [0.1, 1.0]}, curves, [[0, 5], [0, 5]], objective="loss")
+    assert same.data["step"].values.tolist() == [0, 5]
+    with pytest.raises(ValueError, match=r"step must be rising integers of shape \(eval,\)"):
+        Study.from_arrays({"lr": [0.1, 1.0]}, curves, [[0, 5], [0, 6]], objective="loss")
+
+
+# Runs that end early ------------------------------------------------------------------------------
+
+
+def ended(*curves, objective="valid/loss", **more):
+    values = np.asarray(curves)
+    return Study.from_arrays(
+        {"lr": np.arange(len(values), dtype=float)},
+        {objective: values, **{name: np.asarray(array) for name, array in more.items()}},
+        10 * np.arange(values.shape[-1]),
+        objective=objective,
+    )
+
+
+def test_a_run_that_ends_early_was_stopped_and_one_on_its_way_up_diverged():
+    study = ended(
+        [3.0, 2.0, 1.5, NAN, NAN],  # Somebody stopped it.
+        [3.0, 2.0, 2.9, NAN, NAN],  # Overfitting, by then.
+        [3.0, 2.0, 3.1, NAN, NAN],  # Back above its first value.
+        [3.0, 2.0, INF, NAN, NAN],  # Infinite before it ended.
+        [3.0, 2.0, NAN, NAN, NAN],  # One evaluation since it began is none to stop by.
+        [3.0, 2.0, 1.0, NAN, 1.0],  # It goes on.
+        [3.0, 2.0, 1.9, 1.8, 1.7],
+    )
+    assert study.data["infeasible"].values.tolist() == [False, False, *[True] * 4, False]
+    assert (study.best().trial, study.best().value) == (0, 1.5)
+    assert study.spec["unchecked"]["divergence"].startswith("2 runs end before the last step")
+    assert "divergence" not in ended([3.0, 2.0, 1.0]).spec["unchecked"]
+    # A training loss is on its way up from half-way back on.
+    rising = ended([3.0, 2.0, 2.6, NAN], [3.0, 2.0, 2.4, NAN], objective="train/loss")
+    assert rising.data["infeasible"].values.tolist() == [True, False]
+    # What is still measured has not ended.
+    going = ended([3.0, 2.0, 1.0, NAN], **{"valid/accuracy": [[0.1, 0.2, 0.3, 0.1]]})
+    assert going.data["infeasible"].values.tolist() == [True]
+
+
+def test_what_the_caller_knows_overrules_the_guess_and_a_table_has_none():
+    curves = np.array([[3.0, 2.0, 1.5, NAN]])
+    arguments = {"objective": "loss"}
+    known = Study.from_arrays(
+        {"lr": [0.1]}, {"loss": curves}, np.arange(4), infeasible=np.array([True]), **arguments
+    )
+    assert known.data["infeasible"].values.tolist() == [True]
+    assert "divergence" not in known.spec["unchecked"]
+    table = pandas.DataFrame(
+        {"n": [0] * 4, "lr": [0.1] * 4, "step": np.arange(4), "loss": curves[0]}
+    )
+    arguments |= {"parameters": ["lr"], "trial": "n", "step": "step"}
+    assert Study.from_dataframe(table, **arguments).data["infeasible"].values.tolist() == [True]
+    stopped = Study.from_dataframe(table.iloc[:3], **arguments)
+    assert stopped.data["infeasible"].values.tolist() == [False]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 MAX_FALSE_ALARMS, MIN_HITS = 0.05, 0.80
+BEGIN, END = "<!-- rates: python -m tests.truth --write -->", "<!-- end of rates -->"
+"""Between these lines of its page the table stands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +79,17 @@ def page(rates: Iterable[tuple[Case, float]], num_draws: int) -> str:
         wanted = f"≥ {MIN_HITS:.0%}" if case.holds else f"≤ {MAX_FALSE_ALARMS:.0%}"
         lines.append(f"| `{case.says}` | {case.world} | {found:.1%} | {wanted} |")
     return "\n".join([*lines, "", f"Draws of each world: {num_draws:,}.", ""])
+
+
+def between(text: str, told: str) -> str:
+    """A page with another table between its markers.
+
+    Args:
+      text: the page.
+      told: the table.
+
+    Raises:
+      ValueError: a marker is not there.
+    """
+    before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:before]}\n\n{told}\n{text[after:]}"

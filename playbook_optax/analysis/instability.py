@@ -14,6 +14,14 @@ The rule, on one curve of the training loss (means between evaluations, or singl
 - The noise is the deviation around a straight line in each quarter of training, robustly, and the
   second smallest of the four: a plateau's noise at every time scale up to a quarter, whatever a
   spike or the first steep decline add elsewhere.
+
+Where our engine recorded both, the *evaluated* loss (``train/loss``) is judged, which no unlucky
+batch moves, and not the batches' own: the size of a batch's loss may differ from batch to batch by
+any factor. What happened between two evaluations is told by the peaks of the batch loss, in units
+of the evaluated one: divided by how far above it peaks are in quiet intervals and where a single
+batch made them. A peak counts if the mean of its interval says that it lasted for ten steps. And
+an evaluated loss above twice the initial one is a rise whatever the curve's own deviation, which
+swings may have made.
 """
 
 from typing import NamedTuple
@@ -45,6 +53,15 @@ SLOW = 0.05
 """Share of training beyond which a recovery is slow."""
 OUTLIER = 5.0
 """A gradient norm is an outlier from this multiple of its median in the window before it on."""
+STRETCH = 10
+"""Steps for which the batch loss is high between two evaluations, to be more than bad luck."""
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed batch loss whose peaks are recorded."""
+LEAST_SHARE = 0.1
+"""Share of the initial loss by which an evaluated loss rises at least: training that starts at the
+optimum settles as far above it as its noise takes it."""
+FAR_ABOVE = 1.0
+"""Share of the initial loss by which an evaluated loss above it is a rise without further ado."""
 HUGE = 1e150
 """A loss from here on is as good as infinite: differences of larger ones overflow."""
 MIN_POINTS = 8
@@ -199,9 +216,8 @@ def _smooth(loss: np.ndarray) -> np.ndarray:
     """Single losses smoothed as our trials smooth them: one batch alone is not a stretch."""
     from scipy import signal
 
-    weight = 0.9
-    start = np.array([weight * loss[0]])
-    return np.asarray(signal.lfilter([1 - weight], [1, -weight], loss, zi=start)[0])
+    start = np.array([SMOOTHING * loss[0]])
+    return np.asarray(signal.lfilter([1 - SMOOTHING], [1, -SMOOTHING], loss, zi=start)[0])
 
 
 @_checks.named_arguments
@@ -212,6 +228,7 @@ def find_rises(
     *,
     num_steps: int | None = None,
     initial: float | None = None,
+    evaluated: bool = False,
 ) -> tuple[Rise, ...]:
     """Finds where a loss curve rises for a stretch when it should fall, beyond its noise.
 
@@ -225,6 +242,9 @@ def find_rises(
         tenth of training, before which there is no curve to learn the noise from, counts if it
         exceeds that by half of the whole decline. Without it, the first tenth itself is taken for
         noise, which finds few early rises.
+      evaluated: whether these are evaluations of the loss, which batches do not make noisy. Then
+        one of more than twice the initial loss is a rise whatever their deviation, and the curve is
+        not smoothed.
 
     Returns:
       The rises, in order; none if there are fewer than eight finite points.
@@ -276,7 +296,7 @@ def find_rises(
     window = max(4, int(np.ceil(LEVEL_WINDOW * len(curve))))
     first_noise = 0.0 if initial is None else _first_noise(curve, window, initial)
     ended = curve
-    if np.median(np.diff(step)) <= 1:
+    if not evaluated and np.median(np.diff(step)) <= 1:
         # Smoothing delays the end of a rise; a median of five does not.
         ended = _running_median(curve, 2)
         curve = _smooth(curve)
@@ -289,6 +309,11 @@ def find_rises(
     descent = curve[0] - curve.min()
     # A noise that is itself estimated from few points is known less well.
     deviations = NUM_DEVIATIONS * (1 + 15 / len(curve))
+    # Rounding of a converged curve is no rise, nor is the way up to the noise floor from below.
+    floor, far = 1e-6 * abs(curve[0]), np.inf
+    if evaluated and initial is not None:
+        floor = LEAST_SHARE * abs(initial)
+        far = initial + max(FAR_ABOVE * abs(initial), EARLY_SHARE * (initial - curve.min()))
     found = []
     low, at, until = 0, 1, len(curve)
     while at < until:
@@ -301,8 +326,6 @@ def find_rises(
         if not known and initial is not None:
             # What the noise of the first batches is nobody knows; the loss before them is known.
             level, share = max(level, initial), EARLY_SHARE * (initial - curve.min())
-        # The last term keeps the rounding of a converged curve out.
-        floor = 1e-6 * abs(curve[0])
         for final in (False, True):
             margin = max(deviations * noise, floor)
             sudden = high[at] > level + max(margin, share)
@@ -318,6 +341,8 @@ def find_rises(
             noise = max(quiet, _deviation(near))
             if not known and initial is not None:
                 noise = max(noise, first_noise)
+        if high[at] > far:
+            sudden, level = True, min(level, far)
         if not (sudden or lasting):
             # Only now: a peak may hide in an interval whose mean is the lowest so far.
             low = at if curve[at] < curve[low] else low
@@ -363,6 +388,12 @@ def _loss_metric(study: Study) -> tuple[str, str]:
     return (losses[0] if losses else ""), ""
 
 
+def _evaluated(study: Study) -> bool:
+    """Whether the training loss was evaluated, beside the losses of the batches."""
+    known, step = metric_names(study), study.data["step"].values
+    return {"train/loss", "step/loss"} <= set(known) and bool(len(step)) and int(step[0]) == 0
+
+
 def _runs(study: Study, name: str) -> np.ndarray:
     """A variable as (trial, seed, ...), also where there is one seed."""
     array = study.data[name]
@@ -375,11 +406,64 @@ def _judged(study: Study) -> dict[str, np.ndarray]:
     """What a verdict is made of, each (trial, seed, eval): losses, peaks and gradient norms."""
     known = metric_names(study)
     wanted = dict(zip(("loss", "peak"), _loss_metric(study), strict=True))
+    if _evaluated(study):
+        wanted = {"loss": "train/loss", "mean": "step/loss", "peak": wanted["peak"]}
     if "train/loss" in known and len(study.data["step"]) and study.data["step"][0] == 0:
         wanted["initial"] = "train/loss"
     if "step/gradient_norm" in known and "step/peak_gradient_norm" in known:
         wanted |= {"norm": "step/gradient_norm", "norm_peak": "step/peak_gradient_norm"}
-    return {key: _runs(study, name).astype(float) for key, name in wanted.items() if name}
+    found = {key: _runs(study, name).astype(float) for key, name in wanted.items() if name}
+    means = found.pop("mean", None)
+    if means is not None and "peak" in found:
+        step = np.asarray(study.data["step"].values)
+        shape = means.shape
+        rows = zip(*(c.reshape(-1, shape[-1]) for c in (found["loss"], means, found["peak"])))
+        peaks = [_peaks_between(step, *row) for row in rows]
+        found["peak"] = np.reshape(peaks, shape)
+    return found
+
+
+def _peaks_between(
+    step: np.ndarray, loss: np.ndarray, mean: np.ndarray, peak: np.ndarray
+) -> np.ndarray:
+    """How high the loss was since the previous evaluation, in units of the evaluated loss.
+
+    Args:
+      step: (eval,) of the evaluations.
+      loss: (eval,) the evaluated loss.
+      mean: (eval,) mean loss of the batches since the previous evaluation.
+      peak: (eval,) peak of their smoothed loss.
+
+    Returns:
+      (eval,) the evaluated loss, or more where the batches' was high for a stretch.
+    """
+    highest = loss.copy()
+    with np.errstate(all="ignore"):
+        ends = np.fmax(loss[:-1], loss[1:])
+        means, peaks, steps = mean[1:], peak[1:], np.diff(step)
+        seen = np.isfinite(ends) & np.isfinite(means) & np.isfinite(peaks)
+        seen &= (np.abs(means) < HUGE) & (np.abs(peaks) < HUGE)
+        if not seen.any():
+            return highest
+        positive = (ends[seen] > 0).all() and (means[seen] > 0).all() and (peaks[seen] > 0).all()
+        off, above = (means / ends, peaks / ends) if positive else (means - ends, peaks - ends)
+        middle = np.median(off[seen])
+        far = middle + NUM_DEVIATIONS * 1.4826 * np.median(np.abs(off[seen] - middle))
+        base = ends * middle if positive else ends + middle
+        # One batch alone gives 1 / (1 - SMOOTHING), and m steps m / (1 - SMOOTHING**m).
+        lasted = steps * (means - base) / (peaks - base)
+        long = seen & (off > far) & (peaks > base)
+        long &= lasted >= STRETCH / (1 - SMOOTHING**STRETCH)
+        usual = [np.quantile(above[seen], 0.75)]
+        # After a stretch the smoothed loss begins high.
+        single = seen & ~long & ~np.concatenate([[False], long[:-1]])
+        if single.any():
+            usual.append(above[single].max())
+        units = peaks / max(usual) if positive else peaks - max(usual)
+        highest[1:] = np.where(long, np.fmax(loss[1:], units), loss[1:])
+    # What ended between two evaluations is not hidden.
+    gone = ~np.isfinite(loss) & ~np.isnan(peak)
+    return np.where(gone, peak, highest)
 
 
 @_checks.named_arguments
@@ -457,6 +541,7 @@ def _row(
     curves: dict[str, np.ndarray],
     outcome: tuple[bool, str, int],
     num_steps: int,
+    evaluated: bool,
 ) -> InstabilityRow:
     """Judges one run."""
     infeasible, reason, bad_step = outcome
@@ -465,7 +550,12 @@ def _row(
     if "loss" in curves:
         times, curves, initial = _from_first(step, curves)
         rises = find_rises(
-            times, curves["loss"], curves.get("peak"), num_steps=num_steps, initial=initial
+            times,
+            curves["loss"],
+            curves.get("peak"),
+            num_steps=num_steps,
+            initial=initial,
+            evaluated=evaluated,
         )
         if rises:
             gap = int(np.median(np.diff(times)))
@@ -507,9 +597,10 @@ def instability_info(
     """Judges every trial of a study by its training loss, and the trials above lr*.
 
     A trial is unstable if it is infeasible, or if its loss rose beyond noise (`find_rises`). The
-    mean batch loss between evaluations and its peak are read where they are recorded
-    (``step/loss``, ``step/peak_loss``), else ``train/loss``, else another loss that is not of the
-    validation set.
+    evaluated ``train/loss`` is read, and between evaluations the peaks of the batch loss, where
+    both are recorded; without evaluations of it the batches' own means and peaks (``step/loss``,
+    ``step/peak_loss``); else ``train/loss`` alone, whoever recorded it, or another loss that is not
+    of the validation set.
 
     Args:
       study: the study, whoever produced it.
@@ -525,7 +616,8 @@ def instability_info(
     Source: playbook, "Identifying unstable workloads".
     """
     out = outcomes(study, objective, maximize)
-    name, _ = _loss_metric(study)
+    evaluated = _evaluated(study)
+    name = "train/loss" if evaluated else _loss_metric(study)[0]
     step = np.asarray(study.data["step"].values)
     num_steps = int(step.max()) if len(step) else 0
     num_after = int((step > 0).sum())
@@ -546,7 +638,7 @@ def instability_info(
         for seed in range(infeasible.shape[1]):
             of_run = {key: values[trial, seed] for key, values in curves.items()}
             outcome = (infeasible[trial, seed], reason[trial, seed], bad_step[trial, seed])
-            runs.append(_row(trial, seed, step, of_run, outcome, num_steps))
+            runs.append(_row(trial, seed, step, of_run, outcome, num_steps, evaluated))
         rows.append(_worst(runs))
     return _compared(study, rows, name, out.best, num_steps, skipped)
 
@@ -610,7 +702,7 @@ class InstabilityCurves(NamedTuple):
       rates: the learning rate of each; NaN without one.
       multiples: each as a multiple of lr*.
       loss: (trial, eval) the training loss.
-      peak: (trial, eval) its smoothed peaks since the previous evaluation; None if not recorded.
+      peak: (trial, eval) its peaks since the previous evaluation; None if not recorded.
       info: the whole InstabilityInfo.
     """
 
@@ -667,9 +759,9 @@ def instability_curves(
         chosen, rates = [chosen[i] for i in order], rates[order]
     rows = tuple(info.rows[trial] for trial in chosen)
     seeds = [row.seed for row in rows]
-    name, peak_name = _loss_metric(study)
-    loss = _runs(study, name)[chosen, seeds].astype(np.float64)
-    peak = _runs(study, peak_name)[chosen, seeds].astype(np.float64) if peak_name else None
+    judged = _judged(study)
+    loss = judged["loss"][chosen, seeds]
+    peak = judged["peak"][chosen, seeds] if "peak" in judged else None
     return InstabilityCurves(
         step=np.asarray(study.data["step"].values),
         trials=tuple(chosen),

@@ -14,7 +14,8 @@ from playbook_optax.analysis.feasibility import feasibility_findings, feasibilit
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
-from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.analysis.outcomes import Outcomes, outcomes
+from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM
 from playbook_optax.procedures.verdict import Verdict
@@ -38,8 +39,15 @@ _RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
 _DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
 _NAMES = {**controls.NAMES, PERCENTILE: controls.PERCENTILE}
 _ALWAYS = _checks.MAX_STEPS
-_MIN_GAIN, _MIN_GAIN_OF_ONE_SEED = 1e-3, 1e-2
-"""Smallest improvement that counts, as a share of what the baseline gained since step 0."""
+_ACCURACIES = ("accuracy", "acc")
+DECADE = 10.0
+"""From this quotient of the first and the best value on, values are compared by their quotients."""
+ONE_SEED = 1.5
+"""One run tells nothing of its noise: what is left to gain must become smaller by this factor."""
+LEVEL = 0.05
+"""Probability with which remedies that do nothing may be recommended, over all that are tried."""
+_NEGLIGIBLE = 1e-6
+"""Share of what was gained since step 0 below which values are the same to float32."""
 _MIN_NORMS = 100
 """Norms that the adaptive clipper sees before it clips, in a run that is long enough."""
 _ADAM_FACTOR = 0.1
@@ -69,6 +77,9 @@ class RemedyRow(NamedTuple):
       unstable: whether each was unstable.
       study: name of its study in the verdict.
       best_trial: index of the best trial there, -1 if none.
+      seed_values: the objective of each seed of that trial at its own best evaluation.
+      wobble: deviation of that trial's evaluations from their trend, around the best one; NaN
+        where there are too few.
     """
 
     remedy: str
@@ -86,6 +97,8 @@ class RemedyRow(NamedTuple):
     unstable: tuple[bool, ...]
     study: str = ""
     best_trial: int = -1
+    seed_values: tuple[float, ...] = ()
+    wobble: float = math.nan
 
 
 class RemedyComparison(NamedTuple):
@@ -169,10 +182,13 @@ def compare_remedies(
 
     The recommendation goes through them in this order, the playbook's. It starts from the baseline
     at its best learning rate, and passes on to a later remedy only if that is better than the one
-    held by more than the noise: by `margin` of the value held; and, with several seeds, by two
-    standard errors of the difference and a thousandth of what the baseline gained since step 0;
-    with one seed, which tells nothing of the noise, by a hundredth of that gain. Where no trial of
-    the baseline is unstable, no remedy is tried.
+    held by more than the noise: by `margin` of the value held, by more than one example of the
+    validation set, and by more than chance would give any remedy that does nothing once in twenty
+    comparisons, judged by the spread over seeds. One seed tells nothing of that: then two
+    deviations of the remedy's evaluations around its best one count. Values that span a decade are
+    compared by their quotients, and with one seed must become 1.5 times smaller; others by their
+    differences; of an accuracy, what it lacks to 1. Where no trial of the baseline is unstable, no
+    remedy is tried.
 
     Args:
       trainer: as in `run_study`.
@@ -284,7 +300,7 @@ def compare_remedies(
     program = runner(trainer, nothing)
     study = run(program, BASELINE, table(rates, nothing))
     baseline = _row(BASELINE, studies, BASELINE, slice(None), 0)
-    judge = _Judge(baseline, _gain(study, baseline), margin, num_seeds, study.maximize)
+    judge = scale_of([baseline], study, margin)
     baseline = judge.with_useful_rate(baseline)
     comparison = RemedyComparison(
         recommended=None,
@@ -337,8 +353,9 @@ def compare_remedies(
         run(runner(other, nothing), name, table(rates, nothing))
         rows[name] = _row(name, studies, name, slice(None), 0)
         order.append(name)
-    tried = [judge.with_useful_rate(rows[name]) for name in order]
-    recommended = judge.recommend(tried)
+    judge = scale_of([baseline, *(rows[name] for name in order)], study, margin)
+    baseline, *tried = (judge.with_useful_rate(row) for row in judge.rows)
+    recommended = judge.recommended()
     lower = _lower(baseline)
     comparison = comparison._replace(
         recommended=None if recommended is None else recommended.remedy,
@@ -465,7 +482,16 @@ def _row(
         unstable=tuple(unstable.tolist()),
         study=name,
         best_trial=first + best if found else -1,
+        seed_values=tuple(best_by_seed(study, first + best).tolist()) if found else (),
+        wobble=_wobble(out.curve[first + best], int(np.nanargmin(_signed(out, first + best))))
+        if found
+        else math.nan,
     )
+
+
+def _signed(out: Outcomes, trial: int) -> np.ndarray:
+    """A trial's curve, smaller is better."""
+    return -out.curve[trial] if out.maximize else out.curve[trial]
 
 
 def _spread(study: Study, trial: int, step: int) -> float:
@@ -478,50 +504,151 @@ def _spread(study: Study, trial: int, step: int) -> float:
     return float(seeds.astype(np.float64).std(ddof=1))
 
 
-def _gain(study: Study, baseline: RemedyRow) -> float:
-    """What the baseline gained between step 0 and its best; 0 if that is not known."""
-    starts = outcomes(study).curve[:, 0]
-    gain = abs(float(starts[0]) - baseline.best_value) if len(starts) else 0.0
-    return gain if math.isfinite(gain) else 0.0
+def _wobble(curve: np.ndarray, at: int) -> float:
+    """Deviation of the evaluations near one from a straight line, robustly; NaN of too few."""
+    reach = max(5, len(curve) // 8)
+    near = curve[max(1, at - reach) : at + reach + 1]
+    near = near[np.isfinite(near)]
+    if len(near) < 5:
+        return math.nan
+    return float(1.4826 * np.median(np.abs(np.diff(near, 2))) / math.sqrt(6.0))
 
 
-class _Judge(NamedTuple):
-    """The rule by which one remedy is better than another."""
+class Scale(NamedTuple):
+    """The rule by which one remedy is better than another, on the scale of the values compared.
 
-    baseline: RemedyRow
-    gain: float
+    Attributes:
+      rows: the baseline, then the remedies in the playbook's order.
+      start: the objective before the first update, NaN if it is not known.
+      margin: smallest improvement, as a share of the value improved on.
+      maximize: whether larger is better.
+      bound: the best value that there can be, from which values are measured; 0 of most.
+      resolution: what one example of the validation set makes; 0 if that is not known.
+    """
+
+    rows: tuple[RemedyRow, ...]
+    start: float
     margin: float
-    num_seeds: int
     maximize: bool
+    bound: float
+    resolution: float
+
+    def left(self, value: Any) -> np.ndarray:
+        """What is left to gain, or what stands for it: smaller is better.
+
+        Args:
+          value: values of the objective.
+        """
+        values = np.asarray(value, np.float64)
+        return self.bound - values if self.maximize else values - self.bound
+
+    @property
+    def gain(self) -> float:
+        """What was gained since step 0 by the best of all; 0 if that is not known."""
+        gains = self.left(self.start) - self.left([row.best_value for row in self.rows])
+        return float(np.max(gains[np.isfinite(gains)], initial=0.0))
+
+    @property
+    def by_quotient(self) -> bool:
+        """Whether values are positive and span a decade, so that their logarithms are compared."""
+        best = self.left([row.best_value for row in self.rows])
+        best = best[np.isfinite(best)]
+        if not len(best) or not best.min() >= 0 or (self.maximize and not self.bound):
+            return False
+        start = float(self.left(self.start))
+        highest = max(start, float(best.max())) if math.isfinite(start) else float(best.max())
+        return bool(highest >= DECADE * max(float(best.min()), _NEGLIGIBLE * self.gain))
+
+    def scaled(self, value: Any) -> np.ndarray:
+        """Values on the scale on which they are compared: smaller is better.
+
+        Args:
+          value: values of the objective.
+        """
+        left = self.left(value)
+        if not self.by_quotient:
+            return left
+        tiny = float(np.finfo(np.float64).tiny)
+        return np.log(np.maximum(left, max(_NEGLIGIBLE * self.gain, tiny)))
+
+    def deviation(self, *rows: RemedyRow) -> tuple[float, int]:
+        """The deviation of a single run on the scale, pooled over rows, and what it is from.
+
+        Args:
+          *rows: some of the rows.
+
+        Returns:
+          The deviation, and its degrees of freedom; 0 and 0 with one seed.
+        """
+        squares, freedom = 0.0, 0
+        for row in rows:
+            values = self.scaled(row.seed_values)
+            values = values[np.isfinite(values)]
+            if len(values) > 1:
+                squares += float(((values - values.mean()) ** 2).sum())
+                freedom += len(values) - 1
+        return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
 
     def noise(self, one: RemedyRow, other: RemedyRow) -> float:
-        """By how much `one` must be better than `other`."""
-        least = self.margin * abs(other.best_value)
-        if self.num_seeds == 1:
-            return max(least, _MIN_GAIN_OF_ONE_SEED * self.gain)
-        deviation = math.hypot(one.spread, other.spread) / math.sqrt(self.num_seeds)
-        return max(least, _MIN_GAIN * self.gain, 2 * deviation)
+        """By how much `one` must be better than `other`, on the scale.
+
+        Args:
+          one: a row.
+          other: the row held.
+        """
+        from scipy import stats  # slow to import
+
+        held, quotients = abs(float(self.left(other.best_value))), self.by_quotient
+        least = self.margin * held
+        if quotients:
+            least = -math.log1p(-min(self.margin, 0.999))
+        number = min(len(one.seed_values), len(other.seed_values))
+        if number > 1:
+            pooled, freedom = self.deviation(*self.rows)
+            deviation = max(pooled, self.deviation(one, other)[0])
+            compared = max(len(self.rows) - 1, 1)
+            far = float(stats.t.isf(LEVEL / compared, max(freedom, 1)))
+            return max(least, far * deviation * math.sqrt(2.0 / number))
+        # That the value held is a lucky evaluation makes the gain no smaller.
+        wobble = 0.0 if math.isnan(one.wobble) else one.wobble
+        if quotients:
+            wobble /= float(np.exp(self.scaled(one.best_value)))
+            least = max(least, math.log(ONE_SEED))
+        return max(least, 2 * wobble)
 
     def better(self, one: RemedyRow, other: RemedyRow) -> bool:
-        """Whether `one` is better than `other` by more than the noise."""
+        """Whether `one` is better than `other` by more than the noise.
+
+        Args:
+          one: a row.
+          other: the row held.
+        """
         if math.isnan(one.best_value) or math.isnan(other.best_value):
             return not math.isnan(one.best_value)
-        gained = other.best_value - one.best_value
-        return (-gained if self.maximize else gained) > self.noise(one, other)
+        gained = self.left(other.best_value) - self.left(one.best_value)
+        # A little more, because rates are rounded to float32.
+        if gained <= max(1.001 * self.resolution, _NEGLIGIBLE * self.gain):
+            return False
+        gained = self.scaled(other.best_value) - self.scaled(one.best_value)
+        return bool(gained > self.noise(one, other))
 
-    def recommend(self, rows: Sequence[RemedyRow]) -> RemedyRow | None:
-        """The remedy held at the end of the list, or None if none beats the baseline."""
-        held = self.baseline
-        for row in rows:
+    def recommended(self) -> RemedyRow | None:
+        """The remedy held at the end of the rows, or None if none beats the baseline."""
+        baseline, *tried = self.rows
+        held = baseline
+        for row in tried:
             if self.better(row, held):
                 held = row
-        return None if held is self.baseline else held
+        return None if held is baseline else held
 
     def with_useful_rate(self, row: RemedyRow) -> RemedyRow:
-        """The row with its largest stable rate that does as well as the baseline at its best."""
-        goal = self.baseline.best_value
-        noise = self.noise(self.baseline, self.baseline)
-        sign = -1.0 if self.maximize else 1.0
+        """The row with its largest stable rate that does as well as the baseline at its best.
+
+        Args:
+          row: a row.
+        """
+        goal = self.rows[0]
+        reach = self.noise(goal, goal)
         useful = [
             rate
             for rate, value, unstable in zip(
@@ -529,9 +656,36 @@ class _Judge(NamedTuple):
             )
             if not unstable
             and math.isfinite(value)
-            and (math.isnan(goal) or sign * (value - goal) <= noise)
+            and (
+                math.isnan(goal.best_value)
+                or self.scaled(value) - self.scaled(goal.best_value) <= reach
+            )
         ]
         return row._replace(largest_useful_learning_rate=max(useful, default=math.nan))
+
+
+def scale_of(rows: Sequence[RemedyRow], study: Study, margin: float) -> Scale:
+    """The scale on which remedies are compared.
+
+    Args:
+      rows: the baseline, then the remedies in the playbook's order.
+      study: the baseline's.
+      margin: smallest improvement, as a share of the value improved on.
+
+    Returns:
+      The Scale.
+    """
+    starts = outcomes(study).curve[:, 0] if study.data["step"].values[:1].tolist() == [0] else []
+    known = [float(start) for start in starts if math.isfinite(start)]
+    accuracy = study.maximize and study.objective.rpartition("/")[2].lower() in _ACCURACIES
+    return Scale(
+        rows=tuple(rows),
+        start=known[0] if known else math.nan,
+        margin=margin,
+        maximize=study.maximize,
+        bound=1.0 if accuracy else 0.0,
+        resolution=0.0,
+    )
 
 
 def _lower(baseline: RemedyRow) -> list[RemedyRow]:
@@ -551,6 +705,8 @@ def _lower(baseline: RemedyRow) -> list[RemedyRow]:
             values=(value,),
             unstable=(False,),
             best_trial=trial,
+            seed_values=(),
+            wobble=math.nan,
         )
     ]
 

@@ -1,7 +1,8 @@
 """What every rule starts from: how each trial ended, as host arrays in float64.
 
 With seeds, a trial's curve is the mean over its seeds, and a trial with an infeasible seed is
-infeasible. Numbers that are not finite are never selected, and ties go to the lowest trial.
+infeasible. Numbers that are not finite are never selected. Ties go to the lower loss, see
+`_ties.tie_breakers`, and then to the lowest trial.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from playbook_optax import _checks
 from playbook_optax._direction import direction
+from playbook_optax._ties import best_evaluation, best_first, tie_breakers
 from playbook_optax.records.study import Study
 
 
@@ -22,7 +24,9 @@ class Outcomes(NamedTuple):
       step: (eval,) optimizer updates made before each evaluation.
       curve: (trial, eval) the objective, mean over seeds; NaN where not finite or not evaluated.
       value: (trial,) best over training; NaN for an infeasible trial, or without a finite value.
-      best_step: (trial,) step of that value, the earliest if tied; -1 where there is none.
+      best_step: (trial,) step that first reached that value; -1 where there is none.
+      checkpoint_step: (trial,) step of the checkpoint to keep: of those with that value the one
+        that `_ties.best_evaluation` chooses; -1 where there is none.
       infeasible: (trial,) whether any seed was infeasible.
       reason: (trial,) why, of its first infeasible seed; "" if feasible.
       order: (usable,) indices of the trials that have a value, best first.
@@ -34,6 +38,7 @@ class Outcomes(NamedTuple):
     curve: np.ndarray
     value: np.ndarray
     best_step: np.ndarray
+    checkpoint_step: np.ndarray
     infeasible: np.ndarray
     reason: np.ndarray
     order: np.ndarray
@@ -158,7 +163,19 @@ def outcomes(study: Study, objective: str | None = None, maximize: bool | None =
     usable = np.isfinite(best)
     value = np.where(usable, -best if maximize else best, np.nan)
     best_step = np.where(usable, step[index], -1)
-    order = np.argsort(best, kind="stable")[: usable.sum()]
+    others = [mean_curve(study, n) for n in tie_breakers(objective, metric_names(study))]
+    checkpoint = best_evaluation(loss, others)
+    settled = [np.take_along_axis(other, checkpoint[:, None], 1)[:, 0] for other in others]
+    order = best_first(best, settled)[: usable.sum()]
     return Outcomes(
-        objective, bool(maximize), step, curve, value, best_step, infeasible, reason, order
+        objective,
+        bool(maximize),
+        step,
+        curve,
+        value,
+        best_step,
+        np.where(usable, step[checkpoint], -1),
+        infeasible,
+        reason,
+        order,
     )

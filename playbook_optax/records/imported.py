@@ -9,6 +9,7 @@ import numpy as np
 
 from playbook_optax import _feasibility
 from playbook_optax._checks import MAX_STEPS, ArgumentTypeError, check_count, nearest
+from playbook_optax._ties import best_evaluation, tie_breakers
 from playbook_optax.records import storage
 from playbook_optax.search_space import Categorical, Parameter, SearchSpace
 
@@ -298,7 +299,8 @@ class Imported:
             unchecked["boundary"] = "there is no search space"
         if num_evals == 1:
             unchecked["curves"] = "there is one evaluation per trial"
-        best, best_index = _best_of_curves(values, maximize)
+        ties = [self.metrics[other] for other in tie_breakers(objective, self.metrics)]
+        best, best_index = _best_of_curves(values, maximize, ties)
         step = self.step
         block: dict[str, np.ndarray] = {
             "trial": np.repeat(np.arange(num_trials, dtype=np.int32), num_seeds),
@@ -337,12 +339,14 @@ class Imported:
         return spec, block
 
 
-def _best_of_curves(values: np.ndarray, maximize: bool) -> tuple[np.ndarray, np.ndarray]:
+def _best_of_curves(
+    values: np.ndarray, maximize: bool, ties: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """Each run's best finite value and its evaluation; NaN and −1 where there is none."""
     numbers = values.astype(np.float64)
     finite = np.isfinite(numbers)
     loss = np.where(finite, -numbers if maximize else numbers, np.inf)
-    index = loss.argmin(axis=-1)
+    index = best_evaluation(loss, ties)
     exists = finite.any(axis=-1)
     best = np.take_along_axis(numbers, index[..., None], axis=-1)[..., 0]
     dtype = values.dtype if values.dtype.kind == "f" else np.float32

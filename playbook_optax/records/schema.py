@@ -145,6 +145,9 @@ _FIELDS = {
     "name": _Field(_is_text, "text"),
     "objective": _Field(_is_text, "text", needed=True),
     "maximize": _Field(lambda v: type(v) is bool, "true or false", needed=True),
+    "resolution": _Field(
+        lambda v: _is_dict(v, lambda one: is_number(one) and one > 0), "numbers above 0 by name"
+    ),
     "num_trials": _Field(lambda v: _is_whole(v, 0), _COUNT.format(0), needed=True),
     "planned_trials": _Field(lambda v: _is_whole(v, 0), _COUNT.format(0)),
     "num_seeds": _Field(lambda v: _is_whole(v, 1), _COUNT.format(1), needed=True),

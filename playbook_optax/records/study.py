@@ -21,6 +21,7 @@ from playbook_optax import _feasibility
 from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
 from playbook_optax._direction import direction
 from playbook_optax._text import printable
+from playbook_optax._ties import best_evaluation, best_first, check_resolution, tie_breakers
 from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
 from playbook_optax.search_space import SearchSpace
@@ -217,12 +218,36 @@ class Study:
         return self._weights("model_state", trial, seed)
 
     @named_arguments
+    def resolution(self, objective: str | None = None) -> float:
+        """What one example changes a metric by: what lies within it, the study cannot tell apart.
+
+        Args:
+          objective: any recorded metric; the study's own by default.
+
+        Returns:
+          1 / n for an error rate over n examples, or what the workload said; 0 where nothing is
+          known, and for losses, which no example changes by a fixed amount.
+
+        Example:
+          >>> study = Study.from_arrays(
+          ...     {"learning_rate": [0.1, 1.0]}, {"valid/error_rate": [[0.5], [0.25]]}, [10],
+          ...     objective="valid/error_rate", resolution=0.25)
+          >>> study.resolution()
+          0.25
+
+        Source: playbook, "Extracting insight from experimental results".
+        """
+        name = self.objective if objective is None else objective
+        return float(self.spec.get("resolution", {}).get(name, 0.0))
+
+    @named_arguments
     def best(self, objective: str | None = None, maximize: bool | None = None) -> BestTrial:
         """The best feasible trial at its best evaluation, over the whole of training.
 
         A trial is feasible if all its seeds are. Values that are not finite are never selected.
-        Ties go to the lowest trial index, and within a trial to the earliest step. With seeds the
-        mean over seeds at a common step is compared.
+        With seeds the mean over seeds at a common step is compared. Between equal values the loss
+        of the same examples decides, then that of training, where they are recorded; after that the
+        latest step within a trial, and the lowest index between trials.
 
         Args:
           objective: any recorded metric; the study's own by default.
@@ -269,7 +294,15 @@ class Study:
         with np.errstate(invalid="ignore", over="ignore"):
             mean = values.mean(axis=1)
         loss = np.where(np.isfinite(mean) & feasible, -mean if maximize else mean, np.inf)
-        trial, index = np.unravel_index(int(np.argmin(loss)), loss.shape)
+        with np.errstate(invalid="ignore", over="ignore"):
+            others = [
+                self._with_seeds(name).astype(np.float64).mean(axis=1)
+                for name in tie_breakers(objective, known)
+            ]
+        steps = best_evaluation(loss, others)
+        rows = np.arange(len(loss))
+        trial = int(best_first(loss[rows, steps], [other[rows, steps] for other in others])[0])
+        index = int(steps[trial])
         if not np.isfinite(loss[trial, index]):
             raise NoFeasibleTrial(
                 f"No trial has a finite {objective!r} and is feasible: {self._count_reasons()}. "
@@ -280,8 +313,8 @@ class Study:
             with np.errstate(over="ignore"):
                 spread = float(values[trial, :, index].std(ddof=1))
         return BestTrial(
-            trial=int(trial),
-            point=self.point(int(trial)),
+            trial=trial,
+            point=self.point(trial),
             value=float(mean[trial, index]),
             step=int(self.data["step"].values[index]),
             objective=objective,
@@ -530,6 +563,7 @@ class Study:
         space: SearchSpace | None = None,
         infeasible: Any = None,
         name: str = "study",
+        resolution: Mapping[str, float] | float | None = None,
     ) -> "Study":
         """Makes a study of what the user's own loop recorded, for example ``jit(vmap(train))``.
 
@@ -548,6 +582,7 @@ class Study:
           space: the space that the points came from, for the boundary checks.
           infeasible: booleans of shape (trial,), or (trial, seed), if it is known otherwise.
           name: what to call the study.
+          resolution: what one example changes a metric by, as in `Workload`.
 
         Returns:
           The Study. ``infeasible_step`` is the step of the first bad evaluation.
@@ -566,8 +601,10 @@ class Study:
         """
         arrays = Imported.checked(points, metrics, step, objective, space)
         maximize = direction("objective", objective, maximize)
+        told = check_resolution(resolution, objective)
+        extra = {"resolution": told} if told else {}
         spec, block = arrays.record(
-            objective, maximize, space, infeasible, name, source="from_arrays", extra={}
+            objective, maximize, space, infeasible, name, source="from_arrays", extra=extra
         )
         return study_from_blocks(spec, [block])
 

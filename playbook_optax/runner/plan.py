@@ -14,6 +14,7 @@ import numpy as np
 
 import playbook_optax
 from playbook_optax import _checks, _histogram
+from playbook_optax._ties import check_resolution
 from playbook_optax.records import storage, weights
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials import keys
@@ -377,6 +378,7 @@ def make_spec(
         if keep != "none"
     }
     table = points.table
+    resolution = check_resolution(work.resolution, work.objective)
     dtypes = {name: str(value.dtype) for name, value in points.rows(np.arange(1)).items()}
     return {
         "name": work.name,
@@ -400,7 +402,9 @@ def make_spec(
         "arrays": dict(arrays),
         "x64": bool(jax.config.read("jax_enable_x64")),
         **environment(),
-    } | ({} if member is None else {"member": dict(member)})
+        **({"resolution": resolution} if resolution else {}),
+        **({} if member is None else {"member": dict(member)}),
+    }
 
 
 def check_resumable(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from playbook_optax import _checks, _tree, norms, reducers
+from playbook_optax import _checks, _tree, norms
+from playbook_optax._ties import tie_breakers
 from playbook_optax.trials import broadcasts, keys, layouts
 from playbook_optax.trials.promises import check_init, check_same, describe, scalar, user_code
 from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
@@ -44,6 +45,29 @@ class Lengths(NamedTuple):
 
     num_steps: chex.Numeric
     eval_every: chex.Numeric
+
+
+class Checkpoint(NamedTuple):
+    """The best evaluation so far; of equal ones the metrics of `tie_breakers`, then the latest."""
+
+    best_value: chex.Array  # float32 (), 0 before there is one
+    best_step: chex.Array  # int32 (), -1 before there is one
+    ties: chex.Array  # float32 (tie breaker,)
+
+    @classmethod
+    def none(cls, num_ties: int) -> "Checkpoint":
+        """Before the first evaluation."""
+        return cls(jnp.float32(0), jnp.int32(-1), jnp.full(num_ties, jnp.inf, jnp.float32))
+
+    def improves(self, other: "Checkpoint", maximize: bool) -> chex.Array:
+        """Whether this one, with a later step, is to be kept instead of another."""
+        value, least = self.best_value, other.best_value
+        better = value > least if maximize else value < least
+        settled = jnp.asarray(True)
+        for mine, theirs in reversed(list(zip(self.ties, other.ties, strict=True))):
+            settled = (mine < theirs) | ((mine == theirs) & settled)
+        tied = (value == least) & settled
+        return jnp.isfinite(value) & ((other.best_step < 0) | better | tied)
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +132,7 @@ class TrialState(NamedTuple):
     norm_peak: chex.Array  # float (), peak of the gradient norm since the last evaluation
     last_loss: chex.Array  # float (), loss of the last update, non-finite ones included
     norms: norms.NormRecordState
-    best: Any  # state of reducers.best
+    best: Checkpoint
     best_params: Any  # (params, model_state) at the best evaluation, None unless kept
     infeasible_step: chex.Array  # int32 (), -1 while alive
 
@@ -275,7 +299,7 @@ class Stepper:
             norm_peak=nan,
             last_loss=nan,
             norms=norms.init_record("gradient"),
-            best=reducers.best(maximize=work.maximize).init(),
+            best=Checkpoint.none(len(tie_breakers(work.objective, evaluated))),
             best_params=(params, model_state) if self.keeps_best else None,
             infeasible_step=jnp.int32(-1),
         )
@@ -357,7 +381,8 @@ class Stepper:
     ) -> TrialState:
         """The state after evaluation number `index`, at ``state.step`` updates."""
         work = resolve(self.workload, state.point)
-        values = self._evaluate(work, state.params, state.model_state, data)
+        evaluated = self._evaluate(work, state.params, state.model_state, data)
+        values = dict(evaluated)
         before = jnp.maximum(index - 1, 0) * lengths.eval_every
         num_summed = state.step - before
         means = state.sums.array / jnp.maximum(num_summed, 1).astype(jnp.float32)
@@ -366,12 +391,13 @@ class Stepper:
         values |= {PEAK_GRADIENT_NORM: state.norm_peak, PEAK_LOSS: state.peak}
         alive = state.infeasible_step < 0
         row = jnp.where(alive, state.metrics.stacked(values), jnp.nan)
-        reducer = reducers.best(maximize=work.maximize)
-        value = jnp.where(alive, _objective(work, values), jnp.nan)
-        best = reducer.update(state.best, value, state.step)
-        best_params = state.best_params
+        value = jnp.where(alive, _objective(work, values), jnp.nan).astype(jnp.float32)
+        ties = [values[name] for name in tie_breakers(work.objective, evaluated)]
+        worth = [jnp.where(jnp.isnan(one), jnp.inf, one).astype(jnp.float32) for one in ties]
+        here = Checkpoint(value, state.step, jnp.stack(worth) if worth else state.best.ties)
+        improved = here.improves(state.best, work.maximize)
+        best, best_params = _tree.select(improved, here, state.best), state.best_params
         if self.keeps_best:
-            improved = reducer.compute(best).step != reducer.compute(state.best).step
             best_params = _tree.select(improved, (state.params, state.model_state), best_params)
         nan = jnp.float32(jnp.nan)
         return state._replace(

@@ -12,6 +12,7 @@ import optax
 
 from playbook_optax import _checks
 from playbook_optax._direction import direction
+from playbook_optax._ties import check_resolution
 from playbook_optax.trials import arrays
 
 Loss = Callable[[Any, Any], chex.Array]
@@ -47,9 +48,13 @@ class Workload:
       version: names what cannot be fingerprinted, such as host data; part of a study's identity.
       evaluate_test: like `evaluate`, on `test_data`; called by nothing but `final_evaluate`.
       test_data: pytree of arrays that tuning never sees.
+      resolution: what one example changes a metric by, metric to number: 1 / n for an error rate of
+        n examples. A number is that of the objective; None where it is not known. What lies within
+        it is a tie; see `Study.resolution`.
 
     Raises:
-      ValueError: a function is missing, or there is neither `batch` nor `host_batches`.
+      ValueError: a function is missing, there is neither `batch` nor `host_batches`, or a
+        resolution is not a number above 0.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,6 +87,7 @@ class Workload:
     version: str | None = None
     evaluate_test: Callable[[Any, Any, Any], dict[str, chex.Array]] | None = None
     test_data: Any = None
+    resolution: Mapping[str, float] | float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -102,7 +108,8 @@ class Workload:
                 "version must be given with host_batches: it names the host data, which cannot be "
                 "fingerprinted."
             )
-
+        told = check_resolution(self.resolution, self.objective)
+        object.__setattr__(self, "resolution", told)
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.data):
             if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "iufc":
                 _checks.fitting(f"data{jax.tree_util.keystr(path)}", leaf)
@@ -252,6 +259,7 @@ class Workload:
             return {f"test/{k}": v for k, v in means(params, state, data).items()}
 
         metric = objective or ("valid/error_rate" if classify else "valid/loss")
+        labels_of = {"train": splits["train"]["y"][:num_train_eval], "valid": splits["valid"]["y"]}
         return cls(
             name=name,
             init=full_init,
@@ -263,6 +271,9 @@ class Workload:
             maximize=direction("objective", metric, maximize),
             evaluate_test=evaluate_test if test is not None else None,
             test_data=splits.get("test"),
+            resolution={f"{split}/error_rate": 1 / y.size for split, y in labels_of.items()}
+            if classify
+            else None,
         )
 
     @classmethod

@@ -51,7 +51,7 @@ def test_agrees_with_study_best():
         for objective, maximize in ((None, None), ("valid/accuracy", True), ("loss", True)):
             out = outcomes(record, objective, maximize)
             best = record.best(objective, maximize)
-            assert (out.best, out.value[out.best], out.best_step[out.best]) == (
+            assert (out.best, out.value[out.best], out.checkpoint_step[out.best]) == (
                 best.trial,
                 best.value,
                 best.step,

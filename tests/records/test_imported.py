@@ -62,7 +62,7 @@ def test_values_and_dtypes_are_kept():
 def test_best_value_and_step_are_computed():
     curves = [[3.0, 1.0, 1.0], [NAN, NAN, NAN], [3.0, -INF, 2.0]]
     study = from_arrays({"lr": [1.0, 2.0, 3.0]}, {"valid/error": curves})
-    assert study.data["best_step"].values.tolist() == [5, -1, 10]
+    assert study.data["best_step"].values.tolist() == [10, -1, 10]
     assert np.array_equal(study.data["best_value"], [1.0, NAN, 2.0], equal_nan=True)
 
 

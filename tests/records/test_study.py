@@ -394,11 +394,41 @@ def test_best_is_retrospective():
     assert imported([[3.0, 1.0, 2.0], [3.0, 2.5, 0.5]]).best(maximize=True).value == 3.0
 
 
-def test_ties_go_to_the_lowest_trial_and_the_earliest_step():
+def test_ties_go_to_the_lowest_trial_and_the_latest_step():
     best = imported([[3.0, 2.0, 1.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]]).best()
     assert (best.trial, best.step) == (0, 20)
-    best = imported([[3.0, 1.0, 1.0], [1.0, 1.0, 1.0]]).best()
+    best = imported([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]).best()
     assert (best.trial, best.step) == (0, 10)
+    best = imported([[3.0, 1.0, 1.0], [1.0, 1.0, 1.0]]).best()
+    assert (best.trial, best.step) == (0, 20)
+
+
+def test_ties_go_to_the_lower_loss_first():
+    errors = [[0.5, 0.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0], [0.5, 0.1, 0.1, 0.1]]
+    valid = [[1.0, 0.3, 0.2, 0.3], [1.0, 0.3, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0]]
+    train = [[1.0, 0.1, 0.1, 0.0], [1.0, 0.1, 0.05, 0.1], [1.0, 0.0, 0.0, 0.0]]
+    metrics = {"valid/error_rate": errors, "train/loss": train, "valid/loss": valid}
+    told = {"objective": "valid/error_rate", "resolution": 0.1}
+    study = Study.from_arrays({"lr": [1.0, 2.0, 3.0]}, metrics, [0, 5, 10, 15], **told)
+    assert (study.best().trial, study.best().step) == (1, 10)
+    assert study.data["best_step"].values.tolist() == [10, 10, 15]
+    del metrics["train/loss"]
+    study = Study.from_arrays({"lr": [1.0, 2.0, 3.0]}, metrics, [0, 5, 10, 15], **told)
+    assert (study.best().trial, study.best().step) == (1, 15)
+    assert study.resolution() == 0.1
+    assert study.resolution("valid/loss") == 0.0
+
+
+@pytest.mark.parametrize("resolution", [0.0, -1.0, NAN, INF, {"valid/error_rate": 0}])
+def test_a_resolution_is_a_number_above_0(resolution):
+    with pytest.raises(ValueError, match="resolution"):
+        Study.from_arrays(
+            {"lr": [1.0]},
+            {"valid/error_rate": [[0.5]]},
+            [0],
+            objective="valid/error_rate",
+            resolution=resolution,
+        )
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -480,6 +510,8 @@ def test_best_against_a_loop(curves, maximize):
             if np.isfinite(runs[:, index]).all():
                 value = runs[:, index].mean()
                 better = found is None or (value > found[0] if maximize else value < found[0])
+                # Of equal evaluations of a trial the latest.
+                better |= found is not None and found[:2] == (value, trial)
                 found = (value, trial, 10 * index) if better else found
     if found is None:
         with pytest.raises(NoFeasibleTrial):

@@ -194,9 +194,39 @@ def test_best_weights_are_those_of_the_best_evaluation(maximize):
     assert run(workload, num_steps=8, lr=1.0).params is None
 
 
-def test_ties_go_to_the_earliest_evaluation():
+def test_ties_go_to_the_latest_evaluation():
     workload = custom(lambda p, i: jnp.sum(p["w"] * 0.0) + 1.0)
-    assert int(run(workload).best_step) == 0
+    result = run(workload, keep="best")
+    assert int(result.best_step) == int(result.step[-1])
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_ties_go_to_the_lowest_loss_before_the_latest_evaluation(maximize):
+    # The weights fall by 0.1 a step from 1 on; they pass 0.5 at step 5, and nothing else does.
+    sign = 1.0 if maximize else -1.0
+
+    def evaluate(params, state, data):
+        near = jnp.abs(params["w"].mean() - 0.5)
+        return {
+            "valid/accuracy": sign * jnp.where(near < 0.35, 1.0, 0.0),
+            "valid/loss": jnp.where(near < 0.25, 0.0, 1.0),
+            "train/loss": near,
+        }
+
+    workload = dataclasses.replace(
+        custom(lambda p, i: jnp.sum(p["w"])),
+        evaluate=evaluate,
+        objective="valid/accuracy",
+        maximize=maximize,
+    )
+    result = run(workload, keep="best", eval_every=1)
+    np.testing.assert_allclose(result.params["w"], 0.5, rtol=1e-5)
+    assert int(result.best_step) == 5
+    # Without the training loss the latest of the equal ones, within 0.25 of 0.5, is best.
+    without = dataclasses.replace(
+        workload, evaluate=lambda *a: {k: v for k, v in evaluate(*a).items() if k[:5] != "train"}
+    )
+    assert int(run(without, eval_every=1).best_step) == 7
 
 
 def test_nonfinite_loss_freezes_before_the_update():

@@ -14,10 +14,11 @@ from playbook_optax.analysis.feasibility import feasibility_findings, feasibilit
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
-from playbook_optax.analysis.outcomes import Outcomes, outcomes
+from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM
+from playbook_optax.procedures.scale import Scale, scale_of, wobble
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import StudyRunner
@@ -39,15 +40,6 @@ _RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
 _DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
 _NAMES = {**controls.NAMES, PERCENTILE: controls.PERCENTILE}
 _ALWAYS = _checks.MAX_STEPS
-_ACCURACIES = ("accuracy", "acc")
-DECADE = 10.0
-"""From this quotient of the first and the best value on, values are compared by their quotients."""
-ONE_SEED = 1.5
-"""One run tells nothing of its noise: what is left to gain must become smaller by this factor."""
-LEVEL = 0.05
-"""Probability with which remedies that do nothing may be recommended, over all that are tried."""
-_NEGLIGIBLE = 1e-6
-"""Share of what was gained since step 0 below which values are the same to float32."""
 _MIN_NORMS = 100
 """Norms that the adaptive clipper sees before it clips, in a run that is long enough."""
 _ADAM_FACTOR = 0.1
@@ -299,9 +291,8 @@ def compare_remedies(
     nothing = {MAX_NORM: NO_CLIPPING, CLIP_STEPS: _ALWAYS, WARMUP_STEPS: 0}
     program = runner(trainer, nothing)
     study = run(program, BASELINE, table(rates, nothing))
-    baseline = _row(BASELINE, studies, BASELINE, slice(None), 0)
-    judge = scale_of([baseline], study, margin)
-    baseline = judge.with_useful_rate(baseline)
+    baseline = remedy_row(BASELINE, studies, BASELINE, slice(None), 0)
+    _, (baseline,) = judge_remedies(study, [baseline], margin)
     comparison = RemedyComparison(
         recommended=None,
         rows=(baseline,),
@@ -332,7 +323,7 @@ def compare_remedies(
     rows = {}
     for i, (name, setting) in enumerate(settings.items()):
         trials = slice(i * len(rates), (i + 1) * len(rates))
-        rows[name] = _row(name, studies, _FIXED, trials, int(setting[WARMUP_STEPS]))
+        rows[name] = remedy_row(name, studies, _FIXED, trials, int(setting[WARMUP_STEPS]))
     adaptive = [{PERCENTILE: percentile, WARMUP_STEPS: steps} for steps in (0, warmup_steps)]
     by_percentile = controls.variant(trainer, adaptive_from=min(_MIN_NORMS, warmup_steps))
     run(runner(by_percentile, adaptive[0]), ADAPTIVE, table(rates, *adaptive))
@@ -340,22 +331,21 @@ def compare_remedies(
         (ADAPTIVE, slice(0, len(rates)), 0),
         (BOTH_ADAPTIVE, slice(len(rates), None), warmup_steps),
     ):
-        rows[name] = _row(name, studies, ADAPTIVE, trials, steps)
+        rows[name] = remedy_row(name, studies, ADAPTIVE, trials, steps)
     order = [name for name in _ORDER if name in rows]
     for name, (make, own_rates) in others.items():
         other = controls.variant(trainer, make_optimizer=make)
         run(runner(other, nothing), name, table(own_rates, nothing))
-        rows[name] = _row(name, studies, name, slice(None), 0)
+        rows[name] = remedy_row(name, studies, name, slice(None), 0)
         order.append(name)
     for short, work in (workloads or {}).items():
         name = f"workload/{short}"
         other = controls.variant(trainer, workload=work)
         run(runner(other, nothing), name, table(rates, nothing))
-        rows[name] = _row(name, studies, name, slice(None), 0)
+        rows[name] = remedy_row(name, studies, name, slice(None), 0)
         order.append(name)
-    judge = scale_of([baseline, *(rows[name] for name in order)], study, margin)
-    baseline, *tried = (judge.with_useful_rate(row) for row in judge.rows)
-    recommended = judge.recommended()
+    every = [baseline, *(rows[name] for name in order)]
+    recommended, (baseline, *tried) = judge_remedies(study, every, margin)
     lower = _lower(baseline)
     comparison = comparison._replace(
         recommended=None if recommended is None else recommended.remedy,
@@ -450,10 +440,21 @@ def _threshold(study: Study, percentile: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _row(
+def remedy_row(
     remedy: str, studies: Mapping[str, Study], name: str, trials: slice, extra_steps: int
 ) -> RemedyRow:
-    """The row of the trials of one remedy, which are in the order of their learning rates."""
+    """The row of the trials of one remedy, which are in the order of their learning rates.
+
+    Args:
+      remedy: its name.
+      studies: by name.
+      name: that of the study.
+      trials: which trials of it.
+      extra_steps: by how much a run must grow for it.
+
+    Returns:
+      The row.
+    """
     study = studies[name]
     out = outcomes(study)
     rates = study.points[LEARNING_RATE].astype(np.float64)[trials]
@@ -483,15 +484,8 @@ def _row(
         study=name,
         best_trial=first + best if found else -1,
         seed_values=tuple(best_by_seed(study, first + best).tolist()) if found else (),
-        wobble=_wobble(out.curve[first + best], int(np.nanargmin(_signed(out, first + best))))
-        if found
-        else math.nan,
+        wobble=wobble(out, first + best) if found else math.nan,
     )
-
-
-def _signed(out: Outcomes, trial: int) -> np.ndarray:
-    """A trial's curve, smaller is better."""
-    return -out.curve[trial] if out.maximize else out.curve[trial]
 
 
 def _spread(study: Study, trial: int, step: int) -> float:
@@ -504,151 +498,30 @@ def _spread(study: Study, trial: int, step: int) -> float:
     return float(seeds.astype(np.float64).std(ddof=1))
 
 
-def _wobble(curve: np.ndarray, at: int) -> float:
-    """Deviation of the evaluations near one from a straight line, robustly; NaN of too few."""
-    reach = max(5, len(curve) // 8)
-    near = curve[max(1, at - reach) : at + reach + 1]
-    near = near[np.isfinite(near)]
-    if len(near) < 5:
-        return math.nan
-    return float(1.4826 * np.median(np.abs(np.diff(near, 2))) / math.sqrt(6.0))
-
-
-class Scale(NamedTuple):
-    """The rule by which one remedy is better than another, on the scale of the values compared.
+class _Judge(NamedTuple):
+    """The rule by which one remedy is recommended.
 
     Attributes:
       rows: the baseline, then the remedies in the playbook's order.
-      start: the objective before the first update, NaN if it is not known.
-      margin: smallest improvement, as a share of the value improved on.
-      maximize: whether larger is better.
-      bound: the best value that there can be, from which values are measured; 0 of most.
-      resolution: what one example of the validation set makes; 0 if that is not known.
+      scale: on which they are compared.
     """
 
     rows: tuple[RemedyRow, ...]
-    start: float
-    margin: float
-    maximize: bool
-    bound: float
-    resolution: float
-
-    def left(self, value: Any) -> np.ndarray:
-        """What is left to gain, or what stands for it: smaller is better.
-
-        Args:
-          value: values of the objective.
-        """
-        values = np.asarray(value, np.float64)
-        return self.bound - values if self.maximize else values - self.bound
-
-    @property
-    def gain(self) -> float:
-        """What was gained since step 0 by the best of all; 0 if that is not known."""
-        gains = self.left(self.start) - self.left([row.best_value for row in self.rows])
-        return float(np.max(gains[np.isfinite(gains)], initial=0.0))
-
-    @property
-    def by_quotient(self) -> bool:
-        """Whether values are positive and span a decade, so that their logarithms are compared."""
-        best = self.left([row.best_value for row in self.rows])
-        best = best[np.isfinite(best)]
-        if not len(best) or not best.min() >= 0 or (self.maximize and not self.bound):
-            return False
-        start = float(self.left(self.start))
-        highest = max(start, float(best.max())) if math.isfinite(start) else float(best.max())
-        return bool(highest >= DECADE * max(float(best.min()), _NEGLIGIBLE * self.gain))
-
-    def scaled(self, value: Any) -> np.ndarray:
-        """Values on the scale on which they are compared: smaller is better.
-
-        Args:
-          value: values of the objective.
-        """
-        left = self.left(value)
-        if not self.by_quotient:
-            return left
-        tiny = float(np.finfo(np.float64).tiny)
-        return np.log(np.maximum(left, max(_NEGLIGIBLE * self.gain, tiny)))
-
-    def deviation(self, *rows: RemedyRow) -> tuple[float, int]:
-        """The deviation of a single run on the scale, pooled over rows, and what it is from.
-
-        Args:
-          *rows: some of the rows.
-
-        Returns:
-          The deviation, and its degrees of freedom; 0 and 0 with one seed.
-        """
-        squares, freedom = 0.0, 0
-        for row in rows:
-            values = self.scaled(row.seed_values)
-            values = values[np.isfinite(values)]
-            if len(values) > 1:
-                squares += float(((values - values.mean()) ** 2).sum())
-                freedom += len(values) - 1
-        return (math.sqrt(squares / freedom), freedom) if freedom else (0.0, 0)
-
-    def noise(self, one: RemedyRow, other: RemedyRow) -> float:
-        """By how much `one` must be better than `other`, on the scale.
-
-        Args:
-          one: a row.
-          other: the row held.
-        """
-        from scipy import stats  # slow to import
-
-        held, quotients = abs(float(self.left(other.best_value))), self.by_quotient
-        least = self.margin * held
-        if quotients:
-            least = -math.log1p(-min(self.margin, 0.999))
-        number = min(len(one.seed_values), len(other.seed_values))
-        if number > 1:
-            pooled, freedom = self.deviation(*self.rows)
-            deviation = max(pooled, self.deviation(one, other)[0])
-            compared = max(len(self.rows) - 1, 1)
-            far = float(stats.t.isf(LEVEL / compared, max(freedom, 1)))
-            return max(least, far * deviation * math.sqrt(2.0 / number))
-        # That the value held is a lucky evaluation makes the gain no smaller.
-        wobble = 0.0 if math.isnan(one.wobble) else one.wobble
-        if quotients:
-            wobble /= float(np.exp(self.scaled(one.best_value)))
-            least = max(least, math.log(ONE_SEED))
-        return max(least, 2 * wobble)
-
-    def better(self, one: RemedyRow, other: RemedyRow) -> bool:
-        """Whether `one` is better than `other` by more than the noise.
-
-        Args:
-          one: a row.
-          other: the row held.
-        """
-        if math.isnan(one.best_value) or math.isnan(other.best_value):
-            return not math.isnan(one.best_value)
-        gained = self.left(other.best_value) - self.left(one.best_value)
-        # A little more, because rates are rounded to float32.
-        if gained <= max(1.001 * self.resolution, _NEGLIGIBLE * self.gain):
-            return False
-        gained = self.scaled(other.best_value) - self.scaled(one.best_value)
-        return bool(gained > self.noise(one, other))
+    scale: Scale
 
     def recommended(self) -> RemedyRow | None:
         """The remedy held at the end of the rows, or None if none beats the baseline."""
         baseline, *tried = self.rows
         held = baseline
         for row in tried:
-            if self.better(row, held):
+            if self.scale.better(row, held):
                 held = row
         return None if held is baseline else held
 
     def with_useful_rate(self, row: RemedyRow) -> RemedyRow:
-        """The row with its largest stable rate that does as well as the baseline at its best.
-
-        Args:
-          row: a row.
-        """
-        goal = self.rows[0]
-        reach = self.noise(goal, goal)
+        """The row with its largest stable rate that does as well as the baseline at its best."""
+        goal, scaled = self.rows[0], self.scale.scaled
+        reach = self.scale.noise(goal, goal)
         useful = [
             rate
             for rate, value, unstable in zip(
@@ -656,36 +529,27 @@ class Scale(NamedTuple):
             )
             if not unstable
             and math.isfinite(value)
-            and (
-                math.isnan(goal.best_value)
-                or self.scaled(value) - self.scaled(goal.best_value) <= reach
-            )
+            and (math.isnan(goal.best_value) or scaled(value) - scaled(goal.best_value) <= reach)
         ]
         return row._replace(largest_useful_learning_rate=max(useful, default=math.nan))
 
 
-def scale_of(rows: Sequence[RemedyRow], study: Study, margin: float) -> Scale:
-    """The scale on which remedies are compared.
+def judge_remedies(
+    study: Study, rows: Sequence[RemedyRow], margin: float
+) -> tuple[RemedyRow | None, tuple[RemedyRow, ...]]:
+    """Which remedy is recommended; trains nothing.
 
     Args:
+      study: the baseline's, whose objective all are compared by.
       rows: the baseline, then the remedies in the playbook's order.
-      study: the baseline's.
-      margin: smallest improvement, as a share of the value improved on.
+      margin: smallest improvement that counts, as a share of the value improved on.
 
     Returns:
-      The Scale.
+      The recommended row or None, and all rows with their largest useful learning rates.
     """
-    starts = outcomes(study).curve[:, 0] if study.data["step"].values[:1].tolist() == [0] else []
-    known = [float(start) for start in starts if math.isfinite(start)]
-    accuracy = study.maximize and study.objective.rpartition("/")[2].lower() in _ACCURACIES
-    return Scale(
-        rows=tuple(rows),
-        start=known[0] if known else math.nan,
-        margin=margin,
-        maximize=study.maximize,
-        bound=1.0 if accuracy else 0.0,
-        resolution=0.0,
-    )
+    judge = _Judge(tuple(rows), scale_of(rows, study, margin))
+    judge = judge._replace(rows=tuple(judge.with_useful_rate(row) for row in judge.rows))
+    return judge.recommended(), judge.rows
 
 
 def _lower(baseline: RemedyRow) -> list[RemedyRow]:

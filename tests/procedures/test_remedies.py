@@ -11,9 +11,11 @@ import tiny_workloads
 import playbook_optax as pbx
 from playbook_optax import plots
 from playbook_optax.analysis.norms import NO_CLIPPING
+from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures import remedies
 from playbook_optax.procedures.clipping import clipped_fractions
 from playbook_optax.procedures.remedies import compare_remedies
+from playbook_optax.procedures.scale import Scale, wobble
 
 from .test_clipping import outliers
 
@@ -279,7 +281,9 @@ def row(remedy, value, seeds=(), rates=(0.1, 1.0), unstable=(False, True), wobbl
 
 def scale(*values, start=math.nan, maximize=False, bound=0.0, resolution=0.0, margin=0.1, **rest):
     rows = [row(f"r{i}", value, **rest) for i, value in enumerate(values)]
-    return remedies.Scale(tuple(rows), start, margin, maximize, bound, resolution)
+    return remedies._Judge(
+        tuple(rows), Scale(tuple(rows), start, margin, maximize, bound, resolution)
+    )
 
 
 def recommend(*values, **rest):
@@ -333,11 +337,15 @@ def test_evaluations_that_wobble_are_noise_of_one_seed():
     assert recommend(0.5, 0.4, start=2.3, wobble=0.01) == "r1"
     assert recommend(0.5, 0.4, start=2.3, wobble=0.06) is None
     assert recommend(0.02, 0.012, start=2.3, wobble=0.01) is None
-    line = 9.0 - np.arange(40.0)
-    assert remedies._wobble(line, 39) == 0.0
-    noise = np.random.default_rng(0).normal(size=4000)
-    assert remedies._wobble(noise, 2000) == pytest.approx(1.0, rel=0.1)
-    assert math.isnan(remedies._wobble(line[:4], 3))
+    line = 9.0 - np.arange(4001.0)
+    noise = np.random.default_rng(0).normal(size=4001)
+    study = pbx.Study.from_arrays(
+        {"x": [0.0, 1.0]}, {"loss": [line, noise]}, np.arange(4001), objective="loss"
+    )
+    assert wobble(outcomes(study), 0) == 0.0
+    assert wobble(outcomes(study), 1) == pytest.approx(1.0, rel=0.1)
+    short = pbx.Study.from_arrays({"x": [0.0]}, {"loss": [line[:4]]}, range(4), objective="loss")
+    assert math.isnan(wobble(outcomes(short), 0))
 
 
 def test_one_example_of_the_validation_set_is_no_difference():

@@ -416,10 +416,9 @@ def _judged(study: Study) -> dict[str, np.ndarray]:
     means = found.pop("mean", None)
     if means is not None and "peak" in found:
         step = np.asarray(study.data["step"].values)
-        shape = means.shape
-        rows = zip(*(c.reshape(-1, shape[-1]) for c in (found["loss"], means, found["peak"])))
-        peaks = [_peaks_between(step, *row) for row in rows]
-        found["peak"] = np.reshape(peaks, shape)
+        peaks = found["peak"] = found["peak"].copy()
+        for run in np.ndindex(means.shape[:-1]):
+            peaks[run] = _peaks_between(step, found["loss"][run], means[run], peaks[run])
     return found
 
 

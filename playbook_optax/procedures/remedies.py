@@ -14,7 +14,7 @@ from playbook_optax.analysis.feasibility import feasibility_findings, feasibilit
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
-from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM
@@ -291,7 +291,7 @@ def compare_remedies(
     nothing = {MAX_NORM: NO_CLIPPING, CLIP_STEPS: _ALWAYS, WARMUP_STEPS: 0}
     program = runner(trainer, nothing)
     study = run(program, BASELINE, table(rates, nothing))
-    baseline = remedy_row(BASELINE, studies, BASELINE, slice(None), 0)
+    (baseline,) = remedy_rows(study, BASELINE, {BASELINE: 0}).values()
     _, (baseline,) = judge_remedies(study, [baseline], margin)
     comparison = RemedyComparison(
         recommended=None,
@@ -320,29 +320,25 @@ def compare_remedies(
     else:
         findings.append(_no_threshold())
     run(program, _FIXED, table(rates, *settings.values()))
-    rows = {}
-    for i, (name, setting) in enumerate(settings.items()):
-        trials = slice(i * len(rates), (i + 1) * len(rates))
-        rows[name] = remedy_row(name, studies, _FIXED, trials, int(setting[WARMUP_STEPS]))
+    rows: dict[str, RemedyRow] = {}
+    lengths = {name: int(setting[WARMUP_STEPS]) for name, setting in settings.items()}
+    rows |= remedy_rows(studies[_FIXED], _FIXED, lengths)
     adaptive = [{PERCENTILE: percentile, WARMUP_STEPS: steps} for steps in (0, warmup_steps)]
     by_percentile = controls.variant(trainer, adaptive_from=min(_MIN_NORMS, warmup_steps))
     run(runner(by_percentile, adaptive[0]), ADAPTIVE, table(rates, *adaptive))
-    for name, trials, steps in (
-        (ADAPTIVE, slice(0, len(rates)), 0),
-        (BOTH_ADAPTIVE, slice(len(rates), None), warmup_steps),
-    ):
-        rows[name] = remedy_row(name, studies, ADAPTIVE, trials, steps)
+    lengths = {ADAPTIVE: 0, BOTH_ADAPTIVE: warmup_steps}
+    rows |= remedy_rows(studies[ADAPTIVE], ADAPTIVE, lengths)
     order = [name for name in _ORDER if name in rows]
     for name, (make, own_rates) in others.items():
         other = controls.variant(trainer, make_optimizer=make)
         run(runner(other, nothing), name, table(own_rates, nothing))
-        rows[name] = remedy_row(name, studies, name, slice(None), 0)
+        rows |= remedy_rows(studies[name], name, {name: 0})
         order.append(name)
     for short, work in (workloads or {}).items():
         name = f"workload/{short}"
         other = controls.variant(trainer, workload=work)
         run(runner(other, nothing), name, table(rates, nothing))
-        rows[name] = remedy_row(name, studies, name, slice(None), 0)
+        rows |= remedy_rows(studies[name], name, {name: 0})
         order.append(name)
     every = [baseline, *(rows[name] for name in order)]
     recommended, (baseline, *tried) = judge_remedies(study, every, margin)
@@ -440,51 +436,69 @@ def _threshold(study: Study, percentile: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def remedy_row(
-    remedy: str, studies: Mapping[str, Study], name: str, trials: slice, extra_steps: int
-) -> RemedyRow:
-    """The row of the trials of one remedy, which are in the order of their learning rates.
+def remedy_rows(study: Study, name: str, extra_steps: Mapping[str, int]) -> dict[str, RemedyRow]:
+    """The rows of the remedies that one study swept; trains nothing.
 
     Args:
-      remedy: its name.
-      studies: by name.
+      study: as many trials of each remedy, one remedy after the other, each in the order of its
+        learning rates.
       name: that of the study.
-      trials: which trials of it.
-      extra_steps: by how much a run must grow for it.
+      extra_steps: by how much a run must grow for each remedy, by its name.
 
     Returns:
-      The row.
+      The rows, by remedy.
     """
-    study = studies[name]
-    out = outcomes(study)
+    seen = (outcomes(study), instability_info(study).unstable, clipping.clipped_fractions(study))
+    parts = np.split(np.arange(study.num_trials), len(extra_steps))
+    return {
+        remedy: _row(remedy, study, name, part, steps, *seen)
+        for (remedy, steps), part in zip(extra_steps.items(), parts, strict=True)
+    }
+
+
+def _row(
+    remedy: str,
+    study: Study,
+    name: str,
+    trials: np.ndarray,
+    extra_steps: int,
+    out: Outcomes,
+    unstable: np.ndarray,
+    fractions: np.ndarray,
+) -> RemedyRow:
+    """The row of some trials, which are in the order of their learning rates."""
     rates = study.points[LEARNING_RATE].astype(np.float64)[trials]
-    unstable = instability_info(study).unstable[trials]
-    fractions = clipping.clipped_fractions(study)[trials]
-    loss = np.where(out.usable, out.loss, np.inf)[trials]
-    best = int(np.argmin(loss))
-    found = bool(np.isfinite(loss[best]))
-    first = trials.start or 0
-    num_stable = int(np.argmax(unstable)) if unstable.any() else len(rates)
-    return RemedyRow(
+    stays = ~unstable[trials]
+    num_stable = len(rates) if stays.all() else int(np.argmin(stays))
+    row = RemedyRow(
         remedy=remedy,
         largest_stable_learning_rate=float(rates[num_stable - 1]) if num_stable else math.nan,
         stable_to_end=num_stable == len(rates),
         largest_useful_learning_rate=math.nan,
-        best_value=float(out.value[first + best]) if found else math.nan,
-        best_step=int(out.best_step[first + best]) if found else -1,
-        best_learning_rate=float(rates[best]) if found else math.nan,
-        clipped_fraction=float(fractions[best]) if found else math.nan,
+        best_value=math.nan,
+        best_step=-1,
+        best_learning_rate=math.nan,
+        clipped_fraction=math.nan,
         extra_steps=extra_steps,
-        spread=_spread(study, first + best, int(out.best_step[first + best]))
-        if found
-        else math.nan,
+        spread=math.nan,
         learning_rates=tuple(rates.tolist()),
         values=tuple(out.value[trials].tolist()),
-        unstable=tuple(unstable.tolist()),
+        unstable=tuple(unstable[trials].tolist()),
         study=name,
-        best_trial=first + best if found else -1,
-        seed_values=tuple(best_by_seed(study, first + best).tolist()) if found else (),
-        wobble=wobble(out, first + best) if found else math.nan,
+    )
+    loss = np.where(out.usable, out.loss, np.inf)[trials]
+    best = int(trials[np.argmin(loss)])
+    if not out.usable[best]:
+        return row
+    return row._replace(
+        best_value=float(out.value[best]),
+        best_step=int(out.checkpoint_step[best]),
+        best_learning_rate=float(study.points[LEARNING_RATE][best]),
+        clipped_fraction=float(fractions[best]),
+        spread=_spread(study, best, int(out.checkpoint_step[best])),
+        best_trial=best,
+        seed_values=tuple(best_by_seed(study, best).tolist()),
+        wobble=wobble(out, best),
     )
 
 
@@ -520,18 +534,15 @@ class _Judge(NamedTuple):
 
     def with_useful_rate(self, row: RemedyRow) -> RemedyRow:
         """The row with its largest stable rate that does as well as the baseline at its best."""
-        goal, scaled = self.rows[0], self.scale.scaled
-        reach = self.scale.noise(goal, goal)
-        useful = [
-            rate
-            for rate, value, unstable in zip(
-                row.learning_rates, row.values, row.unstable, strict=True
-            )
-            if not unstable
-            and math.isfinite(value)
-            and (math.isnan(goal.best_value) or scaled(value) - scaled(goal.best_value) <= reach)
-        ]
-        return row._replace(largest_useful_learning_rate=max(useful, default=math.nan))
+        goal = self.rows[0]
+        values, stays = np.asarray(row.values), ~np.asarray(row.unstable)
+        useful = stays & np.isfinite(values)
+        if not math.isnan(goal.best_value):
+            with np.errstate(invalid="ignore"):
+                behind = self.scale.scaled(values) - self.scale.scaled(goal.best_value)
+                useful &= behind <= self.scale.noise(goal, goal)
+        rates = np.asarray(row.learning_rates)[useful]
+        return row._replace(largest_useful_learning_rate=float(rates.max(initial=0.0)) or math.nan)
 
 
 def judge_remedies(

@@ -1,8 +1,10 @@
 """Whether one result is better than another beyond noise, on the scale of the objective's end."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,22 +24,19 @@ _NEGLIGIBLE = 1e-6
 
 
 class Result(Protocol):
-    """What is compared.
-
-    Attributes:
-      best_value: the objective at the best evaluation, NaN if there is none; mean over seeds.
-      seed_values: the objective of each seed at its own best evaluation.
-      wobble: from `wobble`.
-    """
+    """What is compared."""
 
     @property
-    def best_value(self) -> float: ...
+    def best_value(self) -> float:
+        """The objective at the best evaluation, NaN if there is none; with seeds their mean."""
 
     @property
-    def seed_values(self) -> tuple[float, ...]: ...
+    def seed_values(self) -> tuple[float, ...]:
+        """The objective of each seed at its own best evaluation."""
 
     @property
-    def wobble(self) -> float: ...
+    def wobble(self) -> float:
+        """The deviation of the evaluations around the best one, from `wobble`."""
 
 
 def wobble(out: Outcomes, trial: int) -> float:
@@ -51,7 +50,7 @@ def wobble(out: Outcomes, trial: int) -> float:
       The deviation, in units of the objective; NaN where there are too few evaluations.
     """
     curve = out.curve[trial]
-    at = int(np.flatnonzero(out.step == out.best_step[trial])[0])
+    at = int(np.flatnonzero(out.step == out.checkpoint_step[trial])[0])
     reach = max(5, len(curve) // 8)
     near = curve[max(1, at - reach) : at + reach + 1]
     near = near[np.isfinite(near)]
@@ -60,7 +59,8 @@ def wobble(out: Outcomes, trial: int) -> float:
     return float(1.4826 * np.median(np.abs(np.diff(near, 2))) / math.sqrt(6.0))
 
 
-class Scale(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Scale:
     """The rule by which one of several results is better than another, beyond noise.
 
     Attributes:
@@ -88,13 +88,13 @@ class Scale(NamedTuple):
         values = np.asarray(value, np.float64)
         return self.bound - values if self.maximize else values - self.bound
 
-    @property
+    @functools.cached_property
     def gain(self) -> float:
         """What was gained since step 0 by the best of all; 0 if that is not known."""
         gains = self.left(self.start) - self.left([row.best_value for row in self.rows])
         return float(np.max(gains[np.isfinite(gains)], initial=0.0))
 
-    @property
+    @functools.cached_property
     def by_quotient(self) -> bool:
         """Whether values are positive and span a decade, so that their logarithms are compared."""
         best = self.left([row.best_value for row in self.rows])
@@ -117,15 +117,12 @@ class Scale(NamedTuple):
         tiny = float(np.finfo(np.float64).tiny)
         return np.log(np.maximum(left, max(_NEGLIGIBLE * self.gain, tiny)))
 
-    def deviation(self, *rows: Result) -> tuple[float, int]:
-        """The deviation of a single run on the scale, pooled over rows, and what it is from.
+    @functools.cached_property
+    def pooled(self) -> tuple[float, int]:
+        """The deviation of a single run on the scale over all rows, and its degrees of freedom."""
+        return self._deviation(*self.rows)
 
-        Args:
-          *rows: some of the rows.
-
-        Returns:
-          The deviation, and its degrees of freedom; 0 and 0 with one seed.
-        """
+    def _deviation(self, *rows: Result) -> tuple[float, int]:
         squares, freedom = 0.0, 0
         for row in rows:
             values = self.scaled(row.seed_values)
@@ -150,8 +147,8 @@ class Scale(NamedTuple):
             least = -math.log1p(-min(self.margin, 0.999))
         number = min(len(one.seed_values), len(other.seed_values))
         if number > 1:
-            pooled, freedom = self.deviation(*self.rows)
-            deviation = max(pooled, self.deviation(one, other)[0])
+            pooled, freedom = self.pooled
+            deviation = max(pooled, self._deviation(one, other)[0])
             compared = max(len(self.rows) - 1, 1)
             far = float(stats.t.isf(LEVEL / compared, max(freedom, 1)))
             return max(least, far * deviation * math.sqrt(2.0 / number))
@@ -190,8 +187,9 @@ def scale_of(rows: Sequence[Result], study: Study, margin: float) -> Scale:
     Returns:
       The Scale.
     """
-    starts = outcomes(study).curve[:, 0] if study.data["step"].values[:1].tolist() == [0] else []
-    known = [float(start) for start in starts if math.isfinite(start)]
+    out = outcomes(study)
+    first = out.curve[:, out.step == 0]
+    known = [float(start) for start in first.ravel() if math.isfinite(start)]
     accuracy = study.maximize and study.objective.rpartition("/")[2].lower() in ACCURACIES
     return Scale(
         rows=tuple(rows),

@@ -21,7 +21,8 @@ any factor. What happened between two evaluations is told by the peaks of the ba
 of the evaluated one: divided by how far above it peaks are in quiet intervals and where a single
 batch made them. A peak counts if the mean of its interval says that it lasted for ten steps. And
 an evaluated loss above twice the initial one is a rise whatever the curve's own deviation, which
-swings may have made.
+swings may have made. Of the batches' losses alone, what a single huge batch did to an interval is
+left out.
 """
 
 from typing import NamedTuple
@@ -60,6 +61,11 @@ SMOOTHING = 0.9
 LEAST_SHARE = 0.1
 """Share of the initial loss by which an evaluated loss rises at least: training that starts at the
 optimum settles as far above it as its noise takes it."""
+_LASTED = STRETCH / (1 - SMOOTHING**STRETCH)
+"""What the sum of an interval's excess is in units of its smoothed peak, for so many steps; of one
+batch alone it is 1 / (1 - SMOOTHING)."""
+LONE = 4.0
+"""The peak of a lone huge batch stands out by this multiple of what peaks do."""
 FAR_ABOVE = 1.0
 """Share of the initial loss by which an evaluated loss above it is a rise without further ado."""
 HUGE = 1e150
@@ -413,13 +419,45 @@ def _judged(study: Study) -> dict[str, np.ndarray]:
     if "step/gradient_norm" in known and "step/peak_gradient_norm" in known:
         wanted |= {"norm": "step/gradient_norm", "norm_peak": "step/peak_gradient_norm"}
     found = {key: _runs(study, name).astype(float) for key, name in wanted.items() if name}
-    means = found.pop("mean", None)
-    if means is not None and "peak" in found:
-        step = np.asarray(study.data["step"].values)
-        peaks = found["peak"] = found["peak"].copy()
-        for run in np.ndindex(means.shape[:-1]):
-            peaks[run] = _peaks_between(step, found["loss"][run], means[run], peaks[run])
-    return found
+    step, means = np.asarray(study.data["step"].values), found.pop("mean", None)
+    if "peak" not in found:
+        return found
+    loss, peak = found["loss"].copy(), found["peak"].copy()
+    for run in np.ndindex(loss.shape[:-1]):
+        if means is None:
+            loss[run], peak[run] = _without_lone_batches(step, loss[run], peak[run])
+        else:
+            peak[run] = _peaks_between(step, loss[run], means[run], peak[run])
+    return found | {"loss": loss, "peak": peak}
+
+
+def _without_lone_batches(
+    step: np.ndarray, mean: np.ndarray, peak: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means and peaks of the batch loss where a single huge batch made them: those next to it.
+
+    Args:
+      step: (eval,) of the evaluations.
+      mean: (eval,) mean loss of the batches since the previous evaluation.
+      peak: (eval,) peak of their smoothed loss.
+
+    Returns:
+      Both.
+    """
+    with np.errstate(invalid="ignore"):
+        seen = (np.abs(mean) < HUGE) & (np.abs(peak) < HUGE) & (step > 0)
+    if seen.sum() < MIN_POINTS:
+        return mean, peak
+    means, peaks, steps = mean[seen], peak[seen], np.diff(step, prepend=0)[seen]
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(means, 2, mode="edge"), 5)
+    base = around.min(axis=1)
+    far = peaks - base > LONE * np.median(peaks - base)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        short = steps * (means - base) / (peaks - base) < _LASTED
+    lone = far & short & (steps >= 2 * STRETCH)
+    mean, peak = mean.copy(), peak.copy()
+    mean[seen], peak[seen] = np.where(lone, base, means), np.where(lone, base, peaks)
+    return mean, peak
 
 
 def _peaks_between(
@@ -449,10 +487,9 @@ def _peaks_between(
         middle = np.median(off[seen])
         far = middle + NUM_DEVIATIONS * 1.4826 * np.median(np.abs(off[seen] - middle))
         base = ends * middle if positive else ends + middle
-        # One batch alone gives 1 / (1 - SMOOTHING), and m steps m / (1 - SMOOTHING**m).
         lasted = steps * (means - base) / (peaks - base)
         long = seen & (off > far) & (peaks > base)
-        long &= lasted >= STRETCH / (1 - SMOOTHING**STRETCH)
+        long &= lasted >= _LASTED
         usual = [np.quantile(above[seen], 0.75)]
         # After a stretch the smoothed loss begins high.
         single = seen & ~long & ~np.concatenate([[False], long[:-1]])

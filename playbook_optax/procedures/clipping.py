@@ -23,6 +23,7 @@ from playbook_optax.runner.run import StudyRunner
 from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.keys import check_key
+from playbook_optax.trials.stepper import STEP_LOSS
 
 LEARNING_RATE = "learning_rate"
 MAX_NORM = "max_norm"
@@ -87,7 +88,8 @@ def choose_clip_threshold(
       percentile: the first choice, between 0 and 100.
       num_trials: learning rates in the sweep, where there is one.
       eval_every: updates between evaluations; a twentieth of `num_steps` if None. With fewer than
-        six evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
+        eight evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
+        Between two of them the peaks of the batch loss are looked at (`instability_info`).
       num_seeds: repetitions of each trial; it is unstable if one of them is.
       directory: where to store the studies, each in a folder of its own name.
 
@@ -240,16 +242,18 @@ def judge_thresholds(
     Returns:
       The threshold or None, and the findings.
     """
-    rows = _rows(study, percentiles)
+    info = instability_info(study)
+    rows = _rows(study, percentiles, info.unstable)
     evidence = {**evidence, "thresholds": [row._asdict() for row in rows]}
     learning_rate = evidence["learning_rate"]
+    unsure = [_from_batches()] if info.loss == STEP_LOSS else []
     if not rows[0].unstable:
-        return None, [_nothing_to_clip_for(study, learning_rate)]
+        return None, [_nothing_to_clip_for(study, learning_rate), *unsure]
     first = max(i for i, row in enumerate(rows) if row.unstable) + 1
     if first == len(rows):
-        return None, [_not_enough(rows, evidence)]
+        return None, [_not_enough(rows, evidence), *unsure]
     chosen = rows[first]
-    findings = [_chosen(chosen, rows[0], evidence)]
+    findings = [_chosen(chosen, rows[0], evidence), *unsure]
     if chosen.clipped_fraction > AGGRESSIVE:
         rate = evidence["stable_learning_rate"]
         findings.append(lower_instead(chosen.clipped_fraction, learning_rate, rate))
@@ -415,7 +419,21 @@ def _no_norms(why: str) -> Finding:
         evidence={},
         section=SECTION,
         suggestion="Train it with run_study or make_train, which always record them; or give "
-        "learning_rate= and no study, and a run of its own records them.",
+        "choose_clip_threshold a learning_rate= and no study, and a run of its own records them.",
+    )
+
+
+def _from_batches() -> Finding:
+    return Finding(
+        code="stability_from_batch_losses",
+        severity="info",
+        message=(
+            "No 'train/loss' is evaluated, so stability was judged by the losses of the batches: "
+            "where single batches are far larger than others, a rise between them may be missed."
+        ),
+        evidence={"loss": STEP_LOSS},
+        section=SECTION,
+        suggestion="Return 'train/loss' from the workload's evaluate, of some training examples.",
     )
 
 
@@ -434,8 +452,8 @@ def _nothing_above(stable_rate: float, highest: float) -> Finding:
     )
 
 
-def _rows(study: Study, percentiles: Sequence[float]) -> list[ThresholdRow]:
-    unstable, fractions = instability_info(study).unstable, clipped_fractions(study)
+def _rows(study: Study, percentiles: Sequence[float], unstable: np.ndarray) -> list[ThresholdRow]:
+    fractions = clipped_fractions(study)
     values, max_norms = outcomes(study).value, study.points[MAX_NORM].astype(np.float64)
     return [
         ThresholdRow(

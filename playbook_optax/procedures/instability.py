@@ -497,8 +497,9 @@ def _not_monotone(evidence: Limit) -> Finding:
             "largest_stable": above[-1],
         },
         section=SECTION,
-        suggestion="The smallest unstable rate is the cautious limit. Repeat with num_seeds to see "
-        "whether chance decides, or with more steps.",
+        suggestion="The smallest unstable rate is the cautious limit. Repeat "
+        "find_unstable_learning_rate with num_seeds= to see whether chance decides, or with more "
+        "steps.",
     )
 
 

@@ -192,7 +192,7 @@ def compare_remedies(
       num_trials: learning rates of each remedy.
       num_seeds: repetitions of each trial; it is unstable if one of them is.
       eval_every: updates between evaluations; a twentieth of `num_steps` if None. With fewer than
-        six evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
+        eight evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
       warmup_steps: length of the warm-up; a tenth of `num_steps` if None.
       max_norm: the fixed clip threshold; if None, the `percentile` of the unclipped norms of the
         baseline's best trial (of the smallest learning rate, if all were infeasible).
@@ -628,7 +628,7 @@ def _no_threshold() -> Finding:
         "to clip at, and fixed clipping was not tried.",
         evidence={},
         section=SECTION,
-        suggestion="Give max_norm=.",
+        suggestion="Give compare_remedies a max_norm=.",
     )
 
 
@@ -703,7 +703,9 @@ def _no_remedy_helps(
     else:
         advice = f"Lower the learning rate below {baseline.learning_rates[0]:.4g}."
     if wider and num_seeds == 1:
-        advice += " Repeat with num_seeds= to tell smaller differences from chance."
+        advice += (
+            " Repeat compare_remedies with num_seeds= to tell smaller differences from chance."
+        )
     return Finding(
         code="no_remedy_helps",
         severity="info",

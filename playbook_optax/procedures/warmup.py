@@ -515,7 +515,7 @@ def _none_stable(
             f"; at {factor:g} times a warm-up of {shortest[factor]} steps does, so that it helps, "
             "but less than the playbook asks for."
         )
-        advice = f"Tune it there: factors=({factor:g},). Clipping may allow more."
+        advice = f"Tune it there: tune_warmup with factors=({factor:g},). Clipping may allow more."
     else:
         lower = " or ".join(f"{f:g}" for f in sorted({row.factor for row in rows} - {*factors}))
         message += f", nor at {lower} times: no warm-up helps." if lower else ": none helps."
@@ -551,7 +551,11 @@ def _compared(
 
     length = warm.warmup_steps if warm else max(row.warmup_steps for row in warm_rows)
     verdict = "better" if better else "no better, beyond noise,"
-    chance = "" if baseline.num_seeds > 1 else " This is one seed: repeat it with num_seeds."
+    chance = (
+        ""
+        if baseline.num_seeds > 1
+        else " This is one seed: repeat tune_warmup with num_seeds= to be sure."
+    )
     return Finding(
         code="warmup_helps" if better else "warmup_no_better",
         severity="info" if better else "warning",
@@ -588,7 +592,8 @@ def _at_low_end(plain: _Result) -> Finding:
         ),
         evidence={"base_learning_rate": plain.base_learning_rate, "best_value": plain.best_value},
         section=SECTION,
-        suggestion="Give a finished learning-rate sweep as the study: its best rate is taken.",
+        suggestion="Give tune_warmup a finished learning-rate sweep as the study: its best rate is "
+        "taken.",
     )
 
 

@@ -23,7 +23,6 @@ from playbook_optax.runner.run import StudyRunner
 from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.keys import check_key
-from playbook_optax.trials.stepper import STEP_LOSS
 
 LEARNING_RATE = "learning_rate"
 MAX_NORM = "max_norm"
@@ -75,6 +74,9 @@ def choose_clip_threshold(
     largest threshold from which on down training is stable. Where it clips more than half of the
     updates, the playbook calls it extremely aggressive, and a Finding says to lower the learning
     rate instead.
+
+    Where `evaluate` returns ``train/loss``, that decides what is stable; without it the losses of
+    the batches do, which tell less where single batches are many times as large as others.
 
     Args:
       trainer: as in `run_study`.
@@ -242,18 +244,16 @@ def judge_thresholds(
     Returns:
       The threshold or None, and the findings.
     """
-    info = instability_info(study)
-    rows = _rows(study, percentiles, info.unstable)
+    rows = _rows(study, percentiles)
     evidence = {**evidence, "thresholds": [row._asdict() for row in rows]}
     learning_rate = evidence["learning_rate"]
-    unsure = [_from_batches()] if info.loss == STEP_LOSS else []
     if not rows[0].unstable:
-        return None, [_nothing_to_clip_for(study, learning_rate), *unsure]
+        return None, [_nothing_to_clip_for(study, learning_rate)]
     first = max(i for i, row in enumerate(rows) if row.unstable) + 1
     if first == len(rows):
-        return None, [_not_enough(rows, evidence), *unsure]
+        return None, [_not_enough(rows, evidence)]
     chosen = rows[first]
-    findings = [_chosen(chosen, rows[0], evidence), *unsure]
+    findings = [_chosen(chosen, rows[0], evidence)]
     if chosen.clipped_fraction > AGGRESSIVE:
         rate = evidence["stable_learning_rate"]
         findings.append(lower_instead(chosen.clipped_fraction, learning_rate, rate))
@@ -423,20 +423,6 @@ def _no_norms(why: str) -> Finding:
     )
 
 
-def _from_batches() -> Finding:
-    return Finding(
-        code="stability_from_batch_losses",
-        severity="info",
-        message=(
-            "No 'train/loss' is evaluated, so stability was judged by the losses of the batches: "
-            "where single batches are far larger than others, a rise between them may be missed."
-        ),
-        evidence={"loss": STEP_LOSS},
-        section=SECTION,
-        suggestion="Return 'train/loss' from the workload's evaluate, of some training examples.",
-    )
-
-
 def _nothing_above(stable_rate: float, highest: float) -> Finding:
     return Finding(
         code="no_instability",
@@ -452,8 +438,8 @@ def _nothing_above(stable_rate: float, highest: float) -> Finding:
     )
 
 
-def _rows(study: Study, percentiles: Sequence[float], unstable: np.ndarray) -> list[ThresholdRow]:
-    fractions = clipped_fractions(study)
+def _rows(study: Study, percentiles: Sequence[float]) -> list[ThresholdRow]:
+    unstable, fractions = instability_info(study).unstable, clipped_fractions(study)
     values, max_norms = outcomes(study).value, study.points[MAX_NORM].astype(np.float64)
     return [
         ThresholdRow(

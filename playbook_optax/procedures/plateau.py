@@ -18,6 +18,7 @@ from playbook_optax.analysis.outcomes import metric_names, outcomes
 from playbook_optax.learning_rate import reduce_on_plateau
 from playbook_optax.procedures.clipping import LEARNING_RATE, check_point, subdirectory
 from playbook_optax.procedures.given import at_constant_rates, constant
+from playbook_optax.procedures.scale import scatter
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import run_study
@@ -31,6 +32,8 @@ SECTION = "Why do some papers have complicated learning rate schedules?"
 NUM_EVALUATIONS = 50
 CERTAIN = 2.0
 """Deviations beyond which a gain is no luck."""
+SCATTER = 20
+"""Evaluations before the first reduction that tell how far they scatter."""
 
 
 class PlateauAnswer(NamedTuple):
@@ -245,15 +248,14 @@ def _gain(answer: PlateauAnswer, driven: Study, patience: int) -> tuple[float, f
     out = outcomes(driven)
     loss, step = (-out.curve[0] if out.maximize else out.curve[0]), out.step
     seen = np.isfinite(loss)
-    before = loss[seen & (step > 0) & (step <= answer.boundaries[0])][-patience:]
-    after = loss[seen & (step > answer.boundaries[0])]
+    earlier = loss[seen & (step > 0) & (step <= answer.boundaries[0])]
+    before, after = earlier[-patience:], loss[seen & (step > answer.boundaries[0])]
     if not len(before) or not len(after):
         return 0.0, 0.0
-    level = float(np.median(before))
-    scatter = 1.4826 * float(np.median(np.abs(before - level)))
-    # Deviations of the difference of two medians, whose variance is pi / 2 that of a mean.
-    few = math.sqrt(math.pi / 2 * (1 / len(before) + 1 / len(after)))
-    return level - float(np.median(after)), CERTAIN * scatter * few
+    parts = ((before, scatter(earlier[-SCATTER:])), (after, scatter(after)))
+    # Of a median the variance is pi / 2 that of a mean.
+    deviation = math.sqrt(math.pi / 2 * sum(off**2 / len(part) for part, off in parts))
+    return float(np.median(before) - np.median(after)), CERTAIN * deviation
 
 
 def _searched(

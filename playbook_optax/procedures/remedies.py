@@ -175,7 +175,7 @@ def compare_remedies(
     The recommendation goes through them in this order, the playbook's. It starts from the baseline
     at its best learning rate, and passes on to a later remedy only if that is better than the one
     held by more than the noise: by `margin` of the value held, by more than one example of the
-    validation set, and by more than chance would give any remedy that does nothing once in twenty
+    validation set, and by more than chance would give any remedy that does nothing once in forty
     comparisons, judged by the spread over seeds. One seed tells nothing of that: then two
     deviations of the remedy's evaluations around its best one count. Values that span a decade are
     compared by their quotients, and with one seed must become 1.5 times smaller; others by their

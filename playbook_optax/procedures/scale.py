@@ -15,7 +15,7 @@ DECADE = 10.0
 """From this quotient of the first and the best value on, values are compared by their quotients."""
 ONE_SEED = 1.5
 """One run tells nothing of its noise: what is left to gain must become smaller by this factor."""
-LEVEL = 0.05
+LEVEL = 0.025
 """Probability with which something that does nothing may be called better, over all compared."""
 ACCURACIES = ("accuracy", "acc")
 """Last parts of the names of objectives that cannot exceed 1."""
@@ -54,9 +54,21 @@ def wobble(out: Outcomes, trial: int) -> float:
     reach = max(5, len(curve) // 8)
     near = curve[max(1, at - reach) : at + reach + 1]
     near = near[np.isfinite(near)]
-    if len(near) < 5:
-        return math.nan
-    return float(1.4826 * np.median(np.abs(np.diff(near, 2))) / math.sqrt(6.0))
+    return scatter(near) if len(near) >= 5 else math.nan
+
+
+def scatter(values: np.ndarray) -> float:
+    """Deviation of values in a row from a line through their neighbours, robustly.
+
+    Args:
+      values: finite numbers (value,).
+
+    Returns:
+      The deviation, that of normal values around a smooth curve; 0 of fewer than three.
+    """
+    if len(values) < 3:
+        return 0.0
+    return float(1.4826 * np.median(np.abs(np.diff(values, 2))) / math.sqrt(6.0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -293,13 +293,16 @@ def judge_warmup(
       The answer, or None where it is not better beyond noise, and the findings.
     """
     base_rows = _results(baseline)
-    warm_rows = [row for study in warmed for row in _results(study)]
+    of_study = [(row, study) for study in warmed for row in _results(study)]
+    warm_rows = [row for row, _ in of_study]
     sign = -1.0 if baseline.maximize else 1.0
     plain = _best(base_rows, sign)
     warm = _best(warm_rows, sign)
     better = warm is not None
     if plain is not None and warm is not None:
-        better = scale_of([plain, warm], baseline, MARGIN).better(warm, plain)
+        trained = next(study for row, study in of_study if row is warm)
+        pair = [_noise_of(plain, baseline), _noise_of(warm, trained)]
+        better = scale_of(pair, baseline, MARGIN).better(pair[1], pair[0])
     findings = [_compared(better, plain, warm, base_rows, warm_rows, baseline, num_steps)]
     if plain is not None and len(base_rows) > 1 and plain == base_rows[0]:
         findings.append(_at_low_end(plain))
@@ -322,13 +325,14 @@ def judge_warmup(
 class _Result(NamedTuple):
     """A run of the comparison: its point, its best checkpoint and what its noise shows in."""
 
+    trial: int
     warmup_steps: int
     base_learning_rate: float
     best_value: float
     step: int
     unstable: bool
-    seed_values: tuple[float, ...]
-    wobble: float
+    seed_values: tuple[float, ...] = ()
+    wobble: float = float("nan")
 
 
 def default_warmup_steps(num_steps: int) -> list[int]:
@@ -458,16 +462,23 @@ def _results(study: Study) -> list[_Result]:
     out, unstable = outcomes(study), instability_info(study).unstable
     return [
         _Result(
+            trial=i,
             warmup_steps=int(study.points[WARMUP_STEPS][i]),
             base_learning_rate=float(study.points[BASE_LEARNING_RATE][i]),
             best_value=float(out.value[i]),
             step=int(out.checkpoint_step[i]),
             unstable=bool(unstable[i]),
-            seed_values=tuple(best_by_seed(study, i).tolist()),
-            wobble=wobble(out, i) if out.usable[i] else float("nan"),
         )
         for i in range(study.num_trials)
     ]
+
+
+def _noise_of(row: _Result, study: Study) -> _Result:
+    """The row of a feasible run with what tells its noise."""
+    values = best_by_seed(study, row.trial)
+    return row._replace(
+        seed_values=tuple(values.tolist()), wobble=wobble(outcomes(study), row.trial)
+    )
 
 
 def _best(rows: Iterable[_Result], sign: float) -> _Result | None:

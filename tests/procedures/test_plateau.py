@@ -118,7 +118,9 @@ def test_the_floor_and_the_room_for_reductions():
     np.testing.assert_allclose(floor.values, [1e-6, 5e-7, 2.5e-7, 2e-7], rtol=1e-6)
     nothing = drive(work, stand_still, **{**arguments, "point": {"learning_rate": 0.2}})
     assert "reductions_gained_nothing" in codes(nothing)
-    assert nothing.answer.best_step == 20, "all evaluations are equal, and of equals the last counts"
+    assert nothing.answer.best_step == 20, (
+        "all evaluations are equal, and of equals the last counts"
+    )
     few = drive(work, tiny_workloads.sgd, max_reductions=2, **arguments).answer
     assert few.boundaries == (1, 2)
 

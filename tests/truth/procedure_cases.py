@@ -94,6 +94,20 @@ def answers_where_all_diverge(rng: Rng) -> bool:
     return swept(study) is not None
 
 
+def answers_without_a_slope(rng: Rng) -> bool:
+    """A validation set of 34 that no trial moves, while the training loss falls a little."""
+    wrong = np.full((len(RATES), len(STEP)), rng.integers(5, 30) / 34)
+    loss = decline(1.0 + 1e-7 * rng.random(len(RATES)), 1.00001)
+    study = pbx.Study.from_arrays(
+        {"learning_rate": RATES},
+        {"valid/error_rate": wrong, "train/loss": loss},
+        STEP,
+        objective="valid/error_rate",
+        resolution=1 / 34,
+    )
+    return swept(study) is not None
+
+
 # Instability ------------------------------------------------------------------------------------
 
 
@@ -268,6 +282,27 @@ def remedy(
 def recommends(which: str | None, arguments: dict[str, Any], rng: Rng) -> bool:
     found = remedy(rng, **arguments)
     return found is not None if which is None else found == which
+
+
+def recommends_for_one_example(rng: Rng) -> bool:
+    """Of 40 examples each remedy has two wrong, some of them one."""
+    rates, step = np.geomspace(1e-3, 1.0, 5), np.array([0, 250, 500, 1000])
+    wrong = np.repeat(rng.integers(2, 8, 20)[:, None], 4, axis=1)
+    wrong[:, 0], wrong[::5] = 36, 2
+    wrong[rng.integers(5, 20), 1:] = 1
+    study = pbx.Study.from_arrays(
+        {"learning_rate": np.tile(rates, 4)},
+        {"valid/error_rate": wrong / 40},
+        step,
+        objective="valid/error_rate",
+        resolution=1 / 40,
+    )
+    never = ("trial", np.zeros(20, np.int32))
+    study = dataclasses.replace(
+        study, data=study.data.assign({f"norms/num_{what}": never for what in ("clipped", "steps")})
+    )
+    rows = remedy_rows(study, "all", dict.fromkeys("abcd", 0))
+    return judge_remedies(study, list(rows.values()), 0.1)[0] is not None
 
 
 def warms_up(best: float, gain: float, spread: float, num_seeds: int, rng: Rng) -> bool:
@@ -551,6 +586,7 @@ CASES: tuple[Case, ...] = (
     case("sweep_learning_rate: a rate", "the best lies above", False, answers_beyond_the_sweep, 1),
     case("sweep_learning_rate: a rate", "the best lies below", False, answers_beyond_the_sweep, 0),
     case("sweep_learning_rate: a rate", "all diverge", False, answers_where_all_diverge),
+    case("sweep_learning_rate: a rate", "no slope", False, answers_without_a_slope),
     # find_unstable_learning_rate
     case("find_unstable_learning_rate: the limit", "descent, limit at 2", True, finds_the_limit),
     case(
@@ -682,6 +718,12 @@ CASES: tuple[Case, ...] = (
             (0.6, 1, 0.03),
             (0.6, 3, 0.05),
         )
+    ),
+    case(
+        "compare_remedies: one",
+        "one of 40 examples fewer is wrong",
+        False,
+        recommends_for_one_example,
     ),
     # pick_num_steps
     case("pick_num_steps: the steps", "the fastest fits at 300", True, picks_the_steps),

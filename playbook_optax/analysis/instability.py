@@ -14,6 +14,15 @@ The rule, on one curve of the training loss (means between evaluations, or singl
 - The noise is the deviation around a straight line in each quarter of training, robustly, and the
   second smallest of the four: a plateau's noise at every time scale up to a quarter, whatever a
   spike or the first steep decline add elsewhere.
+
+Where our engine recorded both, the *evaluated* loss (``train/loss``) is judged, which no unlucky
+batch moves, and not the batches' own: the size of a batch's loss may differ from batch to batch by
+any factor. What happened between two evaluations is told by the peaks of the batch loss, in units
+of the evaluated one: divided by how far above it peaks are in quiet intervals and where a single
+batch made them. A peak counts if the mean of its interval says that it lasted for ten steps. And
+an evaluated loss above twice the initial one is a rise whatever the curve's own deviation, which
+swings may have made. Of the batches' losses alone, what a single huge batch did to an interval is
+left out.
 """
 
 from typing import NamedTuple
@@ -47,6 +56,20 @@ SLOW = 0.05
 """Share of training beyond which a recovery is slow."""
 OUTLIER = 5.0
 """A gradient norm is an outlier from this multiple of its median in the window before it on."""
+STRETCH = 10
+"""Steps for which the batch loss is high between two evaluations, to be more than bad luck."""
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed batch loss whose peaks are recorded."""
+LEAST_SHARE = 0.1
+"""Share of the initial loss by which an evaluated loss rises at least: training that starts at the
+optimum settles as far above it as its noise takes it."""
+_LASTED = STRETCH / (1 - SMOOTHING**STRETCH)
+"""What the sum of an interval's excess is in units of its smoothed peak, for so many steps; of one
+batch alone it is 1 / (1 - SMOOTHING)."""
+LONE = 4.0
+"""The peak of a lone huge batch stands out by this multiple of what peaks do."""
+FAR_ABOVE = 1.0
+"""Share of the initial loss by which an evaluated loss above it is a rise without further ado."""
 HUGE = 1e150
 """A loss from here on is as good as infinite: differences of larger ones overflow."""
 MIN_POINTS = 8
@@ -202,9 +225,8 @@ def _smooth(loss: np.ndarray) -> np.ndarray:
     """Single losses smoothed as our trials smooth them: one batch alone is not a stretch."""
     from scipy import signal
 
-    weight = 0.9
-    start = np.array([weight * loss[0]])
-    return np.asarray(signal.lfilter([1 - weight], [1, -weight], loss, zi=start)[0])
+    start = np.array([SMOOTHING * loss[0]])
+    return np.asarray(signal.lfilter([1 - SMOOTHING], [1, -SMOOTHING], loss, zi=start)[0])
 
 
 @_checks.named_arguments
@@ -215,6 +237,7 @@ def find_rises(
     *,
     num_steps: int | None = None,
     initial: float | None = None,
+    evaluated: bool = False,
 ) -> tuple[Rise, ...]:
     """Finds where a loss curve rises for a stretch when it should fall, beyond its noise.
 
@@ -228,6 +251,9 @@ def find_rises(
         tenth of training, before which there is no curve to learn the noise from, counts if it
         exceeds that by half of the whole decline. Without it, the first tenth itself is taken for
         noise, which finds few early rises.
+      evaluated: whether these are evaluations of the loss, which batches do not make noisy. Then
+        one of more than twice the initial loss is a rise whatever their deviation, and the curve is
+        not smoothed.
 
     Returns:
       The rises, in order; none if there are fewer than eight finite points.
@@ -279,7 +305,7 @@ def find_rises(
     window = max(4, int(np.ceil(LEVEL_WINDOW * len(curve))))
     first_noise = 0.0 if initial is None else _first_noise(curve, window, initial)
     ended = curve
-    if np.median(np.diff(step)) <= 1:
+    if not evaluated and np.median(np.diff(step)) <= 1:
         # Smoothing delays the end of a rise; a median of five does not.
         ended = _running_median(curve, 2)
         curve = _smooth(curve)
@@ -292,6 +318,11 @@ def find_rises(
     descent = curve[0] - curve.min()
     # A noise that is itself estimated from few points is known less well.
     deviations = NUM_DEVIATIONS * (1 + 15 / len(curve))
+    # Rounding of a converged curve is no rise, nor is the way up to the noise floor from below.
+    floor, far = 1e-6 * abs(curve[0]), np.inf
+    if evaluated and initial is not None:
+        floor = LEAST_SHARE * abs(initial)
+        far = initial + max(FAR_ABOVE * abs(initial), EARLY_SHARE * (initial - curve.min()))
     found = []
     low, at, until = 0, 1, len(curve)
     while at < until:
@@ -304,8 +335,6 @@ def find_rises(
         if not known and initial is not None:
             # What the noise of the first batches is nobody knows; the loss before them is known.
             level, share = max(level, initial), EARLY_SHARE * (initial - curve.min())
-        # The last term keeps the rounding of a converged curve out.
-        floor = 1e-6 * abs(curve[0])
         for final in (False, True):
             margin = max(deviations * noise, floor)
             sudden = high[at] > level + max(margin, share)
@@ -321,6 +350,8 @@ def find_rises(
             noise = max(quiet, _deviation(near))
             if not known and initial is not None:
                 noise = max(noise, first_noise)
+        if high[at] > far:
+            sudden, level = True, min(level, far)
         if not (sudden or lasting):
             # Only now: a peak may hide in an interval whose mean is the lowest so far.
             low = at if curve[at] < curve[low] else low
@@ -369,6 +400,12 @@ def _loss_metric(study: Study) -> tuple[str, str]:
     return (losses[0] if losses else ""), ""
 
 
+def _evaluated(study: Study) -> bool:
+    """Whether the training loss was evaluated, beside the losses of the batches."""
+    known, step = metric_names(study), study.data["step"].values
+    return {"train/loss", "step/loss"} <= set(known) and bool(len(step)) and int(step[0]) == 0
+
+
 def _runs(study: Study, name: str) -> np.ndarray:
     """A variable as (trial, seed, ...), also where there is one seed."""
     array = study.data[name]
@@ -381,11 +418,94 @@ def _judged(study: Study) -> dict[str, np.ndarray]:
     """What a verdict is made of, each (trial, seed, eval): losses, peaks and gradient norms."""
     known = metric_names(study)
     wanted = dict(zip(("loss", "peak"), _loss_metric(study), strict=True))
+    if _evaluated(study):
+        wanted = {"loss": "train/loss", "mean": "step/loss", "peak": wanted["peak"]}
     if "train/loss" in known and len(study.data["step"]) and study.data["step"][0] == 0:
         wanted["initial"] = "train/loss"
     if "step/gradient_norm" in known and "step/peak_gradient_norm" in known:
         wanted |= {"norm": "step/gradient_norm", "norm_peak": "step/peak_gradient_norm"}
-    return {key: _runs(study, name).astype(float) for key, name in wanted.items() if name}
+    found = {key: _runs(study, name).astype(float) for key, name in wanted.items() if name}
+    step, means = np.asarray(study.data["step"].values), found.pop("mean", None)
+    if "peak" not in found:
+        return found
+    loss, peak = found["loss"].copy(), found["peak"].copy()
+    for run in np.ndindex(loss.shape[:-1]):
+        if means is None:
+            loss[run], peak[run] = _without_lone_batches(step, loss[run], peak[run])
+        else:
+            peak[run] = _peaks_between(step, loss[run], means[run], peak[run])
+    return found | {"loss": loss, "peak": peak}
+
+
+def _without_lone_batches(
+    step: np.ndarray, mean: np.ndarray, peak: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means and peaks of the batch loss where a single huge batch made them: those next to it.
+
+    Args:
+      step: (eval,) of the evaluations.
+      mean: (eval,) mean loss of the batches since the previous evaluation.
+      peak: (eval,) peak of their smoothed loss.
+
+    Returns:
+      Both.
+    """
+    with np.errstate(invalid="ignore"):
+        seen = (np.abs(mean) < HUGE) & (np.abs(peak) < HUGE) & (step > 0)
+    if seen.sum() < MIN_POINTS:
+        return mean, peak
+    means, peaks, steps = mean[seen], peak[seen], np.diff(step, prepend=0)[seen]
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(means, 2, mode="edge"), 5)
+    base = around.min(axis=1)
+    far = peaks - base > LONE * np.median(peaks - base)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        short = steps * (means - base) / (peaks - base) < _LASTED
+    lone = far & short & (steps >= 2 * STRETCH)
+    mean, peak = mean.copy(), peak.copy()
+    mean[seen], peak[seen] = np.where(lone, base, means), np.where(lone, base, peaks)
+    return mean, peak
+
+
+def _peaks_between(
+    step: np.ndarray, loss: np.ndarray, mean: np.ndarray, peak: np.ndarray
+) -> np.ndarray:
+    """How high the loss was since the previous evaluation, in units of the evaluated loss.
+
+    Args:
+      step: (eval,) of the evaluations.
+      loss: (eval,) the evaluated loss.
+      mean: (eval,) mean loss of the batches since the previous evaluation.
+      peak: (eval,) peak of their smoothed loss.
+
+    Returns:
+      (eval,) the evaluated loss, or more where the batches' was high for a stretch.
+    """
+    highest = loss.copy()
+    with np.errstate(all="ignore"):
+        ends = np.fmax(loss[:-1], loss[1:])
+        means, peaks, steps = mean[1:], peak[1:], np.diff(step)
+        seen = np.isfinite(ends) & np.isfinite(means) & np.isfinite(peaks)
+        seen &= (np.abs(means) < HUGE) & (np.abs(peaks) < HUGE)
+        if not seen.any():
+            return highest
+        positive = (ends[seen] > 0).all() and (means[seen] > 0).all() and (peaks[seen] > 0).all()
+        off, above = (means / ends, peaks / ends) if positive else (means - ends, peaks - ends)
+        middle = np.median(off[seen])
+        far = middle + NUM_DEVIATIONS * 1.4826 * np.median(np.abs(off[seen] - middle))
+        base = ends * middle if positive else ends + middle
+        lasted = steps * (means - base) / (peaks - base)
+        long = seen & (off > far) & (peaks > base)
+        long &= lasted >= _LASTED
+        usual = [np.quantile(above[seen], 0.75)]
+        # After a stretch the smoothed loss begins high.
+        single = seen & ~long & ~np.concatenate([[False], long[:-1]])
+        if single.any():
+            usual.append(above[single].max())
+        units = peaks / max(usual) if positive else peaks - max(usual)
+        highest[1:] = np.where(long, np.fmax(loss[1:], units), loss[1:])
+    # What ended between two evaluations is not hidden.
+    gone = ~np.isfinite(loss) & ~np.isnan(peak)
+    return np.where(gone, peak, highest)
 
 
 @_checks.named_arguments
@@ -463,6 +583,7 @@ def _row(
     curves: dict[str, np.ndarray],
     outcome: tuple[bool, str, int],
     num_steps: int,
+    evaluated: bool,
 ) -> InstabilityRow:
     """Judges one run."""
     infeasible, reason, bad_step = outcome
@@ -471,7 +592,12 @@ def _row(
     if "loss" in curves:
         times, curves, initial = _from_first(step, curves)
         rises = find_rises(
-            times, curves["loss"], curves.get("peak"), num_steps=num_steps, initial=initial
+            times,
+            curves["loss"],
+            curves.get("peak"),
+            num_steps=num_steps,
+            initial=initial,
+            evaluated=evaluated,
         )
         if rises:
             gap = int(np.median(np.diff(times)))
@@ -513,9 +639,10 @@ def instability_info(
     """Judges every trial of a study by its training loss, and the trials above lr*.
 
     A trial is unstable if it is infeasible, or if its loss rose beyond noise (`find_rises`). The
-    mean batch loss between evaluations and its peak are read where they are recorded
-    (``step/loss``, ``step/peak_loss``), else ``train/loss``, else another loss that is not of the
-    validation set.
+    evaluated ``train/loss`` is read, and between evaluations the peaks of the batch loss, where
+    both are recorded; without evaluations of it the batches' own means and peaks (``step/loss``,
+    ``step/peak_loss``); else ``train/loss`` alone, whoever recorded it, or another loss that is not
+    of the validation set.
 
     Args:
       study: the study, whoever produced it.
@@ -531,7 +658,8 @@ def instability_info(
     Source: playbook, "Identifying unstable workloads".
     """
     out = outcomes(study, objective, maximize)
-    name, _ = _loss_metric(study)
+    evaluated = _evaluated(study)
+    name = "train/loss" if evaluated else _loss_metric(study)[0]
     step = np.asarray(study.data["step"].values)
     num_steps = int(step.max()) if len(step) else 0
     num_after = int((step > 0).sum())
@@ -552,7 +680,7 @@ def instability_info(
         for seed in range(infeasible.shape[1]):
             of_run = {key: values[trial, seed] for key, values in curves.items()}
             outcome = (infeasible[trial, seed], reason[trial, seed], bad_step[trial, seed])
-            runs.append(_row(trial, seed, step, of_run, outcome, num_steps))
+            runs.append(_row(trial, seed, step, of_run, outcome, num_steps, evaluated))
         rows.append(_worst(runs))
     return _compared(study, rows, name, out.best, num_steps, skipped)
 
@@ -616,7 +744,7 @@ class InstabilityCurves(NamedTuple):
       rates: the learning rate of each; NaN without one.
       multiples: each as a multiple of lr*.
       loss: (trial, eval) the training loss.
-      peak: (trial, eval) its smoothed peaks since the previous evaluation; None if not recorded.
+      peak: (trial, eval) its peaks since the previous evaluation; None if not recorded.
       info: the whole InstabilityInfo.
     """
 
@@ -673,9 +801,9 @@ def instability_curves(
         chosen, rates = [chosen[i] for i in order], rates[order]
     rows = tuple(info.rows[trial] for trial in chosen)
     seeds = [row.seed for row in rows]
-    name, peak_name = _loss_metric(study)
-    loss = _runs(study, name)[chosen, seeds].astype(np.float64)
-    peak = _runs(study, peak_name)[chosen, seeds].astype(np.float64) if peak_name else None
+    judged = _judged(study)
+    loss = judged["loss"][chosen, seeds]
+    peak = judged["peak"][chosen, seeds] if "peak" in judged else None
     return InstabilityCurves(
         step=np.asarray(study.data["step"].values),
         trials=tuple(chosen),

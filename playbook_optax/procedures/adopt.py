@@ -148,7 +148,7 @@ def retrain(
     if spread is not None and given is not None and tuned is not None:
         longer = num_steps != int(given.data["step"].values[-1])
         if not longer and math.isfinite(spread.std):
-            findings += _against_the_study(given, spread, tuned.value)
+            findings += judge_choice(given, spread, tuned.value)
     cost = num_seeds * num_steps
     return Verdict(spread, tuple(by_severity(findings)), {"retrained": study}, cost)
 
@@ -208,8 +208,17 @@ def _broken(broken: int, num_seeds: int) -> Finding:
     )
 
 
-def _against_the_study(study: Study, spread: Spread, tuned: float) -> list[Finding]:
-    """What the spread says about the study that the point was chosen from."""
+def judge_choice(study: Study, spread: Spread, tuned: float) -> list[Finding]:
+    """What the spread says about the study that the point was chosen from; trains nothing.
+
+    Args:
+      study: the study, whose trials are as long as the retrained runs.
+      spread: that of its best point with other seeds.
+      tuned: its best value.
+
+    Returns:
+      ``best_was_lucky`` and ``best_is_a_tie``, where they are so.
+    """
     found = []
     sign = -1.0 if spread.maximize else 1.0
     edge = spread.high if spread.maximize else spread.low

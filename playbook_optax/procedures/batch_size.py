@@ -32,10 +32,13 @@ RULES: Mapping[str, float] = {"linear": 1.0, "sqrt": 0.5}
 """Starting points for the learning rate by rule: it grows with this power of the batch size."""
 ROOM = 4.0
 """The new range of learning rates reaches this factor beyond the old best and the scaled one."""
-PROBE_STEPS = 3
 PROBE_NORMS = (0.04, 0.08)
 """Norms of the gradients that tell how an optimizer scales: below most clip thresholds, and with a
 hundred million weights still far above most eps."""
+PROBE_WORK = 2**33
+"""Weights times updates that the probe takes at most: about ten seconds of one processor."""
+FEWEST_PROBE_STEPS = 3
+"""More than one, because a warm-up begins with an update of zero."""
 
 
 class BatchSizePlan(NamedTuple):
@@ -88,8 +91,10 @@ def change_batch_size(
     The new range of the learning rate is laid around the old best one and the one that a heuristic
     gives: proportional to the batch size where the size of an update follows that of the gradient
     (SGD), to its square root where it does not (Adam). Which holds is measured, by giving the
-    optimizer a gradient and twice that gradient. The heuristics are starting points, known to fail:
-    the range holds both ends, and `room` beyond.
+    optimizer a gradient and twice that gradient for as many updates as the study's trials had, and
+    comparing the last ones: an average such as that of `rmsprop` begins at 1 and takes hundreds of
+    updates to forget it. The heuristics are starting points, known to fail: the range holds both
+    ends, and `room` beyond.
 
     Args:
       trainer: as in `run_study`, its workload at the old batch size.
@@ -230,6 +235,8 @@ def _gradient_power(
     """The power of the batch size by which the learning rate may grow, from 1/2 to 1.
 
     An update that doubles with the gradient is linear in it; one that stays the same is normalized.
+    The last update of a run of `num_steps` decides, by when the optimizer has forgotten how its
+    averages began, if it ever does.
     """
     given = {**trainer.fixed, **point}
     params, _ = jax.eval_shape(resolve(trainer.workload, given).init, key)
@@ -238,19 +245,26 @@ def _gradient_power(
     # At weights of zero weight decay adds nothing.
     weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
     num_weights = max(1, sum(leaf.size for leaf in jax.tree.leaves(weights)))
+    probe_steps = min(num_steps, max(FEWEST_PROBE_STEPS, PROBE_WORK // num_weights))
 
     def size_of_update(norm: chex.Array) -> chex.Array:
         transform = optax.with_extra_args_support(trainer.make_optimizer(given))
         gradient = jax.tree.map(
             lambda leaf: jnp.full_like(leaf, norm / math.sqrt(num_weights)), weights
         )
-        state = transform.init(weights)
-        # More than one, because a warm-up begins with an update of zero.
-        for _ in range(PROBE_STEPS):
+
+        def update(_: Any, carry: tuple[Any, chex.Array]) -> tuple[Any, chex.Array]:
+            state, last = carry
             updates, state = transform.update(
                 gradient, state, weights, value=jnp.float32(1), grad=gradient
             )
-        return _tree.global_norm(updates)
+            size = _tree.global_norm(updates)
+            # A schedule may end at zero, and an optimizer may skip updates.
+            return state, jnp.where(size > 0, size, last)
+
+        state = jax.tree.map(jnp.asarray, transform.init(weights))
+        zero = jnp.zeros_like(_tree.global_norm(weights))
+        return jax.lax.fori_loop(0, probe_steps, update, (state, zero))[1]
 
     one, two = (float(size) for size in jax.jit(jax.vmap(size_of_update))(jnp.asarray(PROBE_NORMS)))
     if not (0 < one < math.inf and 0 < two < math.inf):

@@ -3,7 +3,7 @@
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -71,9 +71,12 @@ def choose_clip_threshold(
     The threshold is the 90th percentile of the unclipped gradient norms of the best trial, at the
     learning rate lr*. It is then tried at the higher learning rate that is wanted, beside the 75th,
     50th, 25th, 10th and 5th percentile and no clipping at all, in one program. The answer is the
-    largest threshold with which training is stable. Where it clips more than half of the updates,
-    the playbook calls it extremely aggressive, and a Finding says to lower the learning rate
-    instead.
+    largest threshold from which on down training is stable. Where it clips more than half of the
+    updates, the playbook calls it extremely aggressive, and a Finding says to lower the learning
+    rate instead.
+
+    Where `evaluate` returns ``train/loss``, that decides what is stable; without it the losses of
+    the batches do, which tell less where single batches are many times as large as others.
 
     Args:
       trainer: as in `run_study`.
@@ -87,7 +90,8 @@ def choose_clip_threshold(
       percentile: the first choice, between 0 and 100.
       num_trials: learning rates in the sweep, where there is one.
       eval_every: updates between evaluations; a twentieth of `num_steps` if None. With fewer than
-        six evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
+        eight evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
+        Between two of them the peaks of the batch loss are looked at (`instability_info`).
       num_seeds: repetitions of each trial; it is unstable if one of them is.
       directory: where to store the studies, each in a folder of its own name.
 
@@ -210,26 +214,50 @@ def choose_clip_threshold(
         thresholds.setdefault(float(np.float32(histogram.percentile(q))), q)
     max_norms = [NO_CLIPPING, *(t for t in thresholds if t > 0)]
     trial = run("clip_thresholds", table(learning_rate, max_norms))
-    rows = _rows(trial, [100.0, *(q for t, q in thresholds.items() if t > 0)], max_norms)
     evidence = {
         "learning_rate": learning_rate,
         "stable_learning_rate": stable_rate,
         "stable_best_value": stable_value,
         "norms_of_trial": source,
         "norm_percentiles": {f"{q:g}": histogram.percentile(q) for q in (50.0, 90.0, 99.0)},
-        "thresholds": [row._asdict() for row in rows],
         "num_steps": num_steps,
         "num_seeds": num_seeds,
     }
+    tried = [100.0, *(q for t, q in thresholds.items() if t > 0)]
+    return verdict(*judge_thresholds(trial, tried, evidence))
+
+
+def judge_thresholds(
+    study: Study, percentiles: Sequence[float], evidence: Mapping[str, Any]
+) -> tuple[float | None, list[Finding]]:
+    """Which threshold makes training stable; trains nothing.
+
+    It is the largest one that does so and below which every other does: of two that differ by
+    little, a larger one may look stable by luck.
+
+    Args:
+      study: one trial for each threshold, ``max_norm``, the first without clipping, then falling.
+      percentiles: which percentile of the unclipped norms each is, 100 for none.
+      evidence: what else is known: ``learning_rate``, ``stable_learning_rate`` and
+        ``stable_best_value`` (None where there are none), and what findings should hold.
+
+    Returns:
+      The threshold or None, and the findings.
+    """
+    rows = _rows(study, percentiles)
+    evidence = {**evidence, "thresholds": [row._asdict() for row in rows]}
+    learning_rate = evidence["learning_rate"]
     if not rows[0].unstable:
-        return verdict(None, [_nothing_to_clip_for(trial, learning_rate)])
-    chosen = next((row for row in rows[1:] if not row.unstable), None)
-    if chosen is None:
-        return verdict(None, [_not_enough(rows, evidence)])
+        return None, [_nothing_to_clip_for(study, learning_rate)]
+    first = max(i for i, row in enumerate(rows) if row.unstable) + 1
+    if first == len(rows):
+        return None, [_not_enough(rows, evidence)]
+    chosen = rows[first]
     findings = [_chosen(chosen, rows[0], evidence)]
     if chosen.clipped_fraction > AGGRESSIVE:
-        findings.append(lower_instead(chosen.clipped_fraction, learning_rate, stable_rate))
-    return verdict(chosen.max_norm, findings)
+        rate = evidence["stable_learning_rate"]
+        findings.append(lower_instead(chosen.clipped_fraction, learning_rate, rate))
+    return chosen.max_norm, findings
 
 
 def check_point(point: Mapping[str, Any] | None, reserved: Iterable[str]) -> dict[str, Any]:
@@ -391,7 +419,7 @@ def _no_norms(why: str) -> Finding:
         evidence={},
         section=SECTION,
         suggestion="Train it with run_study or make_train, which always record them; or give "
-        "learning_rate= and no study, and a run of its own records them.",
+        "choose_clip_threshold a learning_rate= and no study, and a run of its own records them.",
     )
 
 
@@ -410,13 +438,13 @@ def _nothing_above(stable_rate: float, highest: float) -> Finding:
     )
 
 
-def _rows(study: Study, percentiles: list[float], max_norms: list[float]) -> list[ThresholdRow]:
+def _rows(study: Study, percentiles: Sequence[float]) -> list[ThresholdRow]:
     unstable, fractions = instability_info(study).unstable, clipped_fractions(study)
-    values = outcomes(study).value
+    values, max_norms = outcomes(study).value, study.points[MAX_NORM].astype(np.float64)
     return [
         ThresholdRow(
             percentile=percentiles[i],
-            max_norm=max_norms[i] if max_norms[i] < NO_CLIPPING else math.inf,
+            max_norm=float(max_norms[i]) if max_norms[i] < NO_CLIPPING else math.inf,
             unstable=bool(unstable[i]),
             clipped_fraction=float(fractions[i]),
             best_value=float(values[i]),

@@ -232,14 +232,32 @@ def gradient_noise(
         moments = _measure(named[name], work, point, weights, keys, plan)
         cost += num_repeats * (plan.num_batches + 1)
         measured[name] = _Measured(plan, *moments)
+    answer, findings = judge_noise(measured, {BASE: works[BASE].name}, num_steps)
+    return Verdict(answer, tuple(by_severity(findings)), studies, cost)
+
+
+def judge_noise(
+    measured: Mapping[str, "_Measured"], names: Mapping[str, str], num_steps: int
+) -> tuple[GradientNoise | None, list[Finding]]:
+    """What the moments of the gradients say; draws none.
+
+    Args:
+      measured: moments by workload, the first of which is compared with.
+      names: what a workload is called, where not as in `measured`.
+      num_steps: updates before the measurement.
+
+    Returns:
+      The answer, or None where a gradient is not finite, and the findings.
+    """
     broken = [n for n, m in measured.items() if not np.isfinite([*m.variance.flat, *m.norm]).all()]
     if broken:
-        return Verdict(None, (_not_finite(broken),), studies, cost)
-    base = measured[BASE].variance[:, 0]
-    names = {name: works[BASE].name if name == BASE else name for name in works}
-    told = tuple(_summary(names[name], m, base) for name, m in measured.items())
-    answer = GradientNoise(told, num_repeats, num_steps)
-    return Verdict(answer, tuple(by_severity(_findings(answer, measured))), studies, cost)
+        return None, [_not_finite(broken)]
+    first = next(iter(measured.values()))
+    told = tuple(
+        _summary(names.get(name, name), m, first.variance[:, 0]) for name, m in measured.items()
+    )
+    answer = GradientNoise(told, len(first.norm), num_steps)
+    return answer, _findings(answer, measured)
 
 
 class _Plan(NamedTuple):

@@ -27,7 +27,7 @@ LOWEST, HIGHEST = 1e-37, 1e37
 """Learning rates are not searched beyond these, where float32 ends."""
 
 
-class _Evidence(NamedTuple):
+class Limit(NamedTuple):
     """What is known of the learning rates tried so far, ascending.
 
     Attributes:
@@ -38,12 +38,29 @@ class _Evidence(NamedTuple):
     rates: np.ndarray
     unstable: np.ndarray
 
-    def add(self, rates: np.ndarray, unstable: np.ndarray) -> "_Evidence":
+    def add(self, rates: np.ndarray, unstable: np.ndarray) -> "Limit":
         """With more trials; of two at the same rate an unstable one decides."""
         every = np.concatenate([self.rates, np.asarray(rates, np.float64)])
         flags = np.concatenate([self.unstable, unstable])
         distinct, index = np.unique(every, return_inverse=True)
-        return _Evidence(distinct, np.bincount(index, weights=flags) > 0)
+        return Limit(distinct, np.bincount(index, weights=flags) > 0)
+
+    def of(self, study: Study) -> "Limit":
+        """With the trials of a study, as its curves say.
+
+        Args:
+          study: trials at learning rates.
+        """
+        return self.add(study.points[LEARNING_RATE], instability_info(study).unstable)
+
+    def within(self, ratio: float) -> bool:
+        """Whether the search is over: the ends of the bracket are known and near.
+
+        Args:
+          ratio: their largest quotient.
+        """
+        low, high = self.low, self.high
+        return low is not None and high is not None and high / low <= ratio
 
     @property
     def high(self) -> float | None:
@@ -144,7 +161,7 @@ def find_unstable_learning_rate(
     )
     fixed = clipping.check_point(point, (LEARNING_RATE,))
     studies: dict[str, Study] = {}
-    evidence = _Evidence(np.empty(0), np.empty(0, bool))
+    evidence = Limit(np.empty(0), np.empty(0, bool))
     low, high = 1e-6, 1e6
     if isinstance(space_or_study, Study):
         studies[GIVEN] = space_or_study
@@ -163,7 +180,7 @@ def find_unstable_learning_rate(
     )
     cost, rounds, decades = 0, 0, max(1.0, math.log10(high / low))
     refusal = None
-    while not _done(evidence, ratio):
+    while not evidence.within(ratio):
         if not len(evidence.rates):
             rates = np.geomspace(low, high, num_trials) if num_trials > 1 else np.array([low])
         elif evidence.high is None:
@@ -184,7 +201,7 @@ def find_unstable_learning_rate(
         table = clipping.points_table(fixed, {LEARNING_RATE: rates})
         study = runner.run(table, directory=clipping.subdirectory(directory, name))
         studies[name] = study
-        evidence = evidence.add(study.points[LEARNING_RATE], instability_info(study).unstable)
+        evidence = evidence.of(study)
         rounds += 1
         cost += len(rates) * num_seeds * num_steps
     findings = [refusal] if refusal else [_found(evidence, ratio, rounds, num_steps)]
@@ -299,11 +316,25 @@ def probe_early_instability(
     study = runner.run(table, directory=clipping.subdirectory(directory, "probe"))
     studies["probe"] = study
     cost += 2 * num_seeds * num_steps
+    answer, findings = judge_probe(study, factor)
+    return Verdict(answer, tuple(by_severity(findings)), studies, cost)
+
+
+def judge_probe(study: Study, factor: float) -> tuple[bool, list[Finding]]:
+    """Whether the loss rises early at the higher of two learning rates; trains nothing.
+
+    Args:
+      study: a trial at lr* and one at `factor` times that.
+      factor: see there.
+
+    Returns:
+      The answer and the findings.
+    """
     control, probed = instability_info(study).rows
     findings = [_probed(study, control, probed, factor)]
     if control.unstable:
         findings.append(_unstable_at_best(study, control))
-    return Verdict(bool(probed.unstable), tuple(by_severity(findings)), studies, cost)
+    return bool(probed.unstable), findings
 
 
 def inherited_point(study: Study) -> dict[str, Any]:
@@ -347,11 +378,6 @@ def _range_of(space: SearchSpace) -> tuple[float, float]:
     return low, high
 
 
-def _done(evidence: _Evidence, ratio: float) -> bool:
-    low, high = evidence.low, evidence.high
-    return low is not None and high is not None and high / low <= ratio
-
-
 def _between(low: float, high: float, ratio: float, num_trials: int) -> np.ndarray:
     """Rates that divide a bracket into equal ratios: as many as are needed, or as there may be."""
     # A little finer than asked for, because rates are rounded to float32.
@@ -368,7 +394,7 @@ def _beyond(end: float, decades: float, num_trials: int) -> np.ndarray:
     return np.sort(end * 10.0 ** np.linspace(0.0, reach, num_trials + 1)[1:])
 
 
-def _found(evidence: _Evidence, ratio: float, rounds: int, num_steps: int) -> Finding:
+def _found(evidence: Limit, ratio: float, rounds: int, num_steps: int) -> Finding:
     low, high = evidence.low, evidence.high
     assert low is not None  # The search ended.
     assert high is not None
@@ -395,7 +421,7 @@ def _found(evidence: _Evidence, ratio: float, rounds: int, num_steps: int) -> Fi
     )
 
 
-def _at_the_limit(evidence: _Evidence, num_steps: int) -> Finding:
+def _at_the_limit(evidence: Limit, num_steps: int) -> Finding:
     """The refusal where no rate that float32 can hold is unstable, or none is stable."""
     low, high = float(evidence.rates[0]), float(evidence.rates[-1])
     numbers = {"low": low, "high": high, "num_trials": len(evidence.rates), "num_steps": num_steps}
@@ -426,7 +452,7 @@ def _at_the_limit(evidence: _Evidence, num_steps: int) -> Finding:
     )
 
 
-def _gave_up(evidence: _Evidence, ratio: float, max_rounds: int) -> Finding:
+def _gave_up(evidence: Limit, ratio: float, max_rounds: int) -> Finding:
     low, high = evidence.low, evidence.high
     if low is None:
         advice = "Lower the range: give a space that ends below the smallest rate tried."
@@ -456,7 +482,7 @@ def _gave_up(evidence: _Evidence, ratio: float, max_rounds: int) -> Finding:
     )
 
 
-def _not_monotone(evidence: _Evidence) -> Finding:
+def _not_monotone(evidence: Limit) -> Finding:
     above = evidence.stable_above
     return Finding(
         code="stability_not_monotone",
@@ -471,8 +497,9 @@ def _not_monotone(evidence: _Evidence) -> Finding:
             "largest_stable": above[-1],
         },
         section=SECTION,
-        suggestion="The smallest unstable rate is the cautious limit. Repeat with num_seeds to see "
-        "whether chance decides, or with more steps.",
+        suggestion="The smallest unstable rate is the cautious limit. Repeat "
+        "find_unstable_learning_rate with num_seeds= to see whether chance decides, or with more "
+        "steps.",
     )
 
 

@@ -1,6 +1,7 @@
 """A schedule driven by the validation error: automated, recorded, and replayed as a plain one."""
 
 import itertools
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from playbook_optax.analysis.outcomes import metric_names, outcomes
 from playbook_optax.learning_rate import reduce_on_plateau
 from playbook_optax.procedures.clipping import LEARNING_RATE, check_point, subdirectory
 from playbook_optax.procedures.given import at_constant_rates, constant
+from playbook_optax.procedures.scale import scatter
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import run_study
@@ -28,6 +30,10 @@ from playbook_optax.trials.workload import resolve
 
 SECTION = "Why do some papers have complicated learning rate schedules?"
 NUM_EVALUATIONS = 50
+CERTAIN = 2.0
+"""Deviations beyond which a gain is no luck."""
+SCATTER = 20
+"""Evaluations before the first reduction that tell how far they scatter."""
 
 
 class PlateauAnswer(NamedTuple):
@@ -190,7 +196,7 @@ def plateau_schedule(
         findings.append(_infeasible(driven, given))
         return Verdict(None, tuple(by_severity(findings)), studies, cost)
     answer = PlateauAnswer(
-        values, boundaries, rest, num_steps, float(out.value[0]), int(out.best_step[0])
+        values, boundaries, rest, num_steps, float(out.value[0]), int(out.checkpoint_step[0])
     )
     if replay:
         table = {name: values[:1] for name, values in driven.points.items()}
@@ -204,12 +210,52 @@ def plateau_schedule(
         )
         cost += num_steps
         findings.append(_replayed(driven, studies["replay"]))
-    findings.append(_decided(answer, driven, eval_every))
-    if not boundaries:
-        findings.append(_no_plateau(answer, patience, eval_every))
-    elif answer.best_step <= boundaries[0]:
-        findings.append(_gained_nothing(answer, driven))
+    findings += judge_decisions(answer, driven, patience, eval_every)
     return Verdict(answer, tuple(by_severity(findings)), studies, cost)
+
+
+def judge_decisions(
+    answer: PlateauAnswer, driven: Study, patience: int, eval_every: int
+) -> list[Finding]:
+    """What the reductions were and whether they gained anything; trains nothing.
+
+    Args:
+      answer: the schedule of the run.
+      driven: the run.
+      patience: evaluations without improvement before a reduction.
+      eval_every: updates between evaluations.
+
+    Returns:
+      The findings.
+    """
+    findings = [_decided(answer, driven, eval_every)]
+    if not answer.boundaries:
+        findings.append(_no_plateau(answer, patience, eval_every))
+        return findings
+    gain, noise = _gain(answer, driven, patience)
+    if gain <= noise:
+        findings.append(_gained_nothing(answer, driven, gain, noise))
+    return findings
+
+
+def _gain(answer: PlateauAnswer, driven: Study, patience: int) -> tuple[float, float]:
+    """What the objective gained after the first reduction, and how much of that may be luck.
+
+    The last evaluations before the reduction, whose lack of improvement was its reason, tell the
+    level that a constant rate has, and how far evaluations scatter around it; the middle of those
+    after it tells what came of the reductions.
+    """
+    out = outcomes(driven)
+    loss, step = (-out.curve[0] if out.maximize else out.curve[0]), out.step
+    seen = np.isfinite(loss)
+    earlier = loss[seen & (step > 0) & (step <= answer.boundaries[0])]
+    before, after = earlier[-patience:], loss[seen & (step > answer.boundaries[0])]
+    if not len(before) or not len(after):
+        return 0.0, 0.0
+    parts = ((before, scatter(earlier[-SCATTER:])), (after, scatter(after)))
+    # Of a median the variance is pi / 2 that of a mean.
+    deviation = math.sqrt(math.pi / 2 * sum(off**2 / len(part) for part, off in parts))
+    return float(np.median(before) - np.median(after)), CERTAIN * deviation
 
 
 def _searched(
@@ -367,16 +413,21 @@ def _no_plateau(answer: PlateauAnswer, patience: int, eval_every: int) -> Findin
     )
 
 
-def _gained_nothing(answer: PlateauAnswer, driven: Study) -> Finding:
+def _gained_nothing(answer: PlateauAnswer, driven: Study, gain: float, noise: float) -> Finding:
     return Finding(
         code="reductions_gained_nothing",
         severity="warning",
         message=(
-            f"{driven.objective} was best at step {answer.best_step}, and the first reduction came "
-            f"at step {answer.boundaries[0]}: a constant learning rate has the same best "
-            "checkpoint."
+            f"After the first reduction, at step {answer.boundaries[0]}, {driven.objective} is no "
+            "better, beyond noise, than in the evaluations before it: a constant learning rate "
+            "does as well."
         ),
-        evidence={"best_step": answer.best_step, "boundaries": answer.boundaries},
+        evidence={
+            "best_step": answer.best_step,
+            "boundaries": answer.boundaries,
+            "gain": gain,
+            "noise": noise,
+        },
         section=SECTION,
         suggestion="Reduce sooner (a smaller patience), or use a linear or cosine decay.",
     )

@@ -14,9 +14,11 @@ from playbook_optax.analysis.feasibility import feasibility_findings, feasibilit
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.norms import NO_CLIPPING, norm_histogram
-from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.analysis.outcomes import Outcomes, outcomes
+from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM
+from playbook_optax.procedures.scale import Scale, scale_of, wobble
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import StudyRunner
@@ -38,8 +40,6 @@ _RESERVED = (MAX_NORM, WARMUP_STEPS, CLIP_STEPS, PERCENTILE)
 _DTYPES = {WARMUP_STEPS: np.int32, CLIP_STEPS: np.int32}
 _NAMES = {**controls.NAMES, PERCENTILE: controls.PERCENTILE}
 _ALWAYS = _checks.MAX_STEPS
-_MIN_GAIN, _MIN_GAIN_OF_ONE_SEED = 1e-3, 1e-2
-"""Smallest improvement that counts, as a share of what the baseline gained since step 0."""
 _MIN_NORMS = 100
 """Norms that the adaptive clipper sees before it clips, in a run that is long enough."""
 _ADAM_FACTOR = 0.1
@@ -69,6 +69,9 @@ class RemedyRow(NamedTuple):
       unstable: whether each was unstable.
       study: name of its study in the verdict.
       best_trial: index of the best trial there, -1 if none.
+      seed_values: the objective of each seed of that trial at its own best evaluation.
+      wobble: deviation of that trial's evaluations from their trend, around the best one; NaN
+        where there are too few.
     """
 
     remedy: str
@@ -86,6 +89,8 @@ class RemedyRow(NamedTuple):
     unstable: tuple[bool, ...]
     study: str = ""
     best_trial: int = -1
+    seed_values: tuple[float, ...] = ()
+    wobble: float = math.nan
 
 
 class RemedyComparison(NamedTuple):
@@ -169,10 +174,13 @@ def compare_remedies(
 
     The recommendation goes through them in this order, the playbook's. It starts from the baseline
     at its best learning rate, and passes on to a later remedy only if that is better than the one
-    held by more than the noise: by `margin` of the value held; and, with several seeds, by two
-    standard errors of the difference and a thousandth of what the baseline gained since step 0;
-    with one seed, which tells nothing of the noise, by a hundredth of that gain. Where no trial of
-    the baseline is unstable, no remedy is tried.
+    held by more than the noise: by `margin` of the value held, by more than one example of the
+    validation set, and by more than chance would give any remedy that does nothing once in forty
+    comparisons, judged by the spread over seeds. One seed tells nothing of that: then two
+    deviations of the remedy's evaluations around its best one count. Values that span a decade are
+    compared by their quotients, and with one seed must become 1.5 times smaller; others by their
+    differences; of an accuracy, what it lacks to 1. Where no trial of the baseline is unstable, no
+    remedy is tried.
 
     Args:
       trainer: as in `run_study`.
@@ -184,7 +192,7 @@ def compare_remedies(
       num_trials: learning rates of each remedy.
       num_seeds: repetitions of each trial; it is unstable if one of them is.
       eval_every: updates between evaluations; a twentieth of `num_steps` if None. With fewer than
-        six evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
+        eight evaluations a rise of the loss is not seen, and only infeasible trials are unstable.
       warmup_steps: length of the warm-up; a tenth of `num_steps` if None.
       max_norm: the fixed clip threshold; if None, the `percentile` of the unclipped norms of the
         baseline's best trial (of the smallest learning rate, if all were infeasible).
@@ -283,9 +291,8 @@ def compare_remedies(
     nothing = {MAX_NORM: NO_CLIPPING, CLIP_STEPS: _ALWAYS, WARMUP_STEPS: 0}
     program = runner(trainer, nothing)
     study = run(program, BASELINE, table(rates, nothing))
-    baseline = _row(BASELINE, studies, BASELINE, slice(None), 0)
-    judge = _Judge(baseline, _gain(study, baseline), margin, num_seeds, study.maximize)
-    baseline = judge.with_useful_rate(baseline)
+    (baseline,) = remedy_rows(study, BASELINE, {BASELINE: 0}).values()
+    _, (baseline,) = judge_remedies(study, [baseline], margin)
     comparison = RemedyComparison(
         recommended=None,
         rows=(baseline,),
@@ -313,32 +320,28 @@ def compare_remedies(
     else:
         findings.append(_no_threshold())
     run(program, _FIXED, table(rates, *settings.values()))
-    rows = {}
-    for i, (name, setting) in enumerate(settings.items()):
-        trials = slice(i * len(rates), (i + 1) * len(rates))
-        rows[name] = _row(name, studies, _FIXED, trials, int(setting[WARMUP_STEPS]))
+    rows: dict[str, RemedyRow] = {}
+    lengths = {name: int(setting[WARMUP_STEPS]) for name, setting in settings.items()}
+    rows |= remedy_rows(studies[_FIXED], _FIXED, lengths)
     adaptive = [{PERCENTILE: percentile, WARMUP_STEPS: steps} for steps in (0, warmup_steps)]
     by_percentile = controls.variant(trainer, adaptive_from=min(_MIN_NORMS, warmup_steps))
     run(runner(by_percentile, adaptive[0]), ADAPTIVE, table(rates, *adaptive))
-    for name, trials, steps in (
-        (ADAPTIVE, slice(0, len(rates)), 0),
-        (BOTH_ADAPTIVE, slice(len(rates), None), warmup_steps),
-    ):
-        rows[name] = _row(name, studies, ADAPTIVE, trials, steps)
+    lengths = {ADAPTIVE: 0, BOTH_ADAPTIVE: warmup_steps}
+    rows |= remedy_rows(studies[ADAPTIVE], ADAPTIVE, lengths)
     order = [name for name in _ORDER if name in rows]
     for name, (make, own_rates) in others.items():
         other = controls.variant(trainer, make_optimizer=make)
         run(runner(other, nothing), name, table(own_rates, nothing))
-        rows[name] = _row(name, studies, name, slice(None), 0)
+        rows |= remedy_rows(studies[name], name, {name: 0})
         order.append(name)
     for short, work in (workloads or {}).items():
         name = f"workload/{short}"
         other = controls.variant(trainer, workload=work)
         run(runner(other, nothing), name, table(rates, nothing))
-        rows[name] = _row(name, studies, name, slice(None), 0)
+        rows |= remedy_rows(studies[name], name, {name: 0})
         order.append(name)
-    tried = [judge.with_useful_rate(rows[name]) for name in order]
-    recommended = judge.recommend(tried)
+    every = [baseline, *(rows[name] for name in order)]
+    recommended, (baseline, *tried) = judge_remedies(study, every, margin)
     lower = _lower(baseline)
     comparison = comparison._replace(
         recommended=None if recommended is None else recommended.remedy,
@@ -433,38 +436,69 @@ def _threshold(study: Study, percentile: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
+def remedy_rows(study: Study, name: str, extra_steps: Mapping[str, int]) -> dict[str, RemedyRow]:
+    """The rows of the remedies that one study swept; trains nothing.
+
+    Args:
+      study: as many trials of each remedy, one remedy after the other, each in the order of its
+        learning rates.
+      name: that of the study.
+      extra_steps: by how much a run must grow for each remedy, by its name.
+
+    Returns:
+      The rows, by remedy.
+    """
+    seen = (outcomes(study), instability_info(study).unstable, clipping.clipped_fractions(study))
+    parts = np.split(np.arange(study.num_trials), len(extra_steps))
+    return {
+        remedy: _row(remedy, study, name, part, steps, *seen)
+        for (remedy, steps), part in zip(extra_steps.items(), parts, strict=True)
+    }
+
+
 def _row(
-    remedy: str, studies: Mapping[str, Study], name: str, trials: slice, extra_steps: int
+    remedy: str,
+    study: Study,
+    name: str,
+    trials: np.ndarray,
+    extra_steps: int,
+    out: Outcomes,
+    unstable: np.ndarray,
+    fractions: np.ndarray,
 ) -> RemedyRow:
-    """The row of the trials of one remedy, which are in the order of their learning rates."""
-    study = studies[name]
-    out = outcomes(study)
+    """The row of some trials, which are in the order of their learning rates."""
     rates = study.points[LEARNING_RATE].astype(np.float64)[trials]
-    unstable = instability_info(study).unstable[trials]
-    fractions = clipping.clipped_fractions(study)[trials]
-    loss = np.where(out.usable, out.loss, np.inf)[trials]
-    best = int(np.argmin(loss))
-    found = bool(np.isfinite(loss[best]))
-    first = trials.start or 0
-    num_stable = int(np.argmax(unstable)) if unstable.any() else len(rates)
-    return RemedyRow(
+    stays = ~unstable[trials]
+    num_stable = len(rates) if stays.all() else int(np.argmin(stays))
+    row = RemedyRow(
         remedy=remedy,
         largest_stable_learning_rate=float(rates[num_stable - 1]) if num_stable else math.nan,
         stable_to_end=num_stable == len(rates),
         largest_useful_learning_rate=math.nan,
-        best_value=float(out.value[first + best]) if found else math.nan,
-        best_step=int(out.best_step[first + best]) if found else -1,
-        best_learning_rate=float(rates[best]) if found else math.nan,
-        clipped_fraction=float(fractions[best]) if found else math.nan,
+        best_value=math.nan,
+        best_step=-1,
+        best_learning_rate=math.nan,
+        clipped_fraction=math.nan,
         extra_steps=extra_steps,
-        spread=_spread(study, first + best, int(out.best_step[first + best]))
-        if found
-        else math.nan,
+        spread=math.nan,
         learning_rates=tuple(rates.tolist()),
         values=tuple(out.value[trials].tolist()),
-        unstable=tuple(unstable.tolist()),
+        unstable=tuple(unstable[trials].tolist()),
         study=name,
-        best_trial=first + best if found else -1,
+    )
+    loss = np.where(out.usable, out.loss, np.inf)[trials]
+    best = int(trials[np.argmin(loss)])
+    if not out.usable[best]:
+        return row
+    return row._replace(
+        best_value=float(out.value[best]),
+        best_step=int(out.checkpoint_step[best]),
+        best_learning_rate=float(study.points[LEARNING_RATE][best]),
+        clipped_fraction=float(fractions[best]),
+        spread=_spread(study, best, int(out.checkpoint_step[best])),
+        best_trial=best,
+        seed_values=tuple(best_by_seed(study, best).tolist()),
+        wobble=wobble(out, best),
     )
 
 
@@ -478,60 +512,55 @@ def _spread(study: Study, trial: int, step: int) -> float:
     return float(seeds.astype(np.float64).std(ddof=1))
 
 
-def _gain(study: Study, baseline: RemedyRow) -> float:
-    """What the baseline gained between step 0 and its best; 0 if that is not known."""
-    starts = outcomes(study).curve[:, 0]
-    gain = abs(float(starts[0]) - baseline.best_value) if len(starts) else 0.0
-    return gain if math.isfinite(gain) else 0.0
-
-
 class _Judge(NamedTuple):
-    """The rule by which one remedy is better than another."""
+    """The rule by which one remedy is recommended.
 
-    baseline: RemedyRow
-    gain: float
-    margin: float
-    num_seeds: int
-    maximize: bool
+    Attributes:
+      rows: the baseline, then the remedies in the playbook's order.
+      scale: on which they are compared.
+    """
 
-    def noise(self, one: RemedyRow, other: RemedyRow) -> float:
-        """By how much `one` must be better than `other`."""
-        least = self.margin * abs(other.best_value)
-        if self.num_seeds == 1:
-            return max(least, _MIN_GAIN_OF_ONE_SEED * self.gain)
-        deviation = math.hypot(one.spread, other.spread) / math.sqrt(self.num_seeds)
-        return max(least, _MIN_GAIN * self.gain, 2 * deviation)
+    rows: tuple[RemedyRow, ...]
+    scale: Scale
 
-    def better(self, one: RemedyRow, other: RemedyRow) -> bool:
-        """Whether `one` is better than `other` by more than the noise."""
-        if math.isnan(one.best_value) or math.isnan(other.best_value):
-            return not math.isnan(one.best_value)
-        gained = other.best_value - one.best_value
-        return (-gained if self.maximize else gained) > self.noise(one, other)
-
-    def recommend(self, rows: Sequence[RemedyRow]) -> RemedyRow | None:
-        """The remedy held at the end of the list, or None if none beats the baseline."""
-        held = self.baseline
-        for row in rows:
-            if self.better(row, held):
+    def recommended(self) -> RemedyRow | None:
+        """The remedy held at the end of the rows, or None if none beats the baseline."""
+        baseline, *tried = self.rows
+        held = baseline
+        for row in tried:
+            if self.scale.better(row, held):
                 held = row
-        return None if held is self.baseline else held
+        return None if held is baseline else held
 
     def with_useful_rate(self, row: RemedyRow) -> RemedyRow:
         """The row with its largest stable rate that does as well as the baseline at its best."""
-        goal = self.baseline.best_value
-        noise = self.noise(self.baseline, self.baseline)
-        sign = -1.0 if self.maximize else 1.0
-        useful = [
-            rate
-            for rate, value, unstable in zip(
-                row.learning_rates, row.values, row.unstable, strict=True
-            )
-            if not unstable
-            and math.isfinite(value)
-            and (math.isnan(goal) or sign * (value - goal) <= noise)
-        ]
-        return row._replace(largest_useful_learning_rate=max(useful, default=math.nan))
+        goal = self.rows[0]
+        values, stays = np.asarray(row.values), ~np.asarray(row.unstable)
+        useful = stays & np.isfinite(values)
+        if not math.isnan(goal.best_value):
+            with np.errstate(invalid="ignore"):
+                behind = self.scale.scaled(values) - self.scale.scaled(goal.best_value)
+                useful &= behind <= self.scale.noise(goal, goal)
+        rates = np.asarray(row.learning_rates)[useful]
+        return row._replace(largest_useful_learning_rate=float(rates.max(initial=0.0)) or math.nan)
+
+
+def judge_remedies(
+    study: Study, rows: Sequence[RemedyRow], margin: float
+) -> tuple[RemedyRow | None, tuple[RemedyRow, ...]]:
+    """Which remedy is recommended; trains nothing.
+
+    Args:
+      study: the baseline's, whose objective all are compared by.
+      rows: the baseline, then the remedies in the playbook's order.
+      margin: smallest improvement that counts, as a share of the value improved on.
+
+    Returns:
+      The recommended row or None, and all rows with their largest useful learning rates.
+    """
+    judge = _Judge(tuple(rows), scale_of(rows, study, margin))
+    judge = judge._replace(rows=tuple(judge.with_useful_rate(row) for row in judge.rows))
+    return judge.recommended(), judge.rows
 
 
 def _lower(baseline: RemedyRow) -> list[RemedyRow]:
@@ -551,6 +580,8 @@ def _lower(baseline: RemedyRow) -> list[RemedyRow]:
             values=(value,),
             unstable=(False,),
             best_trial=trial,
+            seed_values=(),
+            wobble=math.nan,
         )
     ]
 
@@ -597,7 +628,7 @@ def _no_threshold() -> Finding:
         "to clip at, and fixed clipping was not tried.",
         evidence={},
         section=SECTION,
-        suggestion="Give max_norm=.",
+        suggestion="Give compare_remedies a max_norm=.",
     )
 
 
@@ -672,7 +703,9 @@ def _no_remedy_helps(
     else:
         advice = f"Lower the learning rate below {baseline.learning_rates[0]:.4g}."
     if wider and num_seeds == 1:
-        advice += " Repeat with num_seeds= to tell smaller differences from chance."
+        advice += (
+            " Repeat compare_remedies with num_seeds= to tell smaller differences from chance."
+        )
     return Finding(
         code="no_remedy_helps",
         severity="info",

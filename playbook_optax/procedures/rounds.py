@@ -21,6 +21,7 @@ from playbook_optax.analysis.schedule_shape import (
     longer_schedule_findings,
     schedule_info,
 )
+from playbook_optax.procedures import controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
 from playbook_optax.procedures.given import given_or_trained, trains_if_needed
 from playbook_optax.procedures.verdict import Verdict
@@ -52,7 +53,10 @@ KINDS: Mapping[str, tuple[str, str]] = {
         "might",
         "Searched near the good trials; less sure where the training set is not fitted perfectly.",
     ),
-    "unknown": ("might", "Searched near the good trials; say what it is with kinds=."),
+    "unknown": (
+        "might",
+        "Searched near the good trials; say what it is with kinds= of plan_next_round.",
+    ),
     "schedule": (
         "unlikely",
         "Searched over its whole range again; the schedule itself follows the rule of its family.",
@@ -389,6 +393,8 @@ def plan_next_round(
         {**trainer.fixed, **study.point(out.best)},
         present,
         wanted,
+        # A controlled trainer carries the schedule itself, and whoever made it extends it.
+        controls.controls_of(trainer) is not None,
     )
     if any(finding.code == "schedule_has_no_rule" for finding in schedule_findings):
         return refuse(*schedule_findings)
@@ -505,10 +511,11 @@ def _carried(
     best: Mapping[str, Any],
     present: int,
     wanted: int,
+    extended_elsewhere: bool,
 ) -> tuple[MakeSchedule | None, list[Finding]]:
     """The schedule of the longer run and what is to be said about it."""
     if make_schedule is None and longer_schedule is None:
-        return None, [_no_schedule()]
+        return None, [] if extended_elsewhere else [_no_schedule()]
 
     def old(point: Any) -> Any:
         assert make_schedule is not None

@@ -12,9 +12,11 @@ from playbook_optax import _checks, _feasibility
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
 from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE
 from playbook_optax.procedures.instability import find_unstable_learning_rate, inherited_point
+from playbook_optax.procedures.scale import scale_of, wobble
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
 from playbook_optax.runner.run import StudyRunner
@@ -36,6 +38,8 @@ LOWER_FACTORS = (2.0, 5.0)
 """Tried beside the factors that are asked for, to tell how far a warm-up helps if not so far."""
 SHORTEST_CURVE = 10
 """Evaluations of the shortest trial of the sweep: rises are looked for in eight or more."""
+MARGIN = 0.05
+"""Smallest improvement that counts, as a share of what is improved on."""
 BASELINE_RANGE = 100.0
 """The baseline's learning rates reach from the unstable one down to this fraction of it."""
 
@@ -108,7 +112,8 @@ def tune_warmup(
     3. For each factor the shortest stable warm-up is prepended to the schedule, which is shifted
        whole, so that the run becomes ``num_steps + warmup_steps`` long.
     4. The best checkpoint is compared with that of the same schedule without warm-up, in
-       `num_steps` at its own best stable learning rate.
+       `num_steps` at its own best learning rate. It is better where the gain is more than 5% of
+       what it improves on and more than the noise, judged as in `compare_remedies`.
 
     Args:
       trainer: as in `run_study`.
@@ -238,9 +243,7 @@ def tune_warmup(
     )
     own = {LEARNING_RATE: bases[0], **fixed}
     name = resolve(controls.users_workload(trainer), own).training_loss
-    rows = [
-        _judge(sweep, i, (1 + POST_WARMUP) * grid[i][0], name, grid[i][1]) for i in range(len(grid))
-    ]
+    rows = judge_sweep(sweep, grid, name)
     findings.append(_swept(rows, unstable_learning_rate, num_steps))
     shortest = {
         factor: min(r.warmup_steps for r in rows if r.factor == factor and not r.unstable)
@@ -259,8 +262,7 @@ def tune_warmup(
             unstable_learning_rate / BASELINE_RANGE, unstable_learning_rate, num_trials
         )
     baseline = run("baseline", [0] * len(rates), rates, num_steps, eval_every, controls.DECAYING)
-    base_rows = _results(baseline)
-    warm_rows = []
+    warmed = []
     for length in sorted(set(chosen.values())):
         peaks = [_base(unstable_learning_rate, f) for f, n in chosen.items() if n == length]
         study = run(
@@ -271,16 +273,41 @@ def tune_warmup(
             eval_every,
             controls.DECAYING,
         )
-        warm_rows += _results(study)
+        warmed.append(study)
+    answer, compared = judge_warmup(baseline, warmed, num_steps, unstable_learning_rate)
+    return Verdict(answer, tuple(by_severity([*findings, *compared])), studies, cost)
+
+
+def judge_warmup(
+    baseline: Study, warmed: Sequence[Study], num_steps: int, unstable_learning_rate: float
+) -> tuple[WarmupAnswer | None, list[Finding]]:
+    """Whether the best run with a warm-up is better than the best without; trains nothing.
+
+    Args:
+      baseline: runs without warm-up, at ``base_learning_rate``.
+      warmed: runs with it, of ``warmup_steps`` each.
+      num_steps: updates of a run without it.
+      unstable_learning_rate: where training without it becomes unstable.
+
+    Returns:
+      The answer, or None where it is not better beyond noise, and the findings.
+    """
+    base_rows = _results(baseline)
+    of_study = [(row, study) for study in warmed for row in _results(study)]
+    warm_rows = [row for row, _ in of_study]
     sign = -1.0 if baseline.maximize else 1.0
     plain = _best(base_rows, sign)
     warm = _best(warm_rows, sign)
-    better = warm is not None and (plain is None or sign * warm.value < sign * plain.value)
-    findings.append(_compared(better, plain, warm, base_rows, warm_rows, baseline, num_steps))
+    better = warm is not None
+    if plain is not None and warm is not None:
+        trained = next(study for row, study in of_study if row is warm)
+        pair = [_noise_of(plain, baseline), _noise_of(warm, trained)]
+        better = scale_of(pair, baseline, MARGIN).better(pair[1], pair[0])
+    findings = [_compared(better, plain, warm, base_rows, warm_rows, baseline, num_steps)]
     if plain is not None and len(base_rows) > 1 and plain == base_rows[0]:
         findings.append(_at_low_end(plain))
     if not better:
-        return Verdict(None, tuple(by_severity(findings)), studies, cost)
+        return None, findings
     assert warm is not None
     if warm.warmup_steps > LARGE_SHARE * num_steps:
         findings.append(_may_grow(warm.warmup_steps, num_steps))
@@ -289,20 +316,23 @@ def tune_warmup(
         base_learning_rate=warm.base_learning_rate,
         num_steps=num_steps + warm.warmup_steps,
         unstable_base_learning_rate=unstable_learning_rate,
-        best_value=warm.value,
-        baseline_value=plain.value if plain else float("nan"),
+        best_value=warm.best_value,
+        baseline_value=plain.best_value if plain else float("nan"),
     )
-    return Verdict(answer, tuple(by_severity(findings)), studies, cost)
+    return answer, findings
 
 
 class _Result(NamedTuple):
-    """A run of the comparison: its point, its best checkpoint and the spread of that over seeds."""
+    """A run of the comparison: its point, its best checkpoint and what its noise shows in."""
 
+    trial: int
     warmup_steps: int
     base_learning_rate: float
-    value: float
+    best_value: float
     step: int
     unstable: bool
+    seed_values: tuple[float, ...] = ()
+    wobble: float = float("nan")
 
 
 def default_warmup_steps(num_steps: int) -> list[int]:
@@ -360,6 +390,23 @@ def _base(unstable_learning_rate: float, factor: float) -> float:
     return float(np.float32(min(unstable_learning_rate * factor, largest)))
 
 
+def judge_sweep(
+    study: Study, grid: Sequence[tuple[int, float]], name: str | None
+) -> list[WarmupRow]:
+    """How stable each trial of the sweep was in its warm-up and after it; trains nothing.
+
+    Args:
+      study: the sweep.
+      grid: length of the warm-up and factor of each trial.
+      name: the workload's training loss, if it has a name of its own.
+
+    Returns:
+      A row for each trial.
+    """
+    stops = [(1 + POST_WARMUP) * length for length, _ in grid]
+    return [_judge(study, i, stops[i], name, factor) for i, (_, factor) in enumerate(grid)]
+
+
 def _judge(study: Study, trial: int, stop: int, name: str | None, factor: float) -> WarmupRow:
     """Judges a trial of the sweep on its own first `stop` steps."""
     row = instability_info(_until(study, trial, stop, name)).rows[0]
@@ -415,21 +462,30 @@ def _results(study: Study) -> list[_Result]:
     out, unstable = outcomes(study), instability_info(study).unstable
     return [
         _Result(
+            trial=i,
             warmup_steps=int(study.points[WARMUP_STEPS][i]),
             base_learning_rate=float(study.points[BASE_LEARNING_RATE][i]),
-            value=float(out.value[i]),
-            step=int(out.best_step[i]),
+            best_value=float(out.value[i]),
+            step=int(out.checkpoint_step[i]),
             unstable=bool(unstable[i]),
         )
         for i in range(study.num_trials)
     ]
 
 
+def _noise_of(row: _Result, study: Study) -> _Result:
+    """The row of a feasible run with what tells its noise."""
+    values = best_by_seed(study, row.trial)
+    return row._replace(
+        seed_values=tuple(values.tolist()), wobble=wobble(outcomes(study), row.trial)
+    )
+
+
 def _best(rows: Iterable[_Result], sign: float) -> _Result | None:
     """The run with the best checkpoint; ties go to the first."""
     return min(
-        (row for row in rows if np.isfinite(row.value)),
-        key=lambda row: sign * row.value,
+        (row for row in rows if np.isfinite(row.best_value)),
+        key=lambda row: sign * row.best_value,
         default=None,
     )
 
@@ -470,7 +526,7 @@ def _none_stable(
             f"; at {factor:g} times a warm-up of {shortest[factor]} steps does, so that it helps, "
             "but less than the playbook asks for."
         )
-        advice = f"Tune it there: factors=({factor:g},). Clipping may allow more."
+        advice = f"Tune it there: tune_warmup with factors=({factor:g},). Clipping may allow more."
     else:
         lower = " or ".join(f"{f:g}" for f in sorted({row.factor for row in rows} - {*factors}))
         message += f", nor at {lower} times: no warm-up helps." if lower else ": none helps."
@@ -502,11 +558,15 @@ def _compared(
     def told(row: _Result | None) -> str:
         if row is None:
             return "none, because every run was infeasible"
-        return f"{row.value:.4g} (base learning rate {row.base_learning_rate:.4g})"
+        return f"{row.best_value:.4g} (base learning rate {row.base_learning_rate:.4g})"
 
     length = warm.warmup_steps if warm else max(row.warmup_steps for row in warm_rows)
-    verdict = "better" if better else "no better"
-    chance = "" if baseline.num_seeds > 1 else " This is one seed: repeat it with num_seeds."
+    verdict = "better" if better else "no better, beyond noise,"
+    chance = (
+        ""
+        if baseline.num_seeds > 1
+        else " This is one seed: repeat tune_warmup with num_seeds= to be sure."
+    )
     return Finding(
         code="warmup_helps" if better else "warmup_no_better",
         severity="info" if better else "warning",
@@ -541,9 +601,10 @@ def _at_low_end(plain: _Result) -> Finding:
             f"{plain.base_learning_rate:.4g}: a smaller one may be better still, so the baseline "
             "may be unfairly weak."
         ),
-        evidence={"base_learning_rate": plain.base_learning_rate, "best_value": plain.value},
+        evidence={"base_learning_rate": plain.base_learning_rate, "best_value": plain.best_value},
         section=SECTION,
-        suggestion="Give a finished learning-rate sweep as the study: its best rate is taken.",
+        suggestion="Give tune_warmup a finished learning-rate sweep as the study: its best rate is "
+        "taken.",
     )
 
 

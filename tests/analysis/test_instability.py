@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.instability import (
     MIN_POINTS,
+    STRETCH,
+    _peaks_between,
+    _without_lone_batches,
     find_rises,
     instability_curves,
     instability_findings,
@@ -196,6 +199,90 @@ def test_too_few_points_and_no_points():
     assert find_rises(np.zeros(0, int), np.zeros(0)) == ()
     with pytest.raises(ValueError, match="one shape"):
         find_rises(np.arange(3), np.zeros(4))
+
+
+def recorded(losses, every):
+    """Means and smoothed peaks of batch losses (step,) since the previous evaluation."""
+    smooth = np.empty_like(losses)
+    smooth[0] = losses[0]
+    for i in range(1, len(losses)):
+        smooth[i] = 0.9 * smooth[i - 1] + 0.1 * losses[i]
+    parts = (losses.reshape(-1, every).mean(1), smooth.reshape(-1, every).max(1))
+    return np.append(np.nan, parts[0]), np.append(losses[0], parts[1])
+
+
+@pytest.mark.parametrize("num_high", [1, 4, STRETCH - 1, STRETCH + 1, 15, 30])
+def test_between_evaluations_a_peak_counts_if_it_lasts(num_high):
+    every, level = 50, 0.5
+    losses = np.full(1000, level)
+    losses[510 : 510 + num_high] += 40.0
+    mean, peak = recorded(losses, every)
+    step, loss = np.arange(0, 1001, every), np.full(21, level)
+    highest = _peaks_between(step, loss, mean, peak)
+    # The smoothed loss reaches 1 - 0.9**n of a rise of n steps; what is left of it after the next
+    # interval is as much as peaks may be above the loss.
+    assert peak[11] == pytest.approx(level + 40.0 * (1 - 0.9**num_high))
+    wanted = level * peak[11] / peak[13] if num_high >= STRETCH else level
+    assert highest[11] == pytest.approx(wanted, rel=1e-6)
+    np.testing.assert_array_equal(np.delete(highest, 11), np.delete(loss, 11))
+
+
+def test_peaks_between_evaluations_are_in_the_units_of_the_evaluated_loss():
+    """A batch in each interval is a hundred times as large, and the batches' loss has an offset."""
+    losses = np.full(1000, 0.5)
+    losses[7::50] = 50.0
+    losses[510:530] += 400.0
+    mean, peak = recorded(losses, 50)
+    step, loss = np.arange(0, 1001, 50), np.full(21, 0.1)
+    highest = _peaks_between(step, loss, mean, peak)
+    # Lone batches make peaks of 0.5 + 0.1 * 49.5, or a little less.
+    assert highest[11] == pytest.approx(0.1 * peak[11] / peak[13:].max(), rel=0.01)
+    assert (np.delete(highest, 11) == 0.1).all()
+    shifted = _peaks_between(step, loss - 1.0, mean - 1.0, peak - 1.0)
+    assert shifted[11] > 50
+    assert (np.delete(shifted, 11) == -0.9).all()
+
+
+def test_a_run_that_ended_between_two_evaluations_keeps_its_peak():
+    step, loss = np.array([0, 10, 20]), np.array([1.0, 0.5, np.nan])
+    peak = np.array([1.0, 0.6, np.inf])
+    highest = _peaks_between(step, loss, np.array([np.nan, 0.5, np.inf]), peak)
+    np.testing.assert_array_equal(highest, [1.0, 0.5, np.inf])
+
+
+def test_what_one_huge_batch_did_is_left_out_of_the_batches_losses():
+    losses = 0.5 + 0.01 * np.sin(np.arange(1000.0))
+    lone, lasting = losses.copy(), losses.copy()
+    lone[620] += 500.0
+    lasting[620:640] += 500.0
+    step = np.arange(0, 1001, 50)
+    for curve, kept in ((losses, True), (lone, False), (lasting, True)):
+        mean, peak = recorded(curve, 50)
+        means, peaks = _without_lone_batches(step, mean, peak)
+        assert (means[13] == mean[13]) == kept
+        assert kept or 0.49 < means[13] <= peaks[13] < 0.51
+        # What is left of its smoothing in the next interval goes as well.
+        assert kept or peaks[14] < 0.51
+        np.testing.assert_allclose(np.delete(means, 13), np.delete(mean, 13), rtol=0.01)
+
+
+def test_an_evaluated_loss_above_twice_the_first_is_a_rise_however_often_it_swings():
+    step = np.arange(0, 1001, 50)
+    loss = np.where(np.arange(21) % 2 == 1, 40.0, 0.2)
+    loss[0] = 1.0
+    assert find_rises(step, loss, initial=1.0) == ()
+    rises = find_rises(step, loss, initial=1.0, evaluated=True)
+    assert len(rises) >= 5
+    assert (rises[0].start_step, rises[0].top_step, rises[0].recovered_step) == (0, 50, 100)
+    # Below that, swings of its own are its noise.
+    assert find_rises(step, np.where(loss > 1, 0.9, loss), initial=1.0, evaluated=True) == ()
+
+
+def test_training_that_starts_at_the_optimum_may_settle_above_it():
+    step = np.arange(0, 1001, 50)
+    loss = 1 + 0.08 * (1 - np.exp(-step / 100))
+    assert find_rises(step, loss, initial=1.0, evaluated=True) == ()
+    assert find_rises(step, 1 + 2 * (loss - 1), initial=1.0, evaluated=True) != ()
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,7 +9,7 @@ import tiny_workloads
 
 import playbook_optax as pbx
 from playbook_optax.procedures import change_batch_size
-from playbook_optax.procedures.batch_size import PROBE_NORMS, PROBE_STEPS, _gradient_power
+from playbook_optax.procedures.batch_size import PROBE_NORMS, _gradient_power
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 
 KEY = jax.random.key(0)
@@ -127,7 +127,7 @@ def test_how_an_optimizer_scales_is_measured(name, make_optimizer, power):
 def test_an_optimizer_in_between_and_a_scheduled_one():
     work, point = tiny_workloads.quadratic(), {"learning_rate": np.float32(0.1)}
     # With eps as large as the root of the second moment the update grows by 2 / (3 / 2).
-    eps = PROBE_NORMS[0] / np.sqrt(2) * np.sqrt(1 - 0.999**PROBE_STEPS)
+    eps = PROBE_NORMS[0] / np.sqrt(2) * np.sqrt(1 - 0.999**100)
     trainer = pbx.Trainer(work, lambda p: pbx.adam(0.1, eps=p["eps"]), fixed={"eps": eps})
     between = _gradient_power(trainer, point, 100, KEY)
     assert between == pytest.approx(0.5 + 0.5 * np.log2(4 / 3), abs=0.006)
@@ -138,6 +138,29 @@ def test_an_optimizer_in_between_and_a_scheduled_one():
     )
     scheduled = _gradient_power(trainer, point, 100, KEY)
     assert scheduled == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("decay", "num_steps", "power"),
+    # The mean square begins at 1: its part of decay**num_steps is small against the gradient's
+    # square, 8e-4, after 200 updates at 0.9, and not after 200 at 0.999.
+    [(0.9, 200, 0.5), (0.9, 3, 1.0), (0.999, 200, 1.0), (0.999, 20_000, 0.5)],
+)
+def test_an_average_that_begins_at_one_is_probed_until_it_has_forgotten(decay, num_steps, power):
+    trainer = pbx.Trainer(
+        tiny_workloads.quadratic(), lambda p: pbx.rmsprop(p["learning_rate"], decay=decay)
+    )
+    got = _gradient_power(trainer, {"learning_rate": np.float32(0.1)}, num_steps, KEY)
+    assert got == pytest.approx(power, abs=0.02)
+
+
+def test_updates_that_are_skipped_at_the_end_do_not_decide():
+    trainer = pbx.Trainer(
+        tiny_workloads.quadratic(),
+        lambda p: optax.MultiSteps(pbx.adam(p["learning_rate"]), 7),
+        lambda p, n: pbx.schedules.linear_decay(p["learning_rate"], n // 2),
+    )
+    assert _gradient_power(trainer, {"learning_rate": np.float32(0.1)}, 100, KEY) == 0.5
 
 
 def test_adam_and_a_rule_by_hand():

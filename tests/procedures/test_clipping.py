@@ -190,6 +190,37 @@ def test_half_of_the_updates_is_not_yet_aggressive():
     assert finding.evidence["proposed_learning_rate"] is None
 
 
+def judged(curves, max_norms):
+    """What is said of trials with these training losses, evaluated at the same steps."""
+    step = np.arange(0, 201, 10)
+    study = pbx.Study.from_arrays(
+        {"learning_rate": [0.1] * len(curves), "max_norm": max_norms},
+        {"train/loss": curves},
+        step,
+        objective="train/loss",
+        infeasible=np.zeros(len(curves), bool),
+    )
+    counts = {
+        f"norms/num_{what}": ("trial", np.full(len(curves), n))
+        for what, n in (("clipped", 20), ("steps", 100))
+    }
+    study = dataclasses.replace(study, data=study.data.assign(counts))
+    known = {"learning_rate": 0.1, "stable_learning_rate": None, "stable_best_value": None}
+    return clipping.judge_thresholds(study, [100.0, 90.0, 50.0, 10.0], known)
+
+
+def test_a_larger_threshold_that_is_stable_by_luck_is_not_chosen():
+    calm = 0.1 + 2 * np.exp(-np.arange(21) / 3.0)
+    broken = calm + np.where(np.arange(21) == 10, 9.0, 0.0)
+    none = 1e38
+    assert judged([broken, broken, calm, calm], [none, 3.0, 2.0, 1.0])[0] == 2.0
+    assert judged([broken, calm, broken, calm], [none, 3.0, 2.0, 1.0])[0] == 1.0
+    answer, findings = judged([broken, calm, calm, broken], [none, 3.0, 2.0, 1.0])
+    assert (answer, findings[0].code) == (None, "clipping_is_not_enough")
+    answer, findings = judged([calm, broken, calm, calm], [none, 3.0, 2.0, 1.0])
+    assert (answer, findings[0].code) == (None, "no_instability")
+
+
 def quadratic_run(**arguments):
     return choose_clip_threshold(
         tiny_workloads.quadratic(),

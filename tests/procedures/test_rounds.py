@@ -12,6 +12,7 @@ from playbook_optax import schedules
 from playbook_optax.analysis.axes import axis, to_scale
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.procedures import plan_next_round, round_lengths
+from playbook_optax.procedures.controls import controlled
 from playbook_optax.procedures.rounds import MIN_WIDTH, _narrowed, transfer_kind
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 
@@ -345,6 +346,10 @@ def test_a_schedule_without_a_rule_is_a_refusal():
     none = plan(study, num_steps=1000)
     assert none.answer.make_schedule is None
     assert "no_schedule_to_carry" in codes(none)
+    # As `tune` asks: its trainer has the schedule inside, and it lengthens that itself.
+    inside = controlled(pbx.Trainer(tiny_workloads.quadratic(), tiny_workloads.sgd))
+    asked = plan_next_round(inside.replace(make_schedule=None), study, key=KEY, num_steps=1000)
+    assert "no_schedule_to_carry" not in codes(asked)
 
 
 def test_refusals_without_a_trial_or_a_longer_round():

@@ -19,6 +19,7 @@ FLOORS = {
     "_histogram": 0,
     "_portable": 0,
     "_text": 0,
+    "_ties": 0,
     "_tree": 0,
     "optimizers": 1,
     "schedules": 1,

@@ -189,15 +189,14 @@ def _compared(recipe: "Recipe") -> str:
 def _comments(recipe: "Recipe") -> list[str]:
     """What stands above the program: what it reaches, and what there is against it."""
     spread = f" (standard deviation {recipe.spread:.3g})" if len(recipe.values) > 1 else ""
+    found = against(recipe)
+    word = "not tuned" if found and found[0].severity == "error" else "tuned"
     title = (
-        f"# {printable(resolve(recipe.workload, recipe.point).name)}, tuned: "
-        f"{printable(recipe.objective)} = {recipe.value:.4g}{spread} over {len(recipe.values)} "
-        "seed(s), at the best checkpoint."
+        f"# {printable(resolve(recipe.workload, recipe.point).name)}, {word}: "
+        f"{printable(recipe.objective)} = {recipe.value:.4g}{spread}",
+        f"# over {len(recipe.values)} seed(s), at the best checkpoint of each.",
     )
-    return [
-        title,
-        *(line for f in against(recipe) for line in _comment(f"{f.severity}: {f.message}")),
-    ]
+    return [*title, *(line for f in found for line in _comment(f"{f.severity}: {f.message}"))]
 
 
 def against(recipe: "Recipe") -> list[Finding]:

@@ -209,6 +209,13 @@ class Browser:
         self.tell("Input.dispatchKeyEvent", type="keyDown", **key, **text)
         self.tell("Input.dispatchKeyEvent", type="keyUp", **key)
 
+    def wait_until(self, condition):
+        """Waits for what a key leads to, which may come later than the key is answered."""
+        deadline = time.monotonic() + 10
+        while not self.run(f"return {condition}"):
+            assert time.monotonic() < deadline, condition
+            time.sleep(0.02)
+
 
 @pytest.fixture(scope="module")
 def driver():
@@ -378,10 +385,7 @@ def test_what_is_wide_scrolls_in_a_region_with_a_name(browser):
     assert all(row[2] for row in regions)
     browser.run("document.querySelector('figure .scroll').focus()")
     browser.press("ArrowRight")
-    deadline = time.monotonic() + 5
-    while not browser.run("return document.activeElement.scrollLeft"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    browser.wait_until("document.activeElement.scrollLeft")
 
 
 CONTRASTS = """
@@ -489,11 +493,11 @@ def test_the_skip_link_jumps_and_a_summary_opens_by_keyboard(browser):
     browser.open("recipe", 360)
     browser.press("Tab")
     browser.press("Enter")
-    assert browser.run("return document.activeElement.id") == "main"
+    browser.wait_until("document.activeElement.id === 'main'")
     browser.run("document.querySelector('main summary').focus()")
     assert not browser.run("return document.querySelector('main details').open")
     browser.press("Enter")
-    assert browser.run("return document.querySelector('main details').open")
+    browser.wait_until("document.querySelector('main details').open")
 
 
 @pytest.mark.parametrize("page", PAGES)

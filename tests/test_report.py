@@ -118,6 +118,7 @@ def test_verdict_recipe_and_table_tell_the_best_trial(written):
     _, page = written
     text = " ".join(" ".join(page.texts).split())
     assert "The best of 6 trials is trial 3: valid/loss = 1 at step 10." in text
+    assert "Trials are numbered from 0, here and in all plots and findings" in text
     assert "pbx.sgd(learning_rate=0.1)" in text
     rows = [t.get("class") for t in page.all("tr") if t.get("class")]
     assert rows == ["best", "infeasible"]

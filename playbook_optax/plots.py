@@ -31,6 +31,11 @@ SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 # Numbers beyond are drawn there: axes with their margins have to fit a float.
 _SMALLEST, _LARGEST = 1e-100, 1e100
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+# A histogram leaves out, in percent, what is so rare that it squeezes the rest into a part of the
+# width, and a threshold that is so many times beyond its ends.
+_RARE_SHARE, _CROWDED, _FAR = 2.5, 0.75, 30.0
+# Two labels of so many letters stand side by side below two plots.
+_LETTERS_OF_TWO = 70
 
 T = TypeVar("T")
 
@@ -420,7 +425,7 @@ def plot_curves(
             marks,
             texts,
             loc="outside lower center",
-            ncols=min(2, len(marks)),
+            ncols=2 if len(marks) > 1 and max(map(len, texts)) <= _LETTERS_OF_TWO else 1,
             frameon=False,
             fontsize="small",
         )
@@ -455,6 +460,7 @@ def plot_gradient_norms(
     limit = _threshold(threshold, info.threshold)
     ax = _new_axes(ax)
     filled = np.flatnonzero(info.counts)
+    shares = 100 * info.counts / max(info.counts.sum(), 1)
     num = len(info.trials)
     ax.set_xlabel(
         f"global gradient norm before clipping ({num} trials pooled)"
@@ -474,7 +480,7 @@ def plot_gradient_norms(
     ax.set_xscale("log")
     ax.bar(
         low[filled],
-        100 * info.counts[filled] / info.counts.sum(),
+        shares[filled],
         width=(high - low)[filled],
         align="edge",
         color=BLUE,
@@ -483,6 +489,17 @@ def plot_gradient_norms(
         linewidth=0.4,
     )
     first, last = low[filled[0]], high[filled[-1]]
+    # A few norms near 0, of runs that are at their optimum, would squeeze all others.
+    most = low[filled[np.searchsorted(np.cumsum(shares[filled]), _RARE_SHARE, side="right")]]
+    if np.log(last / most) < _CROWDED * np.log(last / first):
+        ax.annotate(
+            f"← {shares[low < most].sum():.2g}% below",
+            (0.01, 0.94),
+            xycoords="axes fraction",
+            fontsize="small",
+            color=GREY,
+        )
+        first = most
     ax.set_xlim(first / 1.2, last * 1.2)
     _log_axis(ax.xaxis, first, last)
     dashes = {50.0: ":", 90.0: "--", 99.0: "-"}
@@ -498,10 +515,14 @@ def plot_gradient_norms(
         label = f"threshold: {limit:.3g}"
         if threshold is None and np.isfinite(info.share_clipped):
             label += f" ({info.share_clipped:.0%} clipped)"
-        ax.axvline(limit, color=BLACK, linewidth=2.2, label=label)
-        first, last = min(first, limit), max(last, limit)
-        ax.set_xlim(first / 1.2, last * 1.2)
-        _log_axis(ax.xaxis, first, last)
+        if first / _FAR < limit < last * _FAR:
+            ax.axvline(limit, color=BLACK, linewidth=2.2, label=label)
+            first, last = min(first, limit), max(last, limit)
+            ax.set_xlim(first / 1.2, last * 1.2)
+            _log_axis(ax.xaxis, first, last)
+        else:
+            side = "to the right" if limit > last else "to the left"
+            ax.plot([], [], color=BLACK, linewidth=2.2, label=f"{label}, far {side}")
     _legend_above(ax, 2)
     return ax
 

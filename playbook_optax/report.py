@@ -18,7 +18,7 @@ from playbook_optax import _checks, plots
 from playbook_optax._text import UNBOUNDED, printable
 from playbook_optax.analysis.axes import axis, hyperparameters
 from playbook_optax.analysis.diagnose import diagnose
-from playbook_optax.analysis.findings import Finding, by_severity
+from playbook_optax.analysis.findings import SEVERITIES, Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.records import storage
 from playbook_optax.records.study import Study
@@ -552,7 +552,7 @@ def write_report(
             ("trials", "Trials", ()),
             ("run", "How it was run", ()),
         ],
-        conclusive=bool(best),
+        severity=found[0].severity if best and found else "info" if best else "error",
         best=best,
         recipe=recipe if best else None,
         findings=_with_evidence(found),
@@ -611,7 +611,7 @@ def write_chapter(
         headline=headline,
         trust=trust,
         contents=links,
-        conclusive=True,
+        severity="info",
         recipe=recipe,
         decisions=decided,
         facts=list(facts),
@@ -631,6 +631,7 @@ def write_recipe(
     directory: str | os.PathLike[str],
     budget: Sequence[tuple[str, int]] | None = None,
     pictures: Pictures | None = None,
+    severity: str = "info",
 ) -> Path:
     """Writes what tuning came to as ``report.html``, self-contained like `write_report`.
 
@@ -651,6 +652,8 @@ def write_recipe(
       directory: where to write; made when missing. Earlier reports there are replaced.
       budget: pairs of chapter and trial-steps spent; not shown if None.
       pictures: what drew the figures of the decisions.
+      severity: that of the gravest finding against the recipe, which colours the verdict; where
+        there is no recipe it is an error.
 
     Returns:
       The path of the page.
@@ -658,7 +661,7 @@ def write_recipe(
     Raises:
       ImportError: jinja2 or matplotlib is not installed (the extra ``report``).
       NotWritable: the directory or a file in it cannot be written.
-      ValueError: negative trial-steps in `budget`.
+      ValueError: negative trial-steps in `budget`, or an unknown severity.
 
     Example:
       >>> import tempfile
@@ -672,6 +675,7 @@ def write_recipe(
     Source: playbook, "A scientific approach to improving model performance".
     """
     _checks.require("jinja2", "report", "The report")
+    _checks.check_choice("severity", severity, SEVERITIES)
     folder = check_folder(directory)
     costs = _shown_budget(budget) if budget else None
     decided = [_shown_decision(decision) for decision in decisions]
@@ -719,7 +723,7 @@ def write_recipe(
         headline=headline,
         trust=trust,
         contents=links,
-        conclusive=bool(recipe),
+        severity=severity if recipe else "error",
         recipe=recipe,
         facts=list(facts),
         decisions=decided,

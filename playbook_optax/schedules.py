@@ -40,10 +40,13 @@ class Schedule:
     Attributes:
       value: ``count -> value``.
       lengthen: ``extra_steps -> Schedule``, or None where the playbook gives no rule.
+      made_by: the function of this module that made it and its arguments, so that a program can
+        make it again; None for one made by hand.
     """
 
     value: ScheduleFn
     lengthen: Callable[[Any], "Schedule"] | None = None
+    made_by: tuple[str, dict[str, Any]] | None = dataclasses.field(default=None, repr=False)
 
     def __call__(self, count: Count) -> jax.Array:
         """The value at `count`, of the shape of `count`."""
@@ -141,7 +144,7 @@ def constant(value: Any) -> Schedule:
     def value_at(count: Count) -> jax.Array:
         return jnp.broadcast_to(as_value(value), jnp.shape(count))
 
-    return Schedule(value_at, lambda extra_steps: constant(value))
+    return Schedule(value_at, lambda extra_steps: constant(value), ("constant", {"value": value}))
 
 
 @named_arguments
@@ -180,7 +183,13 @@ def linear_decay(
     def lengthen(extra_steps: Any) -> Schedule:
         return linear_decay(init_value, decay_steps, _add_steps(hold_steps, extra_steps), end_value)
 
-    return Schedule(value_at, lengthen)
+    arguments = {
+        "init_value": init_value,
+        "decay_steps": decay_steps,
+        "hold_steps": hold_steps,
+        "end_value": end_value,
+    }
+    return Schedule(value_at, lengthen, ("linear_decay", arguments))
 
 
 @named_arguments
@@ -221,7 +230,13 @@ def cosine_decay(
     def lengthen(extra_steps: Any) -> Schedule:
         return cosine_decay(init_value, _add_steps(decay_steps, extra_steps), hold_steps, end_value)
 
-    return Schedule(value_at, lengthen)
+    arguments = {
+        "init_value": init_value,
+        "decay_steps": decay_steps,
+        "hold_steps": hold_steps,
+        "end_value": end_value,
+    }
+    return Schedule(value_at, lengthen, ("cosine_decay", arguments))
 
 
 @named_arguments
@@ -268,7 +283,14 @@ def polynomial_decay(
         hold = _add_steps(hold_steps, extra_steps)
         return polynomial_decay(init_value, decay_steps, hold, end_value, power)
 
-    return Schedule(value_at, lengthen)
+    arguments = {
+        "init_value": init_value,
+        "decay_steps": decay_steps,
+        "hold_steps": hold_steps,
+        "end_value": end_value,
+        "power": power,
+    }
+    return Schedule(value_at, lengthen, ("polynomial_decay", arguments))
 
 
 @named_arguments
@@ -316,7 +338,14 @@ def exponential_decay(
         decayed = jnp.where((length == 0) & (elapsed > 0), last, decayed)
         return _floored(first, decayed, last)
 
-    return Schedule(value_at)
+    arguments = {
+        "init_value": init_value,
+        "decay_steps": decay_steps,
+        "decay_rate": decay_rate,
+        "hold_steps": hold_steps,
+        "end_value": end_value,
+    }
+    return Schedule(value_at, None, ("exponential_decay", arguments))
 
 
 @named_arguments
@@ -356,7 +385,13 @@ def inverse_sqrt_decay(
         share = jnp.where(elapsed > 0, length / jnp.maximum(length + elapsed, 1), 1)
         return _floored(first, first * jnp.sqrt(share), last)
 
-    return Schedule(value_at)
+    arguments = {
+        "init_value": init_value,
+        "decay_steps": decay_steps,
+        "hold_steps": hold_steps,
+        "end_value": end_value,
+    }
+    return Schedule(value_at, None, ("inverse_sqrt_decay", arguments))
 
 
 def _floored(first: jax.Array, decayed: jax.Array, last: jax.Array) -> jax.Array:
@@ -409,7 +444,8 @@ def piecewise_constant(values: Any, boundaries: Any) -> Schedule:
             value = jnp.where(count >= as_steps(edge), height, value)
         return value
 
-    return Schedule(value_at)
+    arguments = {"values": levels, "boundaries": edges}
+    return Schedule(value_at, None, ("piecewise_constant", arguments))
 
 
 @named_arguments
@@ -506,7 +542,8 @@ def prepend_warmup(schedule: ScheduleFn, warmup_steps: Any) -> Schedule:
     def lengthen(extra_steps: Any) -> Schedule:
         return prepend_warmup(extend_for_longer_run(schedule, extra_steps), warmup_steps)
 
-    return Schedule(value_at, lengthen)
+    arguments = {"schedule": schedule, "warmup_steps": warmup_steps}
+    return Schedule(value_at, lengthen, ("prepend_warmup", arguments))
 
 
 @named_arguments

@@ -15,6 +15,7 @@ from playbook_optax import _checks, chapters, plots, report
 from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.analysis.training_length import best_step_info
 from playbook_optax.procedures import tune as parts
+from playbook_optax.procedures.program import against
 from playbook_optax.procedures.tune import Chapter, Recipe, find_recipe
 from playbook_optax.records import storage
 from playbook_optax.records.study import Study
@@ -173,6 +174,7 @@ def write_recipe_report(
     pictures = Pictures()
     decisions = [made for chapter in recipe.chapters for made in _decisions(chapter, pictures)]
     headline, trust = recipe_headline(recipe)
+    grave = against(recipe)
     return report.write_recipe(
         name=_name(recipe),
         headline=headline,
@@ -184,11 +186,12 @@ def write_recipe_report(
         directory=folder,
         budget=[(_TITLES[name][0], cost) for name, cost in recipe.cost.items()],
         pictures=pictures,
+        severity=grave[0].severity if grave else "info",
     )
 
 
 def recipe_headline(recipe: Recipe) -> tuple[str, str]:
-    """The verdict and how far to trust it, a sentence each.
+    """The verdict and how far to trust it, a sentence each; an error about the answer comes first.
 
     Args:
       recipe: what `tune` returned.
@@ -202,14 +205,22 @@ def recipe_headline(recipe: Recipe) -> tuple[str, str]:
     spent = sum(recipe.cost.values())
     cost = f"It took {spent:,} of {recipe.total_budget:,} trial-steps."
     reached = f"{recipe.objective} = {shown_number(recipe.value)}"
+    trust = "Trained with one seed: its spread is unknown."
     if len(recipe.values) > 1:
         low, high = shown_number(recipe.values.min()), shown_number(recipe.values.max())
-        return (
-            f"Tuned: {reached} on average over {len(recipe.values)} seeds.",
+        reached += f" on average over {len(recipe.values)} seeds"
+        trust = (
             f"Seeds that it was not tuned on gave {low} to {high}, standard deviation "
-            f"{recipe.spread:.2g}. {cost}",
+            f"{recipe.spread:.2g}."
         )
-    return f"Tuned: {reached}.", f"Trained with one seed: its spread is unknown. {cost}"
+    grave = against(recipe)
+    if not grave:
+        return f"Tuned: {reached}.", f"{trust} {cost}"
+    first = grave[0]
+    if first.severity == "error":
+        told = f"{first.suggestion} What was trained reached {reached}. {trust} {cost}"
+        return f"Not tuned: {first.message}", told.strip()
+    return f"Tuned: {reached}.", f"{trust} Before you trust it: {first.message} {cost}"
 
 
 def _study_title(name: str) -> str:
@@ -285,7 +296,7 @@ def _table(chapter: Chapter) -> Table | None:
         return None
     study = chapter.verdict.studies["retrain"]
     names = list(study.points)
-    header = ("candidate", *names, "mean", "lowest", "highest")
+    header = ("trial", *names, "mean", "lowest", "highest")
     rows = []
     for trial in range(study.num_trials):
         values = best_by_seed(study, trial)
@@ -294,7 +305,7 @@ def _table(chapter: Chapter) -> Table | None:
         shown = ["infeasible"] * 3
         if not np.isnan(values).any():
             shown = [shown_number(v) for v in (values.mean(), values.min(), values.max())]
-        rows.append((str(trial + 1), *point, *shown))
+        rows.append((str(trial), *point, *shown))
     return Table(header, rows)
 
 

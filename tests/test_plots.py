@@ -192,6 +192,45 @@ def test_gradient_norms_of_chosen_trials_and_open_bins(study):
         plots.plot_gradient_norms(bare)
 
 
+def test_a_few_norms_near_zero_do_not_squeeze_the_histogram(study):
+    edges = 10.0 ** np.arange(-8, 5)
+    counts = np.zeros((8, 12), np.int32)
+    counts[0, [0, 2]] = 1, 19
+    counts[0, 8:11] = 480, 400, 100
+    bare = study.data.drop_vars(["norms/counts", "norm_low", "norm_high"])
+    data = bare.assign({"norms/counts": (("trial", "norm_bin"), counts)})
+    data = data.assign_coords(norm_low=("norm_bin", edges[:-1]), norm_high=("norm_bin", edges[1:]))
+    rare = dataclasses.replace(study, data=data)
+    ax = plots.plot_gradient_norms(rare)
+    # 2% lie below 1, which are told and not drawn.
+    assert ax.get_xlim() == pytest.approx((1 / 1.2, 1200.0))
+    assert [text.get_text() for text in ax.texts] == ["← 2% below"]
+    # A threshold on the paper is drawn, and one that is far from it is told.
+    near = plots.plot_gradient_norms(rare, threshold=0.5)
+    assert near.get_xlim()[0] == pytest.approx(0.5 / 1.2)
+    assert line(near, "threshold").get_label() == "threshold: 0.5"
+    for threshold, side in ((1e6, "right"), (1e-3, "left")):
+        far = plots.plot_gradient_norms(rare, threshold=threshold)
+        assert far.get_xlim() == ax.get_xlim()
+        assert line(far, "threshold").get_label().endswith(f", far to the {side}")
+    # Were they more, they would belong to it.
+    counts[0, 2] = 60
+    data = data.assign({"norms/counts": (("trial", "norm_bin"), counts)})
+    whole = plots.plot_gradient_norms(dataclasses.replace(study, data=data))
+    assert whole.get_xlim()[0] == pytest.approx(1e-8 / 1.2)
+
+
+def test_long_labels_of_curves_stand_below_each_other(study):
+    def columns(shown):
+        (legend,) = plots.plot_curves(shown).legends
+        return legend._ncols
+
+    assert columns(study) == 2
+    long = study.data.rename(learning_rate="the_learning_rate_of_all_layers_but_the_last")
+    spec = {name: value for name, value in study.spec.items() if name != "space"}
+    assert columns(dataclasses.replace(study, data=long, spec=spec)) == 1
+
+
 def test_unknown_names(study):
     with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
         plots.plot_axis(study, "learning_rat")

@@ -13,6 +13,7 @@ import stat
 import sys
 import types
 
+import jax
 import matplotlib
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records import storage
 from playbook_optax.records.study import Study, load_study, study_from_blocks
 from playbook_optax.search_space import Categorical, Float, SearchSpace
+from playbook_optax.trials.workload import Workload
 
 EVIL = "<script>alert(1)</script>$\\frac{"
 
@@ -116,6 +118,7 @@ def test_verdict_recipe_and_table_tell_the_best_trial(written):
     _, page = written
     text = " ".join(" ".join(page.texts).split())
     assert "The best of 6 trials is trial 3: valid/loss = 1 at step 10." in text
+    assert "Trials are numbered from 0, here and in all plots and findings" in text
     assert "pbx.sgd(learning_rate=0.1)" in text
     rows = [t.get("class") for t in page.all("tr") if t.get("class")]
     assert rows == ["best", "infeasible"]
@@ -130,6 +133,34 @@ def test_findings_are_sorted_by_severity(tmp_path):
     order = [a["class"].split()[-1] for a in page.all("article")]
     assert order == ["error", "warning", "info"]
     assert "Act on 1 error and 1 warning below" in " ".join(page.texts)
+
+
+def verdict_of(page):
+    (classes,) = [
+        a["class"].split() for _, a in page.elements if a.get("class", "").startswith("verdict")
+    ]
+    return classes[1:]
+
+
+@pytest.mark.parametrize("severity", ["error", "warning", "info"])
+def test_the_verdict_has_the_colour_of_the_gravest_finding(tmp_path, severity):
+    found = [Finding("c", s, "Said.", {}, "A section") for s in ("info", severity)]
+    path = report.write_report(make_study(), tmp_path / "study", findings=found)
+    assert verdict_of(Page(path.read_text("utf-8"))) == [severity]
+    _, page = recipe_page(tmp_path / "recipe", severity=severity)
+    assert verdict_of(page) == [severity]
+    _, page = recipe_page(tmp_path / "none", severity=severity, recipe=None)
+    assert verdict_of(page) == ["error"]
+
+
+def test_a_study_without_a_usable_trial_has_no_green_verdict(tmp_path):
+    path = report.write_report(make_study(infeasible=(True,) * 6), tmp_path, findings=[])
+    assert verdict_of(Page(path.read_text("utf-8"))) == ["error"]
+
+
+def test_an_unknown_severity_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="severity = 'bad' is unknown"):
+        recipe_page(tmp_path, severity="bad")
 
 
 def test_remarks_on_a_decision_are_folded_and_what_is_grave_is_not(tmp_path):
@@ -623,6 +654,81 @@ def write_tuned(folder):
         key=None,
     )
     return tuning.write_recipe_report(recipe, folder)
+
+
+def tuned(*decided, seen=()):
+    """A recipe of two seeds whose last chapter decided and saw such things."""
+    work = Workload(
+        name="square",
+        init=lambda key: ({"w": np.ones(2, np.float32)}, {}),
+        loss=lambda params, state, batch, key: ((params["w"] ** 2).sum(), (state, {})),
+        batch=lambda data, key, step: (),
+        evaluate=lambda params, state, data: {"valid/loss": (params["w"] ** 2).sum()},
+        objective="valid/loss",
+    )
+    chapter = [
+        parts.Chapter(parts.RETRAIN, decision, Verdict(None, tuple(seen), {}, 0))
+        for decision in decided
+    ]
+    return parts.Recipe(
+        workload=work,
+        pipeline=parts.Pipeline(None, parts.cosine),
+        optimizer_name="sgd",
+        point={"learning_rate": 0.5},
+        num_steps=20,
+        eval_every=10,
+        objective="valid/loss",
+        maximize=False,
+        values=np.array([0.25, 0.75]),
+        chapters=tuple(chapter),
+        total_budget=180,
+        params=None,
+        model_state=None,
+        key=jax.random.key(0),
+    )
+
+
+def test_the_headline_and_its_colour_follow_what_there_is_against_the_recipe(tmp_path):
+    fine = Finding("decided_retrain", "info", "Number 0 is best.", {}, "A section")
+    few = dataclasses.replace(fine, severity="warning", message="One seed only.")
+    none = Finding("no_slope", "error", "The sweep has no slope.", {}, "A section", "Widen it.")
+    other = Finding("no_perfect_fit", "warning", "No trial fits.", {}, "A section")
+
+    def told(name, recipe):
+        page = Page(tuning.write_recipe_report(recipe, tmp_path / name).read_text("utf-8"))
+        assert tuning.recipe_headline(recipe)[0] in page.texts
+        return *tuning.recipe_headline(recipe), verdict_of(page)
+
+    headline, trust, colour = told("fine", tuned(fine, seen=[other]))
+    assert headline == "Tuned: valid/loss = 0.5 on average over 2 seeds."
+    assert trust.startswith("Seeds that it was not tuned on gave 0.25 to 0.75, standard deviation")
+    assert colour == ["info"]
+    headline, trust, colour = told("few", tuned(few))
+    assert headline.startswith("Tuned: ")
+    assert "Before you trust it: One seed only. It took" in trust
+    assert colour == ["warning"]
+    headline, trust, colour = told("none", tuned(few, seen=[none]))
+    assert headline == "Not tuned: The sweep has no slope."
+    assert trust.startswith("Widen it. What was trained reached valid/loss = 0.5 on average over 2")
+    assert colour == ["error"]
+    said = (tmp_path / "none" / "recipe.py").read_text().splitlines()
+    assert said[0].startswith("# square, not tuned: ")
+    assert said[2:4] == ["# error: The sweep has no slope.", "# warning: One seed only."]
+
+
+def test_a_trial_has_the_number_of_the_study_in_the_table_of_candidates():
+    study = Study.from_arrays(
+        {"learning_rate": [0.1, 0.2]},
+        {"loss": [[[3.0, 1.0], [3.0, 2.0]], [[3.0, 2.0], [3.0, 3.0]]]},
+        [0, 10],
+        objective="loss",
+    )
+    decision = Finding("decided", "info", "Decided.", {}, "A section")
+    verdict = Verdict(None, (), {"retrain": study}, 40)
+    table = tuning._table(parts.Chapter(parts.RETRAIN, decision, verdict))
+    assert table.header[0] == "trial"
+    assert [row[0] for row in table.rows] == ["0", "1"]
+    assert report.verdict(study, [])[0].startswith("The best of 2 trials is trial 0: ")
 
 
 def write_stability(folder):

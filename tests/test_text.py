@@ -293,7 +293,11 @@ def recipe_of(name, objective, point, optimizer=None, **pipeline):
     return tune.Recipe(
         workload=(lambda point: work) if optimizer is None else work,
         pipeline=tune.Pipeline(
-            lambda point: pbx.sgd(0.1), lambda point, num_steps: 0.1, 5, 1.5, **pipeline
+            lambda point: pbx.sgd(0.1),
+            lambda point, num_steps: lambda count: 0.1,
+            5,
+            1.5,
+            **pipeline,
         ),
         optimizer_name=optimizer,
         point=point,

@@ -1,65 +1,94 @@
-"""A recipe as a program: plain Optax and our transforms, and a loop that anyone can read.
+"""A recipe as a program: a loop that anyone can read, with our transforms or with Optax alone.
 
 Text of a workload, a space or a stored file stands in it as a literal of `_text.literal` or in a
 comment; names are names of ours, or importable ones that a person gave or a module holds.
 """
 
+import os
 import sys
+import sysconfig
+import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from playbook_optax import _checks, search_spaces
-from playbook_optax._text import identifier, is_dotted_name, literal, numeral, printable
+from playbook_optax._text import (
+    UNBOUNDED,
+    identifier,
+    is_dotted_name,
+    literal,
+    numeral,
+    printable,
+)
+from playbook_optax._ties import tie_breakers
+from playbook_optax.analysis.findings import Finding, by_severity
+from playbook_optax.procedures import in_optax
+from playbook_optax.runner import identity
 from playbook_optax.runner.plan import fingerprint_data
 from playbook_optax.trials.workload import Workload, resolve
 
 if TYPE_CHECKING:
     from playbook_optax.procedures.tune import Recipe
 
-# Nobody else can import from the script that was started.
+OURS, OPTAX = "playbook_optax", "optax"
+STYLES = (OURS, OPTAX)
+# Importing the script that was started would run it again.
 _MAIN = ("__main__", "__mp_main__")
+_WIDTH = 99
+# What a sweep, a round or the last chapter may say that leaves no answer.
+_NO_ANSWER = ("validation_cannot_separate", "no_slope", "best_at_start")
 
-_TRAIN = """
-key = pbx.trial_key(jax.random.wrap_key_data(jnp.uint32({key}){impl}))
+_LOOP = """
+key = jax.random.wrap_key_data(jnp.uint32({key}){impl})
+data = jax.device_put(workload.data)
+compared = {compared}
+init, evaluate = jax.jit(workload.init), jax.jit(workload.evaluate)
+gradient = jax.{grad}(workload.loss, has_aux=True)
 
 
 @jax.jit
-def update(params, model_state, opt_state, {given}, step):
+def update(state, key, step, {given}):
+    params, model_state, opt_state = state
     {batch}
     loss_key = jax.random.fold_in(jax.random.fold_in(key, 2), step)
-
-    def loss(params):
-        value, (new_state, _) = workload.loss(params, model_state, batch, loss_key)
-        return value, new_state
-
-    (value, new_state), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, opt_state = optimizer.update(
-        gradients, opt_state, params, value=value, grad=gradients
-    )
-    return optax.apply_updates(params, updates), new_state, opt_state
+    {found} = gradient(params, model_state, batch, loss_key)
+    updates, opt_state = optimizer.update(grads, opt_state, params{extra})
+    return optax.apply_updates(params, updates), model_state, opt_state
 
 
-evaluate = jax.jit(workload.evaluate)
-params, model_state = workload.init(jax.random.fold_in(key, 0))
-opt_state = optimizer.init(params)
-{before}best, best_params = None, None
-for step in range(num_steps + 1):
-    if step % eval_every == 0 or step == num_steps:
-        value = float(evaluate(params, model_state, workload.data)[workload.objective])
-        if math.isfinite(value) and (best is None or value {better} best[0]):
-            best, best_params = (value, step), (params, model_state)
-    if step < num_steps:
-        params, model_state, opt_state = update(
-            params, model_state, opt_state, {passed}, step
-        )
-print(f"best {{workload.objective}} {{best[0]:.6g}} at step {{best[1]}}")
+def train(key):
+    params, model_state = init(jax.random.fold_in(key, 0))
+    state, best = (params, model_state, optimizer.init(params)), ([math.inf], 0, None)
+{before}    for step in range(num_steps + 1):
+        if step % eval_every == 0 or step == num_steps:
+            metrics = evaluate(*state[:2], data)
+            worth = [float(metrics[name]) for name in compared]
+{sign}            if math.isfinite(worth[0]) and worth <= best[0]:
+                best = (worth, step, state[:2])
+        if step < num_steps:
+            state = update(state, key, step, {passed})
+    print(f"best {{workload.objective}} {{{minus}best[0][0]:.6g}} at step {{best[1]}}")
+    return best
+
+
+"""
+_ONE_SEED = "_, _, best_params = train({trial_key})\n"
+_SEEDS = """runs = [train({trial_key}) for seed in range(num_seeds)]
+_, _, best_params = min(runs, key=lambda run: run[0])
+values = [{minus}worth[0] for worth, _, _ in runs]
+print(f"mean {{statistics.mean(values):.6g}}, standard deviation {{statistics.stdev(values):.6g}}")
 """
 
 
 def program(
-    recipe: "Recipe", point: dict[str, Any], workload: str | None, make_optimizer: str | None
+    recipe: "Recipe",
+    point: dict[str, Any],
+    workload: str | None,
+    make_optimizer: str | None,
+    style: str,
 ) -> str:
     """The source of a recipe; arguments as in `Recipe.to_python`.
 
@@ -68,52 +97,201 @@ def program(
       point: its hyperparameters.
       workload: where the workload is, or None to look for it.
       make_optimizer: where the user's function is, or None to look for it.
+      style: one of `STYLES`.
 
     Returns:
       Python source.
+
+    Raises:
+      ValueError: an unknown style, a place that cannot be imported, or Optax has no equal of a
+        piece.
     """
-    imports = ["import math", "", "import jax", "import jax.numpy as jnp", "import optax", ""]
-    imports += ["import playbook_optax as pbx"]
-    lines, needed = _workload(recipe, point, workload)
-    imports += needed
-    schedule, optimizer, needed = _optimizer(recipe, point, make_optimizer)
-    imports += needed
-    key = np.asarray(jax.random.key_data(recipe.key)).tolist()
+    _checks.check_choice("style", style, STYLES)
+    _check_place("make_optimizer", make_optimizer)
+    ours = style == OURS
+    work = resolve(recipe.workload, point)
+    if not ours:
+        in_optax.check_dtypes(jax.eval_shape(work.init, jax.random.key(0))[0])
+    several = len(recipe.values) > 1
+    head = _Head()
+    _workload(head, recipe, point, workload)
+    body = _optimizer(head, recipe, point, make_optimizer, ours)
+    names, numbers = ["num_steps", "eval_every"], [recipe.num_steps, recipe.eval_every]
+    if several:
+        names, numbers = [*names, "num_seeds"], [*numbers, len(recipe.values)]
+    body += [f"{', '.join(names)} = {', '.join(map(numeral, numbers))}"]
+    standard = ["import math", *(["import statistics"] if several else [])]
+    imports = ["import jax", "import jax.numpy as jnp", "import optax"]
     kind = str(jax.random.key_impl(recipe.key))
-    # What most keys are needs no word.
-    impl = "" if kind == "threefry2x32" else f", impl={literal(kind)}"
-    if resolve(recipe.workload, point).batch is None:
-        fed = {
+    seed = "seed" if several else "0"
+    sign = "-" if recipe.maximize else ""
+    slots = {
+        "key": literal(np.asarray(jax.random.key_data(recipe.key)).tolist()),
+        # What most keys are needs no word.
+        "impl": "" if kind == "threefry2x32" else f", impl={literal(kind)}",
+        "compared": _compared(recipe),
+        "sign": "            worth[0] = -worth[0]\n" if sign else "",
+        "minus": sign,
+        "trial_key": f"pbx.trial_key(key, {seed})"
+        if ours
+        else f"jax.random.fold_in(jax.random.fold_in(key, 0), {seed})",
+        **_fed(work),
+        **_differentiated(recipe),
+    }
+    parts = [
+        _comments(recipe),
+        head.standard_imports(standard),
+        [*imports, *(["", "import playbook_optax as pbx"] if ours else [])],
+        head.own_imports(),
+        ["jax.config.update('jax_enable_x64', True)"] if jax.config.read("jax_enable_x64") else [],
+        *head.stubs,
+        [*head.assigned, *body],
+    ]
+    text = "\n\n".join("\n".join(part) for part in parts if part)
+    return text + (_LOOP + (_SEEDS if several else _ONE_SEED)).format(**slots)
+
+
+def _fed(work: Workload) -> dict[str, str]:
+    """How batches reach the program."""
+    if work.batch is None:
+        return {
             "given": "batch",
             "batch": "batch = jax.tree.map(jnp.asarray, batch)",
             "passed": "next(batches)",
-            "before": "batches = workload.host_batches(0)\n",
+            "before": "    batches = workload.host_batches(0)\n",
         }
-    else:
-        fed = {
-            "given": "data",
-            "batch": "batch = workload.batch(data, jax.random.fold_in(key, 1), step)",
-            "passed": "workload.data",
-            "before": "",
-        }
-    head = (
-        f"# {_comment(recipe)}\n\n" + "\n".join(imports) + "\n\n" + "\n".join(lines) + "\n"
-        f"{schedule}{optimizer}"
-        f"num_steps, eval_every = {numeral(recipe.num_steps)}, {numeral(recipe.eval_every)}\n"
-    )
-    return head + _TRAIN.format(
-        key=literal(key), impl=impl, better=">" if recipe.maximize else "<", **fed
-    )
+    return {
+        "given": "data",
+        "batch": "batch = workload.batch(data, jax.random.fold_in(key, 1), step)",
+        "passed": "data",
+        "before": "",
+    }
 
 
-def _comment(recipe: "Recipe") -> str:
-    """What stands above the program, in one line."""
+def _differentiated(recipe: "Recipe") -> dict[str, str]:
+    """How the program takes gradients; an optimizer of the user's may ask for the loss as well."""
+    if recipe.optimizer_name is not None:
+        return {"grad": "grad", "found": "grads, (model_state, _)", "extra": ""}
+    return {
+        "grad": "value_and_grad",
+        "found": "(value, (model_state, _)), grads",
+        "extra": ", value=value, grad=grads",
+    }
+
+
+def _compared(recipe: "Recipe") -> str:
+    """The metrics that checkpoints are compared by: the others decide between equals."""
+    recorded = {str(name) for study in recipe.studies.values() for name in study.data}
+    others = map(literal, tie_breakers(recipe.objective, recorded))
+    return f"[{', '.join(['workload.objective', *others])}]"
+
+
+def _comments(recipe: "Recipe") -> list[str]:
+    """What stands above the program: what it reaches, and what there is against it."""
     spread = f" (standard deviation {recipe.spread:.3g})" if len(recipe.values) > 1 else ""
-    return (
-        f"{printable(resolve(recipe.workload, recipe.point).name)}, tuned: "
-        f"{printable(recipe.objective)} = {recipe.value:.4g}{spread} over {len(recipe.values)} "
-        "seed(s), at the best checkpoint."
+    found = against(recipe)
+    word = "not tuned" if found and found[0].severity == "error" else "tuned"
+    title = (
+        f"# {printable(resolve(recipe.workload, recipe.point).name)}, {word}: "
+        f"{printable(recipe.objective)} = {recipe.value:.4g}{spread}",
+        f"# over {len(recipe.values)} seed(s), at the best checkpoint of each.",
     )
+    return [*title, *(line for f in found for line in _comment(f"{f.severity}: {f.message}"))]
+
+
+def against(recipe: "Recipe") -> list[Finding]:
+    """What there is against a recipe, the gravest first: errors and warnings about its answer.
+
+    Args:
+      recipe: the recipe.
+
+    Returns:
+      Its decisions of these severities, and the findings of any chapter whose codes say that its
+      answer may be none.
+    """
+    found = [f for f in recipe.findings if f.severity != "info"]
+    decisions = [chapter.decision for chapter in recipe.chapters]
+    return by_severity(f for f in found if f in decisions or f.code in _NO_ANSWER)
+
+
+def _comment(text: str) -> list[str]:
+    """Text of any origin in lines of a comment."""
+    shown = printable(text, UNBOUNDED)
+    return textwrap.wrap(shown, _WIDTH, initial_indent="# ", subsequent_indent="# ")
+
+
+class _Head:
+    """What a program has to know before it begins, each once.
+
+    Attributes:
+      stubs: what the reader has to fill in, lines of each.
+      assigned: lines that give names to what is imported.
+    """
+
+    def __init__(self) -> None:
+        """Begins a program."""
+        self._imports: dict[str, None] = {}
+        self._folders: dict[str, None] = {}
+        self.stubs: list[list[str]] = []
+        self.assigned: list[str] = []
+
+    def imported(self, where: str) -> str:
+        """The name of a ``module:attribute`` in the program."""
+        module, _, attribute = where.partition(":")
+        self._imports[f"from {module} import {attribute.split('.')[0]}"] = None
+        folder = _folder(module)
+        if folder is not None:
+            self._folders[folder] = None
+        return attribute
+
+    def zoo(self) -> None:
+        """Imports the zoo."""
+        self._imports["from playbook_optax import zoo"] = None
+
+    def stub(self, name: str, reason: str, called: str = "") -> None:
+        """Leaves two lines to the reader, without which the program says what it lacks.
+
+        Args:
+          name: what they are to define.
+          reason: why nobody else can, in a sentence.
+          called: what an attribute of a module is called with.
+        """
+        lines = [f"from your_module import your_{name}", f"{name} = your_{name}{called}"]
+        shown = f"{name} = your_{name}{'(...)' if called else ''}"
+        sentence = (
+            f"This program does not know your {name}: fill in the two lines of it that are "
+            f"'{lines[0]}' and '{shown}'."
+        )
+        pieces = textwrap.wrap(sentence, _WIDTH - 20, drop_whitespace=False)
+        told = [*_comment(f"{reason} Fill in these two lines:"), *(f"# {line}" for line in lines)]
+        told += [f"if {literal(name)} not in globals():", "    raise RuntimeError("]
+        told += [f"        {literal(piece)}" for piece in pieces]
+        self.stubs.append([*told, "    )"])
+
+    def standard_imports(self, lines: list[str]) -> list[str]:
+        """Imports of the standard library, with what finding the user's modules takes."""
+        return [*lines, *(["import sys"] if self._folders else [])]
+
+    def own_imports(self) -> list[str]:
+        """Imports of what was tuned."""
+        found = [f"sys.path.append({literal(folder)})" for folder in self._folders]
+        return [*found, *self._imports]
+
+
+def _folder(module: str) -> str | None:
+    """Where Python finds a module that is not installed, unless any program finds it."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if not isinstance(file, str):
+        return None
+    path = Path(os.path.abspath(file))
+    depth = module.count(".") + (path.stem == "__init__")
+    if len(path.parents) <= depth:
+        return None
+    root = path.parents[depth]
+    installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
+    searched = {Path(place or os.curdir).resolve() for place in sys.path}
+    known = root.resolve() in searched - installed
+    return str(root) if known else None
 
 
 def _items(point: dict[str, Any]) -> list[str]:
@@ -144,6 +322,22 @@ def _reference(value: Any) -> str | None:
     return None
 
 
+def _is_in_script(value: Any) -> bool:
+    """Whether the script that was started, or the notebook, holds an object."""
+    held = [vars(sys.modules[name]) for name in _MAIN if name in sys.modules]
+    return any(value is other for names in held for other in list(names.values()))
+
+
+def _reason(value: Any, name: str) -> str:
+    """Why a program cannot import an object."""
+    if _is_in_script(value):
+        return (
+            f"Your {name} is held by the script or notebook that tuned it, which would run again "
+            "if it were imported; move it into a module of its own."
+        )
+    return f"No module holds your {name}."
+
+
 def _is_public(text: str) -> bool:
     """Whether it is a dotted name that a program can import, none of it private."""
     return is_dotted_name(text) and not any(part[0] == "_" for part in text.split("."))
@@ -171,16 +365,16 @@ def _in_zoo(recipe: "Recipe") -> str | None:
         other = zoo.load(work.name).workload
     except ImportError:
         return None
-    key = jax.random.key(0)
-    shapes = [str(jax.eval_shape(one.init, key)) for one in (work, other)]
-    same = shapes[0] == shapes[1] and fingerprint_data(work.data) == fingerprint_data(other.data)
-    return work.name if same else None
+    made = [identity.digest(w.init, w.loss, w.batch, w.evaluate) for w in (work, other)]
+    same = made[0] is not None and made[0] == made[1]
+    same = same and (work.objective, work.maximize) == (other.objective, other.maximize)
+    return (
+        work.name if same and fingerprint_data(work.data) == fingerprint_data(other.data) else None
+    )
 
 
-def _workload(
-    recipe: "Recipe", point: dict[str, Any], where: str | None
-) -> tuple[list[str], list[str]]:
-    """Lines that make the name ``workload``, and the imports they need."""
+def _workload(head: _Head, recipe: "Recipe", point: dict[str, Any], where: str | None) -> None:
+    """Makes the name ``workload``."""
     if where is None:
         where = _reference(recipe.workload) or _in_zoo(recipe)
     elif ":" in where:
@@ -189,91 +383,77 @@ def _workload(
         from playbook_optax import zoo
 
         _checks.check_choice("workload", where, zoo.names())
+    of_point = not isinstance(recipe.workload, Workload)
     if where is None:
-        if isinstance(recipe.workload, Workload):
-            return ["# The name `workload` is your Workload."], []
-        return [f"# The name `workload` is your workload at {_point(point)}."], []
-    if ":" not in where:
-        return (
-            [f"workload = zoo.load({literal(where)}).workload"],
-            ["from playbook_optax import zoo"],
-        )
-    module, _, attribute = where.partition(":")
-    first = attribute.split(".")[0]
-    imports = [f"from {module} import {first}"]
-    if isinstance(recipe.workload, Workload):
-        same = attribute == "workload"
-        called = "" if _is_workload(module, attribute) else "()"
-        return ([] if same and not called else [f"workload = {attribute}{called}"]), imports
-    return [f"workload = {attribute}({_point(point)})"], imports
+        called = f"({_point(point)})" if of_point else ""
+        head.stub("workload", _reason(recipe.workload, "workload"), called)
+    elif ":" not in where:
+        head.zoo()
+        head.assigned.append(f"workload = zoo.load({literal(where)}).workload")
+    else:
+        attribute = head.imported(where)
+        called = f"({_point(point)})" if of_point else "" if _is_workload(where) else "()"
+        if attribute != "workload" or called:
+            head.assigned.append(f"workload = {attribute}{called}")
 
 
-def _is_workload(module: str, attribute: str) -> bool:
+def _is_workload(where: str) -> bool:
     """Whether a name is the workload itself, not a function that makes it."""
+    module, _, attribute = where.partition(":")
     held: Any = sys.modules.get(module)
     for part in attribute.split("."):
         held = getattr(held, part, None)
     return held is None or isinstance(held, Workload)
 
 
-def _schedule(recipe: "Recipe", point: dict[str, Any], where: str | None) -> tuple[str, list[str]]:
-    """An expression for the schedule, and the imports it needs; empty if there is none."""
-    from playbook_optax.procedures import tune
-
-    pipeline = recipe.pipeline
-    if pipeline.make_schedule is None:
-        return "", []
-    steps = recipe.num_steps - pipeline.warmup_steps
-    if pipeline.make_schedule is tune.cosine:
-        rate = numeral(point[tune.LEARNING_RATE])
-        imports: list[str] = []
-        made = f"pbx.schedules.cosine_decay({rate}, {numeral(steps)})"
-    else:
-        name, imports = _imported(pipeline.make_schedule, where, "make_schedule")
-        first = steps if pipeline.extended_from is None else min(pipeline.extended_from, steps)
-        made = f"{name}({_point(point)}, {numeral(first)})"
-        if first < steps:
-            made = f"pbx.schedules.extend_for_longer_run({made}, {numeral(steps - first)})"
-    if pipeline.warmup_steps:
-        made = f"pbx.schedules.prepend_warmup({made}, {numeral(pipeline.warmup_steps)})"
-    return made, imports
-
-
-def _imported(function: Any, where: str | None, fallback: str) -> tuple[str, list[str]]:
-    """The name of a function in the program, and the import that it needs."""
-    _check_place(fallback, where)
+def _own(head: _Head, function: Any, where: str | None, name: str) -> str:
+    """The name of a function of the user's in the program."""
     where = where or _reference(function)
-    if where is None:
-        return fallback, [f"# The name `{fallback}` is your own function."]
-    module, _, attribute = where.partition(":")
-    return attribute, [f"from {module} import {attribute.split('.')[0]}"]
+    if where is not None:
+        return head.imported(where)
+    head.stub(name, _reason(function, name))
+    return name
 
 
 def _optimizer(
-    recipe: "Recipe", point: dict[str, Any], where: str | None
-) -> tuple[str, str, list[str]]:
-    """Lines for ``schedule`` and ``optimizer``, and the imports they need."""
+    head: _Head, recipe: "Recipe", point: dict[str, Any], where: str | None, ours: bool
+) -> list[str]:
+    """Lines for ``schedule`` and ``optimizer``."""
     from playbook_optax.procedures import tune
 
-    made, imports = _schedule(recipe, point, None)
-    schedule = f"schedule = {made}\n" if made else ""
-    rest = {name: value for name, value in point.items() if not made or name != "learning_rate"}
-    if recipe.optimizer_name is not None:
-        arguments = ["learning_rate=schedule"] if made else []
+    lines, rest, pipeline = [], dict(point), recipe.pipeline
+    rate = None
+    if pipeline.make_schedule is not None:
+        steps = recipe.num_steps - pipeline.warmup_steps
+
+        def own() -> str:
+            name = _own(head, pipeline.make_schedule, None, "make_schedule")
+            return f"{name}({_point(point)}, {numeral(steps)})"
+
+        write = in_optax.our_schedule if ours else in_optax.optax_schedule
+        made = write(pipeline.schedule(point, recipe.num_steps), own)
+        lines.append(f"schedule = {made}")
+        rate = "schedule"
+        rest.pop(tune.LEARNING_RATE, None)
+    said: list[str] = []
+    if recipe.optimizer_name is None:
+        items = [*_items(rest), *([f"'{tune.LEARNING_RATE}': {rate}"] if rate else [])]
+        name = _own(head, pipeline.make_optimizer, where, "make_optimizer")
+        base = f"optax.with_extra_args_support({name}({{{', '.join(items)}}}))"
+    else:
         # What else there is in a point is the workload's.
         name = identifier(recipe.optimizer_name, search_spaces.TABLE)
-        taken = tune.optimizer_arguments(name)
-        arguments += [
-            f"{identifier(n, taken)}={numeral(value)}" for n, value in rest.items() if n in taken
-        ]
-        base = f"pbx.{name}({', '.join(arguments)})"
-    else:
-        name, more = _imported(recipe.pipeline.make_optimizer, where, "make_optimizer")
-        imports = imports + [line for line in more if line not in imports]
-        items = _items(rest)
-        items += ["'learning_rate': schedule"] if made else []
-        base = f"optax.with_extra_args_support({name}({{{', '.join(items)}}}))"
-    if recipe.pipeline.max_norm is not None:
-        clipper = f"pbx.clip_by_global_norm({numeral(recipe.pipeline.max_norm)})"
-        base = f"optax.chain({clipper}, {base})"
-    return schedule, f"optimizer = {base}\n", imports
+        defaults = tune.optimizer_arguments(name)
+        given = {n: value for n, value in rest.items() if n in defaults}
+        if ours:
+            arguments = [f"{tune.LEARNING_RATE}={rate}"] if rate else []
+            arguments += [f"{n}={numeral(value)}" for n, value in given.items()]
+            base = f"pbx.{name}({', '.join(arguments)})"
+        else:
+            del defaults[tune.LEARNING_RATE]
+            rate = rate or numeral(given.pop(tune.LEARNING_RATE))
+            base, said = in_optax.optax_optimizer(name, rate, given, defaults)
+    if pipeline.max_norm is not None:
+        whose = "pbx" if ours else "optax"
+        base = f"optax.chain({whose}.clip_by_global_norm({numeral(pipeline.max_norm)}), {base})"
+    return [*lines, *(line for text in said for line in _comment(text)), f"optimizer = {base}"]

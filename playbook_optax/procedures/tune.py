@@ -290,22 +290,51 @@ class Recipe:
             point = {**point, LEARNING_RATE: self.schedule()}
         return self.pipeline.optimizer(point)
 
-    def to_python(self, workload: str | None = None, make_optimizer: str | None = None) -> str:
-        """A short program in plain Optax and our transforms that trains the recipe.
+    def to_python(
+        self,
+        workload: str | None = None,
+        make_optimizer: str | None = None,
+        *,
+        style: str = "playbook_optax",
+    ) -> str:
+        """A short program that trains the recipe with each of its seeds.
+
+        It runs as it is where the workload, and the optimizer if it is your own function, can be
+        imported: from a module that holds them, or from the zoo. Otherwise two lines are left to
+        fill in, and the program says so when it runs without them. What your script or notebook
+        holds cannot be imported, which would run it again.
 
         Args:
           workload: the workload as ``module:attribute`` or a name of the zoo; found by itself if
-            None where a module holds it. The program uses the name ``workload`` otherwise.
-          make_optimizer: likewise, where the optimizer is your own function of the point.
+            None where a module holds it. A function of the point is called with the recipe's.
+          make_optimizer: ``module:attribute`` likewise, where the optimizer is your own function.
+          style: ``"playbook_optax"`` for our transforms, ``"optax"`` for their equals in Optax. The
+            program says where these differ, and by how much; a workload of the zoo is ours in both.
 
         Returns:
-          Python source. It trains the first of the retrained seeds, prints the best value of the
-          objective, and leaves the weights in ``best_params``.
+          Python source. It prints the best value of the objective for each seed of `values`, their
+          mean and standard deviation, and leaves the weights of the best in ``best_params``.
 
         Raises:
           NoFeasibleTrial: every trial was infeasible.
+          ValueError: an unknown style, a place that is none, or a piece without an equal in Optax
+            (``nadam``, ``nadamw``, ``inverse_sqrt_decay``, parameters of less than float32).
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> import playbook_optax as pbx
+          >>> workload = pbx.Workload(
+          ...     name="square", init=lambda key: ({"w": jnp.ones(2)}, {}),
+          ...     loss=lambda p, s, b, k: ((p["w"] ** 2).sum(), (s, {})), batch=lambda d, k, i: (),
+          ...     evaluate=lambda p, s, d: {"valid/loss": (p["w"] ** 2).sum()},
+          ...     objective="valid/loss")
+          >>> recipe = pbx.tune(workload, "sgd", num_trials=2, num_steps=20, key=jax.random.key(0),
+          ...                   overrides={"point": {"learning_rate": 0.4}})
+          >>> source = recipe.to_python("models:square", style="optax")
+          >>> "optimizer = optax.sgd(schedule)" in source, "playbook_optax" in source
+          (True, False)
         """
-        return program(self, self._feasible(), workload, make_optimizer)
+        return program(self, self._feasible(), workload, make_optimizer, style)
 
     def final_evaluate(self) -> dict[str, float]:
         """Evaluates `params` on the workload's test data, which nothing has touched before.

@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 import playbook_optax as pbx
 from playbook_optax import report
@@ -55,8 +56,13 @@ def make_study(num_trials=60, name="digits", metric="valid/error_rate", extra=()
     )
 
 
-def make_decisions(study):
-    figures = report.draw_plots(study)
+def very_wide():
+    """A figure that was drawn wider than a page is."""
+    return plt.subplots(1, 3, figsize=(17.0, 4.0))[0]
+
+
+def make_decisions(study, more=()):
+    figures = [*report.draw_plots(study), *more]
     sweep = report.Decision(
         "Learning rate",
         "Which learning rate is best, and is the best inside the range that was searched?",
@@ -133,7 +139,17 @@ def write_all(folder):
                 ("best valid/error_rate", "0.0443"),
                 ("spread over 5 seeds", "0.0021"),
             ],
-            decisions=decisions,
+            decisions=make_decisions(
+                study,
+                [
+                    report.draw_figure(
+                        "figure_9.png",
+                        "Three plots",
+                        "Three empty plots on paper that is wider than a page.",
+                        very_wide,
+                    )
+                ],
+            ),
             studies=[("Round 1", make_study(70, extra=("b1",)))],
             directory=folder / "recipe",
             budget=[("Learning-rate sweep", 24000), ("Round 1", 120000), ("Spread", 10000)],
@@ -192,6 +208,13 @@ class Browser:
         text = {"text": "\r"} if key["key"] == "Enter" else {}
         self.tell("Input.dispatchKeyEvent", type="keyDown", **key, **text)
         self.tell("Input.dispatchKeyEvent", type="keyUp", **key)
+
+    def wait_until(self, condition):
+        """Waits for what a key leads to, which may come later than the key is answered."""
+        deadline = time.monotonic() + 10
+        while not self.run(f"return {condition}"):
+            assert time.monotonic() < deadline, condition
+            time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +315,41 @@ def test_no_page_scrolls_sideways(browser, width):
             assert seen[0] <= seen[1], (page, media)
 
 
+@pytest.mark.parametrize("width", [1280, 1600, 1920, 2560])
+def test_no_figure_is_cut_and_the_column_stands_in_the_middle(browser, width):
+    for page in ("recipe", "chapter", "report"):
+        browser.open(page, width)
+        figures = browser.run(
+            """
+            return [...document.querySelectorAll("figure")].filter(f => f.checkVisibility()).map(
+              f => {
+                const shown = f.querySelector("img").getBoundingClientRect();
+                const room = f.closest(".plots").getBoundingClientRect();
+                return [f.className, shown.right - room.right, shown.width / room.width];
+              })
+            """
+        )
+        assert len(figures) >= 2
+        # Also one that was drawn much wider than the column.
+        assert ("wide widest" in [row[0] for row in figures]) == (page == "recipe")
+        assert max(beyond for _, beyond, _ in figures) <= 0.5
+        for kind, _, share in figures:
+            assert share > (0.99 if kind else 0.48)
+        left, right = browser.run(
+            "const r = document.querySelector('main').getBoundingClientRect();"
+            "return [r.left, document.documentElement.clientWidth - r.right]"
+        )
+        if width >= 1600:
+            assert left == pytest.approx(right, abs=1)
+
+
+def test_a_figure_alone_in_its_row_is_as_wide_as_it_was_drawn(browser):
+    for page, width, wanted in (("recipe", 1280, 600), ("recipe", 360, 300)):
+        browser.open(page, width)
+        shown = browser.run("return document.images[0].getBoundingClientRect().width")
+        assert shown > wanted
+
+
 def test_no_common_word_is_broken_in_a_narrow_column(browser):
     browser.open("recipe", 360, open_details=True)
     broken = browser.run(
@@ -327,10 +385,7 @@ def test_what_is_wide_scrolls_in_a_region_with_a_name(browser):
     assert all(row[2] for row in regions)
     browser.run("document.querySelector('figure .scroll').focus()")
     browser.press("ArrowRight")
-    deadline = time.monotonic() + 5
-    while not browser.run("return document.activeElement.scrollLeft"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    browser.wait_until("document.activeElement.scrollLeft")
 
 
 CONTRASTS = """
@@ -438,11 +493,11 @@ def test_the_skip_link_jumps_and_a_summary_opens_by_keyboard(browser):
     browser.open("recipe", 360)
     browser.press("Tab")
     browser.press("Enter")
-    assert browser.run("return document.activeElement.id") == "main"
+    browser.wait_until("document.activeElement.id === 'main'")
     browser.run("document.querySelector('main summary').focus()")
     assert not browser.run("return document.querySelector('main details').open")
     browser.press("Enter")
-    assert browser.run("return document.querySelector('main details').open")
+    browser.wait_until("document.querySelector('main details').open")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import reprlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +32,7 @@ from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.procedures.warmup import default_warmup_steps
 from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial, Study
+from playbook_optax.runner import progress
 from playbook_optax.runner.run import StudyRunner, run_study
 from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Categorical, Float, Parameter, SearchSpace
@@ -350,7 +350,7 @@ def find_recipe(
         _check_overrides(overrides),
         how,
     )
-    return tuner.run()
+    return tuner.tell_and_run()
 
 
 def cosine(point: Mapping[str, Any], num_steps: int) -> schedules.Schedule:
@@ -600,6 +600,12 @@ class _Tuner:
                 )
 
     # Chapters -----------------------------------------------------------------------------------
+
+    def tell_and_run(self) -> Recipe:
+        """`run`, with a person told of every decision as it is taken."""
+        budget = progress.Budget("tune", self._total)
+        with progress.telling(self._trainer.progress, self._work.name, budget):
+            return self.run()
 
     def run(self) -> Recipe:
         """All chapters, and what comes of them."""
@@ -1133,6 +1139,7 @@ class _Tuner:
             suggestion=suggestion or f"To decide otherwise, give overrides={{{override!r}: ...}}.",
         )
         self._chapters.append(Chapter(name, decision, verdict or Verdict(None, (), {}, 0)))
+        progress.say(f"decided {name}: {decision.message}")
         if self._directory is not None and self._spent() and not self._is_indexed:
             # Not before the first study, which may yet be refused.
             storage.write_document(storage.root(self._directory) / INDEX, self._index())
@@ -1163,15 +1170,12 @@ class _Tuner:
         return subdirectory(self._directory, "/".join(names))
 
     def _say(self, name: str, what: str) -> None:
-        """Tells a person at a terminal which chapter begins, and what is spent."""
-        if self._trainer.progress and sys.stderr.isatty():
-            number = CHAPTERS.index(name) + 1
-            share = self._spent() / self._total
-            print(
-                f"tune {self._work.name}, {number} of {len(CHAPTERS)}: {name}, {what} "
-                f"({share:.0%} of the budget spent)",
-                file=sys.stderr,
-            )
+        """Tells a person which chapter begins, and what is spent."""
+        number = CHAPTERS.index(name) + 1
+        share = self._spent() / self._total
+        progress.say(
+            f"tune, {number} of {len(CHAPTERS)}: {name}, {what} ({share:.0%} of the budget spent)"
+        )
 
     def _defaults(self) -> dict[str, Any]:
         """What a sweep does not vary: the optimizer's own values, or the middle of the range."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 
 from playbook_optax import _checks
-from playbook_optax.runner import devices, processes, remote, workers
+from playbook_optax.runner import devices, processes, progress, remote, workers
 from playbook_optax.trials.stepper import MakeOptimizer, MakeSchedule
 from playbook_optax.trials.workload import Workload, WorkloadLike
 
@@ -60,7 +60,8 @@ class Trainer:
         one that began it: you vouch that it is the same study.
       checkpoint_seconds: with a directory, how long to train between saves of blocks that are not
         finished; a killed run loses no more than that.
-      progress: show what is done, on a terminal.
+      progress: say on standard error what is done: a line for each stage, study and decision, and
+        a bar on a terminal and in a notebook where `rich` is installed.
 
     Raises:
       ValueError: a bad argument, or two places to train in.
@@ -228,14 +229,18 @@ def takes_trainer(function: Callable[..., R]) -> Callable[..., R]:
                     f"{function.__qualname__}() got a Trainer, which says already what and how to "
                     f"train, and {twice} beside it; use trainer.replace(...)."
                 )
-            return function(workload, *rest, **kwargs)
+            return told(workload, *rest, **kwargs)
         missing = not rest and "make_optimizer" not in kwargs
         if missing:
             raise TypeError(f"{function.__qualname__}() needs make_optimizer beside the workload.")
         make_optimizer = rest.pop(0) if rest else kwargs.pop("make_optimizer")
         # None stands for what was not given, as it does in a Trainer.
         given = {name: value for name, value in how.items() if value is not None}
-        return function(Trainer(workload, make_optimizer, **given), *rest, **kwargs)
+        return told(Trainer(workload, make_optimizer, **given), *rest, **kwargs)
+
+    def told(trainer: Trainer, *args: Any, **kwargs: Any) -> R:
+        with progress.telling(trainer.progress, getattr(trainer.workload, "name", "workload")):
+            return function(trainer, *args, **kwargs)
 
     keywords = [kinds("how", kinds.VAR_KEYWORD, annotation=Any)]
     wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
+from playbook_optax.runner import progress
 from playbook_optax.runner.run import StudyRunner
 from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
@@ -272,6 +273,7 @@ def compare_remedies(
 
     def run(program: StudyRunner, name: str, points: Mapping[str, np.ndarray]) -> Study:
         folder = name if "/" not in name else f"other_{len(studies)}"
+        progress.say(f"compare_remedies: {name}, {len(points[LEARNING_RATE])} trials")
         studies[name] = program.run(points, directory=clipping.subdirectory(directory, folder))
         return studies[name]
 

@@ -21,8 +21,9 @@ from playbook_optax._text import PARAGRAPH, printable
 
 # Without a bar: between two lines that say how far a study is, and when a stage counts as long.
 LINE_SECONDS, LONG_STAGE_SECONDS = 20.0, 10.0
-# Between two pictures of a bar in a notebook, each of which is a message to the browser.
-NOTEBOOK_SECONDS = 0.5
+# Between two pictures of a bar, which cost some milliseconds each; in a notebook each is a message
+# to the browser. Between two changes of what is drawn.
+TERMINAL_SECONDS, NOTEBOOK_SECONDS, BAR_SECONDS = 0.25, 0.5, 0.1
 _BAR_WIDTH, _BAR_NAME, _NOTEBOOK_WIDTH = 20, 30, 120
 # Lines are text, whatever they look like.
 _AS_IT_IS: dict[str, Any] = {
@@ -271,12 +272,16 @@ class Progress:
         if teller is None:
             return
         self._count()
+        now = time.monotonic()
         if teller.bar is not None:
+            if now - self._spoke < BAR_SECONDS:
+                return
+            self._spoke = now
             blocks = f"{self._blocks}/{self._num_missing} blocks"
             told = [blocks + self._told_speed(), *self._told_left(), *self._told_budget()]
             teller.bar.move(self._share, ", ".join([*told, *filter(None, [self._told_trials()])]))
-        elif time.monotonic() - self._spoke > LINE_SECONDS:
-            self._spoke = time.monotonic()
+        elif now - self._spoke > LINE_SECONDS:
+            self._spoke = now
             share = f"trained {self._share:.0%} of {self._what} in {_duration(self._seconds)}"
             told = [share + self._told_speed(), *self._told_left(), *self._told_budget()]
             _print(teller, "; ".join([*told, *filter(None, [self._told_trials()])]))
@@ -419,7 +424,8 @@ class _TerminalBar(_Bar):
     """A bar in the last line of a terminal."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, _rich("console").Console(stderr=True), transient=True)
+        console = _rich("console").Console(stderr=True)
+        super().__init__(name, console, transient=True, refresh_per_second=1 / TERMINAL_SECONDS)
         self._bars.start()
 
 

@@ -394,3 +394,45 @@ def test_a_notebook_is_known_by_its_kernel(monkeypatch):
     assert progress._is_notebook()
     monkeypatch.delattr(Shell, "kernel")
     assert not progress._is_notebook()
+
+
+def test_a_set_of_studies_says_which_one_it_trains(standard_error):
+    pipe = standard_error(io.StringIO())
+    space = pbx.SearchSpace({"learning_rate": pbx.Float(0.01, 0.1, scale="log")})
+    pbx.run_studies(
+        {"plain": {"make_optimizer": tiny.sgd}, "heavy": {"make_optimizer": tiny.momentum}},
+        scientific="optimizer",
+        workload=tiny.quadratic(),
+        space=space,
+        num_trials=2,
+        num_steps=2,
+        eval_every=1,
+        key=jax.random.key(0),
+    )
+    told = pipe.getvalue().splitlines()
+    begun = [told.index(f"optimizer: {what}") for what in ("plain, 1 of 2", "heavy, 2 of 2")]
+    done = [i for i, line in enumerate(told) if line.startswith("quadratic: training 2 trials")]
+    assert begun[0] < done[0] < begun[1] < done[1]
+
+
+def test_a_chapter_of_procedures_says_what_each_step_found(standard_error):
+    pipe = standard_error(io.StringIO())
+    verdict = pbx.procedures.stabilize(
+        tiny.quadratic(),
+        tiny.sgd,
+        pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 0.1, scale="log")}),
+        key=jax.random.key(0),
+        num_trials=3,
+        num_steps=8,
+        optimizers={},
+    )
+    told = pipe.getvalue().splitlines()
+    steps = list(verdict.answer.steps)
+    begun = [told.index(f"quadratic: stabilize: {name}") for name in steps]
+    found = [
+        told.index(f"quadratic: decided {name}: {verdict.answer.steps[name].findings[0].message}")
+        for name in steps
+    ]
+    order = [line for both in zip(begun, found, strict=True) for line in both]
+    assert len(order) > 2
+    assert order == sorted(order)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from playbook_optax import _histogram
+from playbook_optax import _histogram, _shown
 from playbook_optax._checks import check_number, check_steps, named_arguments
 from playbook_optax._tree import (
     check_matching,
@@ -90,6 +90,9 @@ class NormInfo:
     num_nonfinite: chex.Array
     counts: chex.Array
     name: str = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return _shown.record("NormInfo", _shown.fields_of(self))
 
     @property
     def edges(self) -> np.ndarray:

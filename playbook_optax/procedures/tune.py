@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import optax
 
-from playbook_optax import _checks, _portable, norms, optimizers, schedules, search_spaces
+from playbook_optax import _checks, _portable, _shown, norms, optimizers, schedules, search_spaces
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.analysis.spreads import best_by_seed
-from playbook_optax.procedures import controls
+from playbook_optax.procedures import controls, shown
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
@@ -111,6 +111,15 @@ class Chapter:
     decision: Finding
     verdict: Verdict
 
+    def __repr__(self) -> str:
+        return shown.chapter_repr(self)
+
+    def __str__(self) -> str:
+        return _shown.as_text(*shown.chapter_summary(self))
+
+    def _repr_html_(self) -> str:
+        return shown.chapter_html(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
@@ -194,6 +203,15 @@ class Recipe:
     model_state: Any = dataclasses.field(repr=False)
     key: chex.PRNGKey = dataclasses.field(repr=False)
     report: pathlib.Path | None = None
+
+    def __repr__(self) -> str:
+        return shown.recipe_repr(self)
+
+    def __str__(self) -> str:
+        return _shown.as_text(*shown.recipe_summary(self))
+
+    def _repr_html_(self) -> str:
+        return shown.recipe_html(self)
 
     def __getstate__(self) -> dict[str, Any]:
         made = {name: getattr(self.pipeline, name) for name in _FUNCTIONS}

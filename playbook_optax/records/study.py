@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from playbook_optax import _feasibility
+from playbook_optax import _feasibility, _shown
 from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
 from playbook_optax._direction import direction
 from playbook_optax._text import printable
 from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
+from playbook_optax.records.picture import picture_of
 from playbook_optax.search_space import SearchSpace
 
 if TYPE_CHECKING:
@@ -638,12 +639,12 @@ class Study:
         return study_from_blocks(spec, [block])
 
     def __repr__(self) -> str:
-        return summary.as_text(*self._summary())
+        return _shown.as_text(*self._summary())
 
     def _repr_html_(self) -> str:
-        return summary.as_html(*self._summary())
+        return _shown.as_html(*self._summary(), picture_of({"": self}))
 
-    def _summary(self) -> tuple[str, summary.Rows]:
+    def _summary(self) -> tuple[str, _shown.Rows]:
         """What ran, on what, and what it came to: a title and rows of text."""
         direction = "higher" if self.maximize else "lower"
         rows = [
@@ -737,7 +738,7 @@ def best_text(study: Study) -> str:
         return "no feasible trial" if study.num_trials else "no complete trial yet"
     spread = "" if best.spread is None else f" ± {best.spread:.2g}"
     point = summary.point_text(best.point, study.space)
-    return f"{summary.number(best.value)}{spread} at step {best.step}, trial {best.trial}: {point}"
+    return f"{_shown.number(best.value)}{spread} at step {best.step}, trial {best.trial}: {point}"
 
 
 def infeasible_text(study: Study) -> str:

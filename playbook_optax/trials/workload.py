@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax._direction import direction
 from playbook_optax.trials import arrays
 
@@ -106,6 +106,11 @@ class Workload:
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.data):
             if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "iufc":
                 _checks.fitting(f"data{jax.tree_util.keystr(path)}", leaf)
+
+    def __repr__(self) -> str:
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        unset = [name for name, default in fields.items() if getattr(self, name) is default]
+        return _shown.record("Workload", _shown.fields_of(self, unset))
 
     def final_evaluate(self, params: Any, model_state: Any) -> dict[str, float]:
         """Evaluates on the test data, once, when all decisions are taken.

@@ -5,6 +5,8 @@ norms; `monitor_norms` only records. `norm_info` reads the record of any of them
 up the records of several streams of gradients.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

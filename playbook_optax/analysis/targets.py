@@ -1,5 +1,7 @@
 """How many steps each trial needed to reach a target: what a faster way to train makes fewer."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np

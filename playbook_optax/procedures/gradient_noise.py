@@ -1,5 +1,7 @@
 """How noisy the gradient is: its variance across batches, by batch size and by workload."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

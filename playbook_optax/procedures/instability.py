@@ -1,5 +1,7 @@
 """Where training becomes unstable, and whether a rate somewhat above the best one is already."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping
@@ -38,7 +40,7 @@ class _Evidence(NamedTuple):
     rates: np.ndarray
     unstable: np.ndarray
 
-    def add(self, rates: np.ndarray, unstable: np.ndarray) -> "_Evidence":
+    def add(self, rates: np.ndarray, unstable: np.ndarray) -> _Evidence:
         """With more trials; of two at the same rate an unstable one decides."""
         every = np.concatenate([self.rates, np.asarray(rates, np.float64)])
         flags = np.concatenate([self.unstable, unstable])

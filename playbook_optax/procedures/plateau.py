@@ -1,5 +1,7 @@
 """A schedule driven by the validation error: automated, recorded, and replayed as a plain one."""
 
+from __future__ import annotations
+
 import itertools
 import os
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """Which remedy against unstable training: each with a learning-rate sweep of its own, compared."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping, Sequence

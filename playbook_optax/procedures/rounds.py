@@ -1,5 +1,7 @@
 """The next, longer round of tuning: what to search again, what to keep, and on which schedule."""
 
+from __future__ import annotations
+
 import dataclasses
 import fnmatch
 import math

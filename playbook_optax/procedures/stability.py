@@ -1,5 +1,7 @@
 """The playbook's chapter on training that breaks, from the sweep to a remedy."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """From an untuned workload to a recipe: the playbook's procedures, one after another."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import functools
@@ -231,7 +233,7 @@ class Recipe:
         state["key"] = _portable.receive_key(state["key"])
         vars(self).update(state)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Recipe":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         parts = ("point", "values", "chapters", "params", "model_state")
         copied = {name: copy.deepcopy(getattr(self, name), memo) for name in parts}
         return dataclasses.replace(self, **copied)

@@ -1,5 +1,7 @@
 """What every procedure returns."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -5,6 +5,8 @@ Analysis reads this record and nothing else. Our runner assembles it from the bl
 `Study.from_dataframe` from another tool's table.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dataclasses
@@ -110,13 +112,13 @@ class Study:
     trials, without running them again).
     """
 
-    data: "xarray.Dataset"
+    data: xarray.Dataset
     spec: Mapping[str, Any]
     _blocks: tuple[Block, ...] = ()
     _rows: np.ndarray | None = None
     _weights_like: Mapping[str, Any] | None = None
-    _extend: "Callable[[int], Study] | None" = None
-    _replay: "Callable[..., xarray.Dataset] | None" = None
+    _extend: Callable[[int], Study] | None = None
+    _replay: Callable[..., xarray.Dataset] | None = None
     _directory: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class Study:
             {**dict.fromkeys(_TRAINING), **state, "spec": MappingProxyType(state["spec"])}
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Study":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Study:
         spec = MappingProxyType(copy.deepcopy(dict(self.spec), memo))
         return dataclasses.replace(self, data=self.data.copy(deep=True), spec=spec)
 
@@ -292,7 +294,7 @@ class Study:
         )
 
     @named_arguments
-    def extend(self, num_trials: int) -> "Study":
+    def extend(self, num_trials: int) -> Study:
         """Trains more trials: points i = n, n + 1, … of the same space, the old ones untouched.
 
         Args:
@@ -321,7 +323,7 @@ class Study:
         num_steps: int | None = None,
         seed: int | None = None,
         per_layer: bool = False,
-    ) -> "xarray.Dataset":
+    ) -> xarray.Dataset:
         """Trains one trial of the study again, bit for bit, and records every step.
 
         The steps before `from_step` are trained without a record, those from it on one at a time
@@ -404,7 +406,7 @@ class Study:
             longer = {name: self.spec.get(name) for name in ("num_trials", "points")}
             storage.extend_spec(directory, {**mine, **longer})
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pandas.DataFrame:
         """A tidy table for people and other tools: one row per trial (and seed).
 
         Returns:
@@ -497,7 +499,7 @@ class Study:
             temporary.unlink(missing_ok=True)
 
     @staticmethod
-    def read_netcdf(path: str | os.PathLike[str]) -> "xarray.Dataset":
+    def read_netcdf(path: str | os.PathLike[str]) -> xarray.Dataset:
         """Reads what `to_netcdf` wrote, with the names of the study.
 
         Args:
@@ -531,7 +533,7 @@ class Study:
         space: SearchSpace | None = None,
         infeasible: Any = None,
         name: str = "study",
-    ) -> "Study":
+    ) -> Study:
         """Makes a study of what the user's own loop recorded, for example ``jit(vmap(train))``.
 
         Where `infeasible` is not given it is decided, by the rule of our own trials. A trial is
@@ -575,7 +577,7 @@ class Study:
     @staticmethod
     @named_arguments
     def from_dataframe(
-        frame: "pandas.DataFrame",
+        frame: pandas.DataFrame,
         *,
         objective: str,
         parameters: Sequence[str] | Mapping[str, str] | None = None,
@@ -588,7 +590,7 @@ class Study:
         infeasible: str | None = None,
         num_steps: int | None = None,
         name: str = "study",
-    ) -> "Study":
+    ) -> Study:
         """Makes a study of another tool's table of trials.
 
         The table has one row per trial, or with `step` one row per trial and evaluation. What it
@@ -859,7 +861,7 @@ def study_from_blocks(
     *,
     weights_like: Mapping[str, Any] | None = None,
     extend: Callable[[int], Study] | None = None,
-    replay: "Callable[..., xarray.Dataset] | None" = None,
+    replay: Callable[..., xarray.Dataset] | None = None,
     directory: str | os.PathLike[str] | None = None,
 ) -> Study:
     """Assembles a study from its finished blocks.
@@ -1001,7 +1003,7 @@ def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
             )
 
 
-def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarray.Dataset":
+def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> xarray.Dataset:
     import xarray
 
     num_trials, num_seeds = plan["num_trials"], plan["num_seeds"]
@@ -1083,7 +1085,7 @@ def _bin_edges(edges: Any, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
     return ends[:-1], ends[1:]
 
 
-def _metric_names(data: "xarray.Dataset") -> list[str]:
+def _metric_names(data: xarray.Dataset) -> list[str]:
     return [str(name) for name, values in data.data_vars.items() if "eval" in values.dims]
 
 

@@ -1,5 +1,7 @@
 """Several studies that belong together: one for each value of a scientific hyperparameter."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import os
@@ -184,7 +186,7 @@ class StudySet(Mapping[str, Study]):
         """
         return {**self.fixed[label], **self[label].point(trial)}
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pandas.DataFrame:
         """One table of all trials, with a column for the scientific hyperparameter.
 
         Returns:

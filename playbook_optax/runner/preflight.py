@@ -1,5 +1,7 @@
 """`preflight`: what a study will take and whether it can run, before anything is spent."""
 
+from __future__ import annotations
+
 import dataclasses
 import time
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """`run_study`: from a workload and points to a `Study`."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,7 @@
 """`run_studies`: one study for each value of a scientific hyperparameter."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import os
 from collections.abc import Mapping

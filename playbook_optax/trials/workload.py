@@ -1,5 +1,7 @@
 """What a user brings: a model, its loss, its data and its evaluation, as pure functions."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -148,7 +150,7 @@ class Workload:
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
         has_state: bool = False,
-    ) -> "Workload":
+    ) -> Workload:
         """Builds a workload from a model in two functions and arrays of examples.
 
         Each epoch visits the training examples in a new order, without replacement; a last partial
@@ -287,7 +289,7 @@ class Workload:
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
         train_switch: str | Mapping[str, bool] | None = None,
-    ) -> "Workload":
+    ) -> Workload:
         """Builds a workload from a Flax module (linen or nnx) and arrays of examples.
 
         Batch statistics are carried in the model state; dropout gets a key in training and is off

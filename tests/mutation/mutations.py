@@ -614,9 +614,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a printed study is markup",
-        "records/summary.py",
-        "return html.escape(printable(text, PARAGRAPH))",
-        "return printable(text, PARAGRAPH)",
+        "_shown.py",
+        "return html.escape(printable(text, most))",
+        "return printable(text, most)",
         (f"{STUDY}::test_a_study_in_a_notebook_is_text_and_never_markup",),
     ),
     Mutation(
@@ -1225,13 +1225,6 @@ MUTATIONS = (
         "_shown.py",
         "    told = _escaped(told, 2 * WIDTH)\n",
         "",
-        (SHOWN,),
-    ),
-    Mutation(
-        "a table in a notebook is not escaped",
-        "_shown.py",
-        "    return html.escape(printable(text, most))\n",
-        "    return printable(text, most)\n",
         (SHOWN,),
     ),
     Mutation(

@@ -10,7 +10,7 @@ import html
 import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from playbook_optax import _checks
 from playbook_optax._text import PARAGRAPH, printable
 
+T = TypeVar("T")
 Rows = Sequence[tuple[str, str]]
 
 WIDTH, MOST_LINES = 96, 24
@@ -79,6 +80,32 @@ def record(name: str, fields: Mapping[str, str]) -> str:
     return "\n".join([f"{name}(", *lines, *more, ")"])
 
 
+def short(kind: type[T]) -> type[T]:
+    """Makes a dataclass or named tuple show itself by `record`: fields, but no arrays.
+
+    Args:
+      kind: the class.
+
+    Returns:
+      The same class.
+
+    Example:
+      >>> from typing import NamedTuple
+      >>> @short
+      ... class Curve(NamedTuple):
+      ...     step: np.ndarray
+      ...     name: str
+      >>> Curve(np.arange(1000), "loss")
+      Curve(step=int64[1000], name='loss')
+    """
+
+    def told(self: Any) -> str:
+        return record(kind.__name__, fields_of(self))
+
+    kind.__repr__ = told  # type: ignore[method-assign]
+    return kind
+
+
 def fields_of(value: Any, but: Iterable[str] = ()) -> dict[str, str]:
     """The fields of a dataclass or named tuple in a few letters each.
 
@@ -89,9 +116,8 @@ def fields_of(value: Any, but: Iterable[str] = ()) -> dict[str, str]:
     Returns:
       Name to text.
     """
-    names = [field.name for field in dataclasses.fields(value) if field.repr]
     left_out = set(but)
-    return {name: brief(getattr(value, name)) for name in names if name not in left_out}
+    return {name: brief(getattr(value, name)) for name in _names(value) if name not in left_out}
 
 
 def as_text(title: str, rows: Rows) -> str:
@@ -202,17 +228,26 @@ def _array(value: Any) -> str:
 
 
 def _has_fields(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if isinstance(value, type):
+        return False
+    return dataclasses.is_dataclass(value) or (
+        isinstance(value, tuple) and hasattr(value, "_fields")
+    )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """The fields of a dataclass that it shows, or of a named tuple."""
+    if dataclasses.is_dataclass(value):
+        return tuple(field.name for field in dataclasses.fields(value) if field.repr)
+    fields: tuple[str, ...] = value._fields
+    return fields
 
 
 def _container(value: Any, depth: int) -> str:
     name, left, right = type(value).__qualname__, f"{type(value).__qualname__}(", ")"
     pairs: Iterable[tuple[str, Any]]
     if _has_fields(value):
-        fields = [field.name for field in dataclasses.fields(value) if field.repr]
-        pairs = [(f"{field}=", getattr(value, field)) for field in fields]
-    elif hasattr(value, "_fields"):
-        pairs = [(f"{field}=", item) for field, item in zip(value._fields, value, strict=False)]
+        pairs = [(f"{field}=", getattr(value, field)) for field in _names(value)]
     elif isinstance(value, Mapping):
         left, right = ("{", "}") if type(value) is dict else (f"{name}({{", "})")
         first = itertools.islice(value, _ITEMS)

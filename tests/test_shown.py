@@ -1,7 +1,10 @@
 """What is printed, and what a notebook shows: short whatever it holds, and never a command."""
 
 import html.parser
+import importlib
+import inspect
 import math
+import pkgutil
 import re
 import sys
 
@@ -13,7 +16,7 @@ import pytest
 import tiny_workloads as tiny
 
 import playbook_optax as pbx
-from playbook_optax import _shown
+from playbook_optax import _shown, analysis, procedures
 from playbook_optax.procedures import tune
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.runner.preflight import Preflight, Timing
@@ -291,3 +294,26 @@ def test_many_rows_are_cut_before_any_is_left_out():
     lines = _shown.as_text("title", rows * 10).split("\n")
     assert len(lines) == 24
     assert lines[-1] == "  … 88 more lines"
+
+
+def outputs():
+    """What analysis and procedures return, as far as it holds arrays or a row for each trial."""
+    for package in (analysis, procedures):
+        for found in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{found.name}")
+            for name, kind in vars(module).items():
+                own = inspect.isclass(kind) and kind.__module__ == module.__name__
+                if own and hasattr(kind, "_fields") and not name.startswith("_"):
+                    told = " ".join(map(str, kind.__annotations__.values()))
+                    if not name.endswith("Row") and re.search(r"ndarray|Row, \.\.\.", told):
+                        yield pytest.param(kind, id=name)
+
+
+@pytest.mark.parametrize("kind", list(outputs()))
+def test_what_an_analysis_returns_prints_no_arrays(kind):
+    shown = kind(*(np.arange(900) if i % 2 else (HOSTILE,) * 900 for i in range(len(kind._fields))))
+    lines = repr(shown).split("\n")
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    assert all(line.isprintable() for line in lines)
+    assert lines[0].startswith(f"{kind.__name__}(")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import mean_curve, metric_names, outcomes
 from playbook_optax.records.study import Study
@@ -66,6 +66,7 @@ class CurveRow(NamedTuple):
     early: bool
 
 
+@_shown.short
 class CurveInfo(NamedTuple):
     """The curves of the good trials.
 
@@ -265,6 +266,7 @@ def curve_findings(info: CurveInfo) -> list[Finding]:
     return []
 
 
+@_shown.short
 class BestCurves(NamedTuple):
     """The curves to draw for the best trials.
 
@@ -332,6 +334,7 @@ def best_curves(
     )
 
 
+@_shown.short
 class ComparedCurves(NamedTuple):
     """Curves of runs from several studies, one metric.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.records.study import Study
 
@@ -18,6 +18,7 @@ many."""
 _ROUNDING = 1e-9
 
 
+@_shown.short
 class Spread(NamedTuple):
     """One point trained with several seeds.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from playbook_optax import _checks, _tree
+from playbook_optax import _checks, _shown, _tree
 from playbook_optax.analysis.curves import BOUND_SECTION
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.procedures.verdict import Verdict
@@ -45,6 +45,7 @@ class NoiseRow(NamedTuple):
     num_groups: int
 
 
+@_shown.short
 class VariantNoise(NamedTuple):
     """The noise of the gradient of one workload.
 
@@ -79,6 +80,7 @@ class VariantNoise(NamedTuple):
     num_batches: int
 
 
+@_shown.short
 class GradientNoise(NamedTuple):
     """The noise of the gradient of a workload and of its variants, at the same weights.
 

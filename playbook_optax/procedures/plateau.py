@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from playbook_optax import _checks, schedules
+from playbook_optax import _checks, _shown, schedules
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import metric_names, outcomes
@@ -32,6 +32,7 @@ SECTION = "Why do some papers have complicated learning rate schedules?"
 NUM_EVALUATIONS = 50
 
 
+@_shown.short
 class PlateauAnswer(NamedTuple):
     """A schedule that followed the validation error, as a plain function of the step.
 

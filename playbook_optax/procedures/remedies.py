@@ -11,7 +11,7 @@ import chex
 import numpy as np
 import optax
 
-from playbook_optax import _checks, optimizers
+from playbook_optax import _checks, _shown, optimizers
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
@@ -91,6 +91,7 @@ class RemedyRow(NamedTuple):
     best_trial: int = -1
 
 
+@_shown.short
 class RemedyComparison(NamedTuple):
     """The table of remedies.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import chex
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, choose_clip_threshold
@@ -31,6 +31,7 @@ SWEEP, PROBE, LIMIT = "sweep", "probe", "limit"
 WARMUP, CLIPPING, REMEDIES = "warmup", "clipping", "remedies"
 
 
+@_shown.short
 class Stabilization(NamedTuple):
     """What the chapter comes to.
 

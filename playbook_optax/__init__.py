@@ -6,6 +6,9 @@ backend.
 
 __version__ = "0.1.0"
 
+import importlib
+from typing import Any
+
 from playbook_optax import procedures, reducers, samplers, schedules
 from playbook_optax._feasibility import REASONS as INFEASIBLE_REASONS
 from playbook_optax.analysis.diagnose import diagnose
@@ -120,3 +123,16 @@ __all__ = [
     "use_cpu_cores",
     "write_recipe_report",
 ]
+
+# Imported when they are first asked for, and so by nobody who trains alone.
+_LAZY = ("plots", "report", "zoo")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_LAZY])

@@ -50,6 +50,35 @@ def nearest(name: object, known: Iterable[object]) -> str:
     return f"{hint}Known names: {', '.join(names) or 'none'}"
 
 
+class _AsWritten(str):
+    """An annotation that help shows without quotation marks, as later versions of Python do."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def readable(signature: inspect.Signature) -> inspect.Signature:
+    """A signature whose annotations are shown as they are written in the source.
+
+    Args:
+      signature: of a function whose module has ``from __future__ import annotations``.
+
+    Returns:
+      The same for everything but for how it is shown.
+    """
+
+    def shown(annotation: Any) -> Any:
+        return _AsWritten(annotation) if isinstance(annotation, str) else annotation
+
+    return signature.replace(
+        parameters=[
+            parameter.replace(annotation=shown(parameter.annotation))
+            for parameter in signature.parameters.values()
+        ],
+        return_annotation=shown(signature.return_annotation),
+    )
+
+
 def named_arguments(function: Callable[P, R], more: Iterable[str] = ()) -> Callable[P, R]:
     """Makes an unknown keyword argument raise a `TypeError` that names the nearest known one.
 
@@ -60,8 +89,8 @@ def named_arguments(function: Callable[P, R], more: Iterable[str] = ()) -> Calla
     Returns:
       The function, its signature unchanged.
     """
-    signature = inspect.signature(function).parameters.values()
-    named = [p.name for p in signature if p.kind != p.VAR_KEYWORD]
+    signature = inspect.signature(function)
+    named = [p.name for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
     parameters = [*(name for name in named if name != "self"), *more]
     known = frozenset(parameters)
 
@@ -75,6 +104,7 @@ def named_arguments(function: Callable[P, R], more: Iterable[str] = ()) -> Calla
                 )
         return function(*args, **kwargs)
 
+    wrapper.__signature__ = readable(signature)  # type: ignore[attr-defined]
     return wrapper
 
 

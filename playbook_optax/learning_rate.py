@@ -1,5 +1,7 @@
 """The learning rate as the last link of a chain; warm-up and reduction on a plateau beside it."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import chex

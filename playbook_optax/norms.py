@@ -5,6 +5,8 @@ norms; `monitor_norms` only records. `norm_info` reads the record of any of them
 up the records of several streams of gradients.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from playbook_optax import _histogram
+from playbook_optax import _histogram, _shown
 from playbook_optax._checks import check_number, check_steps, named_arguments
 from playbook_optax._tree import (
     check_matching,
@@ -90,6 +92,9 @@ class NormInfo:
     num_nonfinite: chex.Array
     counts: chex.Array
     name: str = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return _shown.record("NormInfo", _shown.fields_of(self))
 
     @property
     def edges(self) -> np.ndarray:

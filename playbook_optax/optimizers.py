@@ -14,6 +14,8 @@ Leaves. Every leaf must be floating-point: mask the others with `optax.masked`. 
 state that `scale_by_learning_rate` keeps shows the `step` and the `learning_rate` last used.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

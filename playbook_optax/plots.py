@@ -1,4 +1,12 @@
-"""Draws what the analysis measured; computes nothing itself. Needs the extra `plots`."""
+"""Draws what the analysis measured; computes nothing itself. Needs the extra `plots`.
+
+What is drawn into Axes that are given stays where it is. A new figure is one of Matplotlib's
+current figures, for ``plt.show()``; in a notebook a function that returns a Figure has closed it,
+because the notebook shows what a cell returns and would show it again: end the cell with the call,
+or display the figure.
+"""
+
+from __future__ import annotations
 
 import math
 from typing import Any, TypeVar
@@ -24,6 +32,27 @@ from playbook_optax.analysis.training_length import BestStepInfo
 from playbook_optax.procedures.gradient_noise import GradientNoise
 from playbook_optax.procedures.remedies import RemedyComparison
 from playbook_optax.records.study import Study
+
+__all__ = [
+    "plot_axes",
+    "plot_axis",
+    "plot_best_steps",
+    "plot_budget",
+    "plot_curves",
+    "plot_curves_compared",
+    "plot_gradient_noise",
+    "plot_gradient_norms",
+    "plot_instability",
+    "plot_isolation",
+    "plot_norm_trace",
+    "plot_remedies",
+    "plot_steps_to_target",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; marks differ in shape too.
 BLUE, VERMILLION, BLACK, GREY, ORANGE = "#0072B2", "#D55E00", "#000000", "#777777", "#E69F00"
@@ -71,6 +100,17 @@ def _new_axes(ax: Any, width: float = 6.0, height: float = 4.0) -> Any:
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     return ax
+
+
+def _returned(figure: Any) -> Any:
+    """A new figure as it is returned, so that a notebook shows it once.
+
+    A notebook shows what a cell returns, and then all figures that are still open.
+    """
+    pyplot = _pyplot()
+    if pyplot.get_backend().rpartition(".")[2] in ("inline", "backend_inline"):
+        pyplot.close(figure)
+    return figure
 
 
 def _spans_decades(values: np.ndarray) -> bool:
@@ -337,7 +377,7 @@ def plot_axes(study: Study, objective: str | None = None, maximize: bool | None 
     figure.legend(
         unique.values(), unique.keys(), loc="outside upper left", ncols=ncols, frameon=False
     )
-    return figure
+    return _returned(figure)
 
 
 def _point_label(point: dict[str, Any]) -> str:
@@ -429,7 +469,7 @@ def plot_curves(
             frameon=False,
             fontsize="small",
         )
-    return figure
+    return _returned(figure)
 
 
 @_checks.named_arguments
@@ -621,7 +661,7 @@ def plot_norm_trace(
         _log_if_wide(cells[1], info.loss)
         cells[1].set_ylabel("loss of the batches")
     cells[-1].set_xlabel("step (optimizer updates)")
-    return ax if ax is not None else figure
+    return ax if ax is not None else _returned(figure)
 
 
 @_checks.named_arguments
@@ -770,7 +810,8 @@ def plot_remedies(info: RemedyComparison, axes: Any = None) -> Any:
     Source: "How can optimization failures be debugged and mitigated?"
     """
     rows = [row for row in _drawable(info.rows) if len(row.learning_rates) > 1]
-    if axes is None:
+    is_new = axes is None
+    if is_new:
         _, axes = _pyplot().subplots(
             2,
             1,
@@ -857,7 +898,7 @@ def plot_remedies(info: RemedyComparison, axes: Any = None) -> Any:
     bottom.set_ylim(len(rows) - 0.5, -0.5)
     bottom.set_xlabel("learning_rate (log scale)")
     bottom.set_title("largest stable learning rate", fontsize="small", loc="left")
-    return top.figure
+    return _returned(top.figure) if is_new else top.figure
 
 
 @_checks.named_arguments

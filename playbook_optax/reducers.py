@@ -12,6 +12,8 @@ few numbers instead. Each is four pure functions:
 Values are kept in float32. Under `jax.vmap` a state has the leading axes of the trials.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +24,32 @@ import numpy as np
 
 from playbook_optax import _histogram
 from playbook_optax._checks import check_number, named_arguments, nearest
+
+__all__ = [
+    "Best",
+    "BestState",
+    "FirstStepState",
+    "LastState",
+    "LogHistogram",
+    "LogHistogramState",
+    "MaximumRiseState",
+    "MaximumState",
+    "MeanState",
+    "Reducer",
+    "best",
+    "combine",
+    "first_nonfinite_step",
+    "last",
+    "log_histogram",
+    "maximum",
+    "maximum_rise",
+    "mean",
+    "steps_to_target",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 class Reducer(NamedTuple):

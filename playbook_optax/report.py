@@ -1,5 +1,7 @@
 """Finished studies as one page that a person reads. Needs the extra `report`."""
 
+from __future__ import annotations
+
 import base64
 import dataclasses
 import functools
@@ -22,6 +24,17 @@ from playbook_optax.analysis.findings import SEVERITIES, Finding, by_severity
 from playbook_optax.analysis.outcomes import outcomes
 from playbook_optax.records import storage
 from playbook_optax.records.study import Study
+
+__all__ = [
+    "write_chapter",
+    "write_recipe",
+    "write_report",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 REPORT = "report.html"
 _NUM_CURVES = 5

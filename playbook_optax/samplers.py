@@ -15,6 +15,8 @@ a program for them would take longer than all else in a small study; many points
 traced key or start, are compiled.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import Any, NamedTuple
@@ -31,6 +33,16 @@ from playbook_optax._checks import (
     is_traced,
     named_arguments,
 )
+
+__all__ = [
+    "halton",
+    "uniform",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 _MAX_INDEX = 2**31
 _MAX_DIMS = 1000

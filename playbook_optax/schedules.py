@@ -8,6 +8,8 @@ Every schedule starts at its first value: `schedule(0)` is `init_value`, whateve
 arguments, 0 steps included.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +27,25 @@ from playbook_optax._checks import (
     named_arguments,
 )
 from playbook_optax._tree import moment_dtype, widest_moment_dtype
+
+__all__ = [
+    "Schedule",
+    "constant",
+    "cosine_decay",
+    "exponential_decay",
+    "extend_for_longer_run",
+    "from_reductions",
+    "inverse_sqrt_decay",
+    "linear_decay",
+    "piecewise_constant",
+    "polynomial_decay",
+    "prepend_warmup",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 Count = Any  # int, or integer array of any shape
 ScheduleFn = Callable[[Any], Any]
@@ -45,7 +66,7 @@ class Schedule:
     """
 
     value: ScheduleFn
-    lengthen: Callable[[Any], "Schedule"] | None = None
+    lengthen: Callable[[Any], Schedule] | None = None
     made_by: tuple[str, dict[str, Any]] | None = dataclasses.field(default=None, repr=False)
 
     def __call__(self, count: Count) -> jax.Array:

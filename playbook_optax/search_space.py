@@ -9,6 +9,8 @@ and on what the compiler fuses; a point must not. So NumPy gives the same bits: 
 known already, and JAX what is traced or on a device.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -746,7 +748,7 @@ class SearchSpace(Mapping[str, Parameter]):
         return {"parameters": [{"name": name, **p.to_dict()} for name, p in self.items()]}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "SearchSpace":
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
         """Reads what `to_dict` wrote. Looks kinds up in a fixed table and executes nothing.
 
         Example:

@@ -9,6 +9,8 @@ They are where a search begins: `pbx.diagnose` says when the best trials lie at 
 wider range to try.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """`tune`: an untuned workload goes in, a tuned recipe comes out, with a page of its evidence."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import os

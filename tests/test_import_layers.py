@@ -18,6 +18,7 @@ FLOORS = {
     "_feasibility": 0,
     "_histogram": 0,
     "_portable": 0,
+    "_shown": 0,
     "_text": 0,
     "_ties": 0,
     "_tree": 0,

@@ -387,3 +387,19 @@ def test_axis_shades_the_infeasible_region_beyond_its_edge():
     )
     ax = plots.plot_axis(mixed, "learning_rate")
     assert not [p for p in ax.patches if p.get_label() == "infeasible region"]
+
+
+@pytest.mark.parametrize("backend", ["inline", "module://matplotlib_inline.backend_inline"])
+def test_a_figure_that_a_notebook_shows_by_itself_is_not_open_as_well(study, monkeypatch, backend):
+    open_before = plt.get_fignums()
+    monkeypatch.setattr(plt, "get_backend", lambda: backend)
+    for figure in (plots.plot_axes(study), plots.plot_curves(study)):
+        assert plt.get_fignums() == open_before
+        assert len(figure.axes) >= 1
+    axes = plots.plot_axis(study, "learning_rate")
+    assert plt.get_fignums() == [*open_before, axes.figure.number]
+    plt.close(axes.figure)
+    monkeypatch.undo()
+    figure = plots.plot_axes(study)
+    assert figure.number in plt.get_fignums()
+    plt.close(figure)

@@ -4,12 +4,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.records.study import Study
 from playbook_optax.search_space import Integer
 
 
+@_shown.short
 class Axis(NamedTuple):
     """One hyperparameter of a study.
 
@@ -215,6 +216,7 @@ def _are_numbers(choices: Any) -> bool:
     return all(isinstance(c, (int, float)) for c in choices) and len(set(booleans)) == 1
 
 
+@_shown.short
 class AxisPlot(NamedTuple):
     """What an axis plot draws.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from playbook_optax import _shown
 from playbook_optax.analysis.axes import Axis, axis, from_scale, hyperparameters, to_scale
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import outcomes
@@ -64,6 +65,7 @@ class BoundaryRow(NamedTuple):
     proposal: Any
 
 
+@_shown.short
 class BoundaryInfo(NamedTuple):
     """All hyperparameters against their edges.
 

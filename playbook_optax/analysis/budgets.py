@@ -8,7 +8,7 @@ import chex
 import jax
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import Outcomes, outcomes
 from playbook_optax.records.study import Study
@@ -51,6 +51,7 @@ class BudgetRow(NamedTuple):
         return abs(self.p75 - self.p25) if math.isfinite(self.p75) else math.inf
 
 
+@_shown.short
 class BudgetInfo(NamedTuple):
     """What smaller studies would have found.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import mean_curve, metric_names, outcomes
 from playbook_optax.records.study import Study
@@ -105,6 +105,7 @@ class CurveRow(NamedTuple):
         return self.high_gain > 2 * self.high_gain_error and self.high_gain >= self.worth
 
 
+@_shown.short
 class CurveInfo(NamedTuple):
     """The curves of the good trials.
 
@@ -443,6 +444,7 @@ def curve_findings(info: CurveInfo) -> list[Finding]:
     return []
 
 
+@_shown.short
 class BestCurves(NamedTuple):
     """The curves to draw for the best trials.
 
@@ -510,6 +512,7 @@ def best_curves(
     )
 
 
+@_shown.short
 class ComparedCurves(NamedTuple):
     """Curves of runs from several studies, one metric.
 

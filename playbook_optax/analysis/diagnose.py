@@ -1,5 +1,7 @@
 """All rules over one study: what it says, the gravest first."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

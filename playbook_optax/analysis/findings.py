@@ -1,5 +1,7 @@
 """A Finding: one thing that a study says, with the numbers that say it."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping

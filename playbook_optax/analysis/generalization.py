@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from playbook_optax import _shown
 from playbook_optax.analysis.curves import AGREE, MIN_EVALS, _noise, perfect
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import Outcomes, mean_curve, metric_names, outcomes
@@ -53,6 +54,7 @@ class OverfittingRow(NamedTuple):
     overfitting: bool
 
 
+@_shown.short
 class OverfittingInfo(NamedTuple):
     """Whether the good trials overfit.
 
@@ -253,6 +255,7 @@ class LateVarianceRow(NamedTuple):
     improvement: float
 
 
+@_shown.short
 class LateVarianceInfo(NamedTuple):
     """How much one evaluation late in training differs from the next.
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from playbook_optax import _shown
 from playbook_optax.analysis.axes import Axis, axis, hyperparameters
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import outcomes
@@ -51,6 +52,7 @@ class ImportanceRow(NamedTuple):
     verdict: str
 
 
+@_shown.short
 class ImportanceInfo(NamedTuple):
     """How much each hyperparameter matters.
 

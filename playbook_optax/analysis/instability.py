@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.axes import axis, hyperparameters
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import metric_names, outcomes
@@ -143,6 +143,7 @@ class InstabilityRow(NamedTuple):
     rises: tuple[Rise, ...]
 
 
+@_shown.short
 class InstabilityInfo(NamedTuple):
     """How stable the trials of a study were.
 
@@ -733,6 +734,7 @@ def _compared(
     )
 
 
+@_shown.short
 class InstabilityCurves(NamedTuple):
     """The training-loss curves that tell whether training breaks above lr*.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.axes import axis, from_scale, hyperparameters, to_scale
 from playbook_optax.analysis.budgets import rank_reached
 from playbook_optax.analysis.findings import Finding
@@ -59,6 +59,7 @@ class IsolationRow(NamedTuple):
         return self.num_infeasible / self.num_trials if self.num_trials else 0.0
 
 
+@_shown.short
 class IsolationInfo(NamedTuple):
     """The isolation table of a scientific hyperparameter.
 

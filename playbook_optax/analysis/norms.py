@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple, Union
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.outcomes import metric_names, outcomes
 from playbook_optax.records.study import Study
 
@@ -19,6 +19,7 @@ NO_CLIPPING = float(np.finfo(np.float32).max)
 """The threshold that stands for none, in a table of points: no norm on record lies above it."""
 
 
+@_shown.short
 class NormHistogram(NamedTuple):
     """A histogram of gradient norms on logarithmic bins.
 
@@ -153,6 +154,7 @@ def _median(thresholds: np.ndarray) -> float:
     return float(np.median(clipping)) if len(clipping) else float("nan")
 
 
+@_shown.short
 class NormTrace(NamedTuple):
     """Gradient norms against the step.
 

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax._direction import direction
 from playbook_optax._ties import best_evaluation, best_first, settled_first, tie_breakers
 from playbook_optax.records.study import Study
 
 
+@_shown.short
 class Outcomes(NamedTuple):
     """How the trials of a study ended, for one objective.
 

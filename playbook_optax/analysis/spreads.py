@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax._ties import best_evaluation, best_first, tie_breakers
 from playbook_optax.analysis.outcomes import metric_names, outcomes
 from playbook_optax.records.study import Study
@@ -19,6 +19,7 @@ many."""
 _ROUNDING = 1e-9
 
 
+@_shown.short
 class Spread(NamedTuple):
     """One point trained with several seeds.
 

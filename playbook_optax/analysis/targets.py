@@ -1,16 +1,19 @@
 """How many steps each trial needed to reach a target: what a faster way to train makes fewer."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.outcomes import mean_curve, outcomes
 from playbook_optax.records.study import Study
 
 SECTION = "Determining the number of steps for each training run"
 
 
+@_shown.short
 class StepsToTarget(NamedTuple):
     """When each trial first reached a target.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.curves import (
     AGREE,
     BOUND_SECTION,
@@ -31,6 +31,7 @@ MIN_PAIRS = 2
 longer one gained is believed."""
 
 
+@_shown.short
 class BestStepInfo(NamedTuple):
     """Where in training the best evaluations lie.
 
@@ -122,6 +123,7 @@ def best_step_info(
     )
 
 
+@_shown.short
 class TrainingLengthInfo(NamedTuple):
     """Whether training is compute-bound at the length of a study.
 
@@ -350,6 +352,7 @@ def training_length_findings(info: TrainingLengthInfo) -> list[Finding]:
     return [Finding(code, "info", message, info._asdict(), BOUND_SECTION, advice)]
 
 
+@_shown.short
 class CheckpointInfo(NamedTuple):
     """Whether evaluations are frequent enough for retrospective checkpoint selection.
 
@@ -480,6 +483,7 @@ def checkpoint_findings(info: CheckpointInfo) -> list[Finding]:
     ]
 
 
+@_shown.short
 class LengthComparison(NamedTuple):
     """The best results of a shorter and of a longer study.
 

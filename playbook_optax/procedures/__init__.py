@@ -52,3 +52,7 @@ __all__ = [
     "sweep_learning_rate",
     "tune_warmup",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

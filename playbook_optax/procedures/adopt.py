@@ -1,5 +1,7 @@
 """Whether to adopt a change: the best point retrained over seeds, and two of them compared."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping

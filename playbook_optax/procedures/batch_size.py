@@ -1,5 +1,7 @@
 """What a new batch size asks for: a study to be run again, and never a comparison without one."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os

@@ -1,5 +1,7 @@
 """How many trials: what the study would have found with fewer."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Which clip threshold: a percentile of the recorded norms, and whether it cures instability."""
 
+from __future__ import annotations
+
 import math
 import os
 import pathlib

@@ -1,5 +1,7 @@
 """How noisy the gradient is: its variance across batches, by batch size and by workload."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from playbook_optax import _checks, _tree
+from playbook_optax import _checks, _shown, _tree
 from playbook_optax.analysis.curves import BOUND_SECTION
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.procedures.verdict import Verdict
@@ -43,6 +45,7 @@ class NoiseRow(NamedTuple):
     num_groups: int
 
 
+@_shown.short
 class VariantNoise(NamedTuple):
     """The noise of the gradient of one workload.
 
@@ -77,6 +80,7 @@ class VariantNoise(NamedTuple):
     num_batches: int
 
 
+@_shown.short
 class GradientNoise(NamedTuple):
     """The noise of the gradient of a workload and of its variants, at the same weights.
 
@@ -237,7 +241,7 @@ def gradient_noise(
 
 
 def judge_noise(
-    measured: Mapping[str, "_Measured"], names: Mapping[str, str], num_steps: int
+    measured: Mapping[str, _Measured], names: Mapping[str, str], num_steps: int
 ) -> tuple[GradientNoise | None, list[Finding]]:
     """What the moments of the gradients say; draws none.
 

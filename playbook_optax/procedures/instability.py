@@ -1,5 +1,7 @@
 """Where training becomes unstable, and whether a rate somewhat above the best one is already."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping
@@ -38,14 +40,14 @@ class Limit(NamedTuple):
     rates: np.ndarray
     unstable: np.ndarray
 
-    def add(self, rates: np.ndarray, unstable: np.ndarray) -> "Limit":
+    def add(self, rates: np.ndarray, unstable: np.ndarray) -> Limit:
         """With more trials; of two at the same rate an unstable one decides."""
         every = np.concatenate([self.rates, np.asarray(rates, np.float64)])
         flags = np.concatenate([self.unstable, unstable])
         distinct, index = np.unique(every, return_inverse=True)
         return Limit(distinct, np.bincount(index, weights=flags) > 0)
 
-    def of(self, study: Study) -> "Limit":
+    def of(self, study: Study) -> Limit:
         """With the trials of a study, as its curves say.
 
         Args:

@@ -1,5 +1,7 @@
 """Which learning rate: a sweep, its best, and whether the sweep can be trusted."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 

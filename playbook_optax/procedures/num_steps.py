@@ -1,5 +1,7 @@
 """How many steps to train: a first candidate, and whether a study's length was right."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """A schedule driven by the validation error: automated, recorded, and replayed as a plain one."""
 
+from __future__ import annotations
+
 import itertools
 import math
 import os
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from playbook_optax import _checks, schedules
+from playbook_optax import _checks, _shown, schedules
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import metric_names, outcomes
@@ -36,6 +38,7 @@ SCATTER = 20
 """Evaluations before the first reduction that tell how far they scatter."""
 
 
+@_shown.short
 class PlateauAnswer(NamedTuple):
     """A schedule that followed the validation error, as a plain function of the step.
 

@@ -1,5 +1,7 @@
 """Which remedy against unstable training: each with a learning-rate sweep of its own, compared."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +11,7 @@ import chex
 import numpy as np
 import optax
 
-from playbook_optax import _checks, optimizers
+from playbook_optax import _checks, _shown, optimizers
 from playbook_optax.analysis.feasibility import feasibility_findings, feasibility_info
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import instability_info
@@ -21,6 +23,7 @@ from playbook_optax.procedures.clipping import LEARNING_RATE, MAX_NORM
 from playbook_optax.procedures.scale import Scale, scale_of, wobble
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.study import Study
+from playbook_optax.runner import progress
 from playbook_optax.runner.run import StudyRunner
 from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
@@ -93,6 +96,7 @@ class RemedyRow(NamedTuple):
     wobble: float = math.nan
 
 
+@_shown.short
 class RemedyComparison(NamedTuple):
     """The table of remedies.
 
@@ -280,6 +284,7 @@ def compare_remedies(
 
     def run(program: StudyRunner, name: str, points: Mapping[str, np.ndarray]) -> Study:
         folder = name if "/" not in name else f"other_{len(studies)}"
+        progress.say(f"compare_remedies: {name}, {len(points[LEARNING_RATE])} trials")
         studies[name] = program.run(points, directory=clipping.subdirectory(directory, folder))
         return studies[name]
 

@@ -1,5 +1,7 @@
 """The next, longer round of tuning: what to search again, what to keep, and on which schedule."""
 
+from __future__ import annotations
+
 import dataclasses
 import fnmatch
 import math
@@ -11,7 +13,7 @@ import chex
 import numpy as np
 import optax
 
-from playbook_optax import _checks, schedules
+from playbook_optax import _checks, _shown, schedules
 from playbook_optax.analysis import boundaries, diagnose
 from playbook_optax.analysis.axes import Axis, axis, from_scale, hyperparameters, to_scale
 from playbook_optax.analysis.findings import Finding, by_severity
@@ -99,6 +101,7 @@ class TransferRow(NamedTuple):
     advice: str
 
 
+@_shown.short
 class NextRound(NamedTuple):
     """A plan for the next round of tuning.
 

@@ -1,12 +1,14 @@
 """The playbook's chapter on training that breaks, from the sweep to a remedy."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.procedures import clipping, controls
 from playbook_optax.procedures.clipping import LEARNING_RATE, choose_clip_threshold
@@ -19,6 +21,7 @@ from playbook_optax.procedures.remedies import RemedyComparison, compare_remedie
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.procedures.warmup import default_warmup_steps, tune_warmup
 from playbook_optax.records.study import Study
+from playbook_optax.runner import progress
 from playbook_optax.runner.trainer import Trainer, takes_trainer
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials.workload import WorkloadLike
@@ -28,6 +31,7 @@ SWEEP, PROBE, LIMIT = "sweep", "probe", "limit"
 WARMUP, CLIPPING, REMEDIES = "warmup", "clipping", "remedies"
 
 
+@_shown.short
 class Stabilization(NamedTuple):
     """What the chapter comes to.
 
@@ -123,7 +127,9 @@ def stabilize(
 
     def take(name: str, procedure: Any, given: Any, **arguments: Any) -> Verdict:
         folder = clipping.subdirectory(directory, name)
+        progress.say(f"stabilize: {name}")
         steps[name] = procedure(trainer, given, directory=folder, **arguments)
+        progress.say(f"decided {name}: {_first(steps[name])}")
         return steps[name]
 
     sweep = take(
@@ -195,6 +201,11 @@ def _verdict(answer: Stabilization | None, steps: Mapping[str, Verdict], finding
     }
     cost = sum(step.cost for step in steps.values())
     return Verdict(answer, tuple(by_severity(every)), studies, cost)
+
+
+def _first(verdict: Verdict) -> str:
+    """The gravest thing that a step found."""
+    return verdict.findings[0].message if verdict.findings else "nothing stands against it."
 
 
 def _nothing_to_do(found: Verdict) -> Finding:

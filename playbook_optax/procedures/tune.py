@@ -1,5 +1,7 @@
 """From an untuned workload to a recipe: the playbook's procedures, one after another."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import functools
@@ -8,7 +10,6 @@ import math
 import os
 import pathlib
 import reprlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 import optax
 
-from playbook_optax import _checks, _portable, norms, optimizers, schedules, search_spaces
+from playbook_optax import _checks, _portable, _shown, norms, optimizers, schedules, search_spaces
 from playbook_optax._ties import settled_first
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.boundaries import wider_range
@@ -29,7 +30,7 @@ from playbook_optax.analysis.resolution import (
     told_resolution,
 )
 from playbook_optax.analysis.spreads import best_by_seed, best_seed
-from playbook_optax.procedures import controls, rates
+from playbook_optax.procedures import controls, rates, shown
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
 from playbook_optax.procedures.learning_rate import best_rate, sweep_learning_rate
 from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
@@ -40,6 +41,7 @@ from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.procedures.warmup import default_warmup_steps
 from playbook_optax.records import storage
 from playbook_optax.records.study import NoFeasibleTrial, Study
+from playbook_optax.runner import progress
 from playbook_optax.runner.run import StudyRunner, run_study
 from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Categorical, Float, Parameter, SearchSpace
@@ -117,6 +119,15 @@ class Chapter:
     name: str
     decision: Finding
     verdict: Verdict
+
+    def __repr__(self) -> str:
+        return shown.chapter_repr(self)
+
+    def __str__(self) -> str:
+        return _shown.as_text(*shown.chapter_summary(self))
+
+    def _repr_html_(self) -> str:
+        return shown.chapter_html(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +218,15 @@ class Recipe:
     key: chex.PRNGKey = dataclasses.field(repr=False)
     report: pathlib.Path | None = None
 
+    def __repr__(self) -> str:
+        return shown.recipe_repr(self)
+
+    def __str__(self) -> str:
+        return _shown.as_text(*shown.recipe_summary(self))
+
+    def _repr_html_(self) -> str:
+        return shown.recipe_html(self)
+
     def __getstate__(self) -> dict[str, Any]:
         made = {name: getattr(self.pipeline, name) for name in _FUNCTIONS}
         sent: dict[str, Any] = {n: _portable.send_functions(f) for n, f in made.items()}
@@ -225,7 +245,7 @@ class Recipe:
         state["key"] = _portable.receive_key(state["key"])
         vars(self).update(state)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Recipe":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         parts = ("point", "values", "chapters", "params", "model_state")
         copied = {name: copy.deepcopy(getattr(self, name), memo) for name in parts}
         return dataclasses.replace(self, **copied)
@@ -400,7 +420,7 @@ def find_recipe(
         learning_rates,
         how,
     )
-    return tuner.run()
+    return tuner.tell_and_run()
 
 
 def cosine(point: Mapping[str, Any], num_steps: int) -> schedules.Schedule:
@@ -672,6 +692,12 @@ class _Tuner:
                 )
 
     # Chapters -----------------------------------------------------------------------------------
+
+    def tell_and_run(self) -> Recipe:
+        """`run`, with a person told of every decision as it is taken."""
+        budget = progress.Budget("tune", self._total)
+        with progress.telling(self._trainer.progress, self._work.name, budget):
+            return self.run()
 
     def run(self) -> Recipe:
         """All chapters, and what comes of them."""
@@ -1319,6 +1345,7 @@ class _Tuner:
             suggestion=suggestion or f"To decide otherwise, give overrides={{{override!r}: ...}}.",
         )
         self._chapters.append(Chapter(name, decision, verdict or Verdict(None, (), {}, 0)))
+        progress.say(f"decided {name}: {decision.message}")
         if self._directory is not None and self._spent() and not self._is_indexed:
             # Not before the first study, which may yet be refused.
             storage.write_document(storage.root(self._directory) / INDEX, self._index())
@@ -1349,15 +1376,12 @@ class _Tuner:
         return subdirectory(self._directory, "/".join(names))
 
     def _say(self, name: str, what: str) -> None:
-        """Tells a person at a terminal which chapter begins, and what is spent."""
-        if self._trainer.progress and sys.stderr.isatty():
-            number = CHAPTERS.index(name) + 1
-            share = self._spent() / self._total
-            print(
-                f"tune {self._work.name}, {number} of {len(CHAPTERS)}: {name}, {what} "
-                f"({share:.0%} of the budget spent)",
-                file=sys.stderr,
-            )
+        """Tells a person which chapter begins, and what is spent."""
+        number = CHAPTERS.index(name) + 1
+        share = self._spent() / self._total
+        progress.say(
+            f"tune, {number} of {len(CHAPTERS)}: {name}, {what} ({share:.0%} of the budget spent)"
+        )
 
     def _defaults(self) -> dict[str, Any]:
         """What a sweep does not vary: the optimizer's own values, or the middle of the range."""

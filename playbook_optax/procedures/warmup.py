@@ -1,5 +1,7 @@
 """How long a warm-up: the shortest that trains stably far above the unstable learning rate."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence

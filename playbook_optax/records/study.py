@@ -5,6 +5,8 @@ Analysis reads this record and nothing else. Our runner assembles it from the bl
 `Study.from_dataframe` from another tool's table.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dataclasses
@@ -17,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from playbook_optax import _feasibility
+from playbook_optax import _feasibility, _shown
 from playbook_optax._checks import check_count, check_flag, named_arguments, nearest
 from playbook_optax._direction import direction
 from playbook_optax._text import printable
 from playbook_optax._ties import best_evaluation, best_first, check_resolution, tie_breakers
 from playbook_optax.records import schema, storage, summary, weights
 from playbook_optax.records.imported import Imported, Table, labels_of
+from playbook_optax.records.picture import picture_of
 from playbook_optax.search_space import SearchSpace
 
 if TYPE_CHECKING:
@@ -110,13 +113,13 @@ class Study:
     trials, without running them again).
     """
 
-    data: "xarray.Dataset"
+    data: xarray.Dataset
     spec: Mapping[str, Any]
     _blocks: tuple[Block, ...] = ()
     _rows: np.ndarray | None = None
     _weights_like: Mapping[str, Any] | None = None
-    _extend: "Callable[[int], Study] | None" = None
-    _replay: "Callable[..., xarray.Dataset] | None" = None
+    _extend: Callable[[int], Study] | None = None
+    _replay: Callable[..., xarray.Dataset] | None = None
     _directory: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +132,7 @@ class Study:
             {**dict.fromkeys(_TRAINING), **state, "spec": MappingProxyType(state["spec"])}
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Study":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Study:
         spec = MappingProxyType(copy.deepcopy(dict(self.spec), memo))
         return dataclasses.replace(self, data=self.data.copy(deep=True), spec=spec)
 
@@ -324,7 +327,7 @@ class Study:
         )
 
     @named_arguments
-    def extend(self, num_trials: int) -> "Study":
+    def extend(self, num_trials: int) -> Study:
         """Trains more trials: points i = n, n + 1, … of the same space, the old ones untouched.
 
         Args:
@@ -353,7 +356,7 @@ class Study:
         num_steps: int | None = None,
         seed: int | None = None,
         per_layer: bool = False,
-    ) -> "xarray.Dataset":
+    ) -> xarray.Dataset:
         """Trains one trial of the study again, bit for bit, and records every step.
 
         The steps before `from_step` are trained without a record, those from it on one at a time
@@ -436,7 +439,7 @@ class Study:
             longer = {name: self.spec.get(name) for name in ("num_trials", "points")}
             storage.extend_spec(directory, {**mine, **longer})
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pandas.DataFrame:
         """A tidy table for people and other tools: one row per trial (and seed).
 
         Returns:
@@ -529,7 +532,7 @@ class Study:
             temporary.unlink(missing_ok=True)
 
     @staticmethod
-    def read_netcdf(path: str | os.PathLike[str]) -> "xarray.Dataset":
+    def read_netcdf(path: str | os.PathLike[str]) -> xarray.Dataset:
         """Reads what `to_netcdf` wrote, with the names of the study.
 
         Args:
@@ -564,7 +567,7 @@ class Study:
         infeasible: Any = None,
         name: str = "study",
         resolution: Mapping[str, float] | float | None = None,
-    ) -> "Study":
+    ) -> Study:
         """Makes a study of what the user's own loop recorded, for example ``jit(vmap(train))``.
 
         Where `infeasible` is not given it is decided, by the rule of our own trials. A trial is
@@ -618,7 +621,7 @@ class Study:
     @staticmethod
     @named_arguments
     def from_dataframe(
-        frame: "pandas.DataFrame",
+        frame: pandas.DataFrame,
         *,
         objective: str,
         parameters: Sequence[str] | Mapping[str, str] | None = None,
@@ -631,7 +634,7 @@ class Study:
         infeasible: str | None = None,
         num_steps: int | None = None,
         name: str = "study",
-    ) -> "Study":
+    ) -> Study:
         """Makes a study of another tool's table of trials.
 
         The table has one row per trial, or with `step` one row per trial and evaluation. What it
@@ -682,12 +685,12 @@ class Study:
         return study_from_blocks(spec, [block])
 
     def __repr__(self) -> str:
-        return summary.as_text(*self._summary())
+        return _shown.as_text(*self._summary())
 
     def _repr_html_(self) -> str:
-        return summary.as_html(*self._summary())
+        return _shown.as_html(*self._summary(), picture_of({"": self}))
 
-    def _summary(self) -> tuple[str, summary.Rows]:
+    def _summary(self) -> tuple[str, _shown.Rows]:
         """What ran, on what, and what it came to: a title and rows of text."""
         direction = "higher" if self.maximize else "lower"
         rows = [
@@ -781,7 +784,7 @@ def best_text(study: Study) -> str:
         return "no feasible trial" if study.num_trials else "no complete trial yet"
     spread = "" if best.spread is None else f" ± {best.spread:.2g}"
     point = summary.point_text(best.point, study.space)
-    return f"{summary.number(best.value)}{spread} at step {best.step}, trial {best.trial}: {point}"
+    return f"{_shown.number(best.value)}{spread} at step {best.step}, trial {best.trial}: {point}"
 
 
 def infeasible_text(study: Study) -> str:
@@ -902,7 +905,7 @@ def study_from_blocks(
     *,
     weights_like: Mapping[str, Any] | None = None,
     extend: Callable[[int], Study] | None = None,
-    replay: "Callable[..., xarray.Dataset] | None" = None,
+    replay: Callable[..., xarray.Dataset] | None = None,
     directory: str | os.PathLike[str] | None = None,
 ) -> Study:
     """Assembles a study from its finished blocks.
@@ -1044,7 +1047,7 @@ def check_names(hyperparameters: Iterable[str], metrics: Iterable[str]) -> None:
             )
 
 
-def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "xarray.Dataset":
+def _dataset(plan: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> xarray.Dataset:
     import xarray
 
     num_trials, num_seeds = plan["num_trials"], plan["num_seeds"]
@@ -1126,7 +1129,7 @@ def _bin_edges(edges: Any, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
     return ends[:-1], ends[1:]
 
 
-def _metric_names(data: "xarray.Dataset") -> list[str]:
+def _metric_names(data: xarray.Dataset) -> list[str]:
     return [str(name) for name, values in data.data_vars.items() if "eval" in values.dims]
 
 

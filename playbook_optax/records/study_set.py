@@ -1,14 +1,18 @@
 """Several studies that belong together: one for each value of a scientific hyperparameter."""
 
+from __future__ import annotations
+
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax._text import PARAGRAPH, printable
-from playbook_optax.records import schema, storage, summary
+from playbook_optax.records import schema, storage
+from playbook_optax.records.picture import picture_of
 from playbook_optax.records.study import (
     BestTrial,
     NoFeasibleTrial,
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 
 INDEX = "studies.json"
 MAX_LABELS = 10_000
+# Of a printed set, so that each study has room on the screen.
+_MOST_ROWS = 18
 SCIENTIFIC = "study"
 """What the labels of a set are values of, unless it is said."""
 
@@ -84,20 +90,24 @@ class StudySet(Mapping[str, Study]):
         return len(self._studies)
 
     def __repr__(self) -> str:
-        return summary.as_text(*self._summary())
+        return _shown.as_text(*self._summary())
 
     def _repr_html_(self) -> str:
-        return summary.as_html(*self._summary())
+        return _shown.as_html(*self._summary(), picture_of(self))
 
-    def _summary(self) -> tuple[str, summary.Rows]:
+    def _summary(self) -> tuple[str, _shown.Rows]:
         """What each study came to, a row each."""
         count = "1 study" if len(self) == 1 else f"{len(self)} studies"
         rows = []
-        for label, study in self.items():
+        for label, study in itertools.islice(self.items(), _MOST_ROWS):
             told = f"{size_text(study)}; best {printable(study.objective)}: "
             bad = f"; infeasible: {infeasible_text(study) or 'none'}"
             rows.append((printable(label, 30), told + best_text(study) + bad))
-        rows += [(printable(label, 30), "not there yet") for label in self.missing]
+        room = _MOST_ROWS - len(rows)
+        rows += [(printable(label, 30), "not there yet") for label in self.missing[:room]]
+        more = len(self) + len(self.missing) - len(rows)
+        if more:
+            rows.append(("…", f"{more} more"))
         return f"StudySet by {printable(self.scientific)}: {count}", rows
 
     @property
@@ -176,7 +186,7 @@ class StudySet(Mapping[str, Study]):
         """
         return {**self.fixed[label], **self[label].point(trial)}
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pandas.DataFrame:
         """One table of all trials, with a column for the scientific hyperparameter.
 
         Returns:

@@ -1,30 +1,15 @@
-"""What a study is, in a few short lines for a terminal or a notebook."""
+"""What a study is, in words: its best point, its ranges, on what it ran."""
 
-import html
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from playbook_optax._text import PARAGRAPH, printable
+from playbook_optax._shown import number
+from playbook_optax._text import printable
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
 
-Rows = Sequence[tuple[str, str]]
-
-_MOST_NAMES, _WIDTH = 12, 96
-
-
-def number(value: Any) -> str:
-    """A number as people read it: six significant digits at most.
-
-    Args:
-      value: a number.
-
-    Returns:
-      Its text.
-    """
-    return f"{float(value):.6g}"
+_MOST_NAMES = 12
 
 
 def point_text(point: Mapping[str, Any], space: SearchSpace | None) -> str:
@@ -68,52 +53,6 @@ def environment_text(spec: Mapping[str, Any]) -> str:
     if isinstance(versions, Mapping):
         told += [f"{printable(n, 20)} {printable(v, 20)}" for n, v in versions.items()]
     return _few(told, ", ")
-
-
-def as_text(title: str, rows: Rows) -> str:
-    """A title and rows below it, for a terminal.
-
-    Args:
-      title: the first line.
-      rows: pairs of a name and a text.
-
-    Returns:
-      Lines of 96 letters at most, unless a single word is longer.
-    """
-    room = max((len(printable(name)) for name, _ in rows), default=0) + 4
-    lines = [printable(title, PARAGRAPH)]
-    for name, text in rows:
-        lines += textwrap.wrap(
-            printable(text, PARAGRAPH),
-            _WIDTH,
-            initial_indent=f"  {printable(name)}".ljust(room),
-            subsequent_indent=" " * room,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return "\n".join(lines)
-
-
-def as_html(title: str, rows: Rows) -> str:
-    """The same as a fragment of HTML in which everything is escaped.
-
-    Args:
-      title: above the table.
-      rows: pairs of a name and a text.
-
-    Returns:
-      The fragment.
-    """
-    cell = 'style="text-align: left; vertical-align: top"'
-    body = "".join(
-        f'<tr><th scope="row" {cell}>{_escaped(name)}</th><td {cell}>{_escaped(text)}</td></tr>'
-        for name, text in rows
-    )
-    return f"<div><p><strong>{_escaped(title)}</strong></p><table>{body}</table></div>"
-
-
-def _escaped(text: str) -> str:
-    return html.escape(printable(text, PARAGRAPH))
 
 
 def _few(told: Sequence[str], between: str) -> str:

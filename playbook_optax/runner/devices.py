@@ -1,5 +1,7 @@
 """The devices that a study runs on."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import platform

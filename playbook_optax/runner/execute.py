@@ -15,6 +15,7 @@ import numpy as np
 
 from playbook_optax import norms
 from playbook_optax.records import storage, weights
+from playbook_optax.runner import progress
 from playbook_optax.runner.plan import Block, Columns, Points
 from playbook_optax.runner.programs import (
     Numbers,
@@ -83,6 +84,20 @@ class Group(NamedTuple):
     def indices(self) -> tuple[int, ...]:
         """The blocks' indices."""
         return tuple(block.index for block in self.blocks)
+
+
+class Trained(NamedTuple):
+    """A group when no work is left to give to the devices, which may still be at it.
+
+    Attributes:
+      units: its blocks with live trials.
+      parked: what the host holds of the others.
+      done: steps of which it was told that they are done.
+    """
+
+    units: list[Unit]
+    parked: list[np.ndarray] | None
+    done: int
 
 
 class Engine:
@@ -176,7 +191,7 @@ class Engine:
     def _run(
         self, blocks: Sequence[Block], points: Points, keeper: Keeper
     ) -> Iterator[list[tuple[int, dict[str, np.ndarray]]]]:
-        pending: tuple[Group, Any] | None = None
+        pending: tuple[Group, Trained] | None = None
         for group in self._groups(blocks, points, keeper):
             work = self._train(group, keeper)
             states = next(work)
@@ -221,6 +236,8 @@ class Engine:
             parked = self._restored(group, saved)
             units = self._packed(group, parked)
             begin = (saved.step, saved.position)
+            progress.resumed(len(group.trials) * saved.step)
+        done = begin[0]
         for start, stop, chunk, position in self._segments(*begin, seed, len(units)):
             if not units:  # All have broken, perhaps before they were saved.
                 break
@@ -228,10 +245,12 @@ class Engine:
             if stop < self._num_steps:
                 yield None
                 jax.block_until_ready([unit.states.step for unit in units])
+                done = stop
+                progress.moved(len(group.trials) * (stop - start))
                 now = functools.partial(self._arrays_of, group, units, parked)
                 keeper.between_calls(group.blocks, stop, now, position)
                 units, parked = self._without_broken(group, units, parked)
-        yield units, parked
+        yield Trained(units, parked, done)
 
     def _segments(
         self, start: int, position: Any, seed: int, num_units: int
@@ -391,11 +410,9 @@ class Engine:
 
     # Results -------------------------------------------------------------------------------------
 
-    def _finished(
-        self, group: Group, states: tuple[list[Unit], list[np.ndarray] | None]
-    ) -> list[tuple[int, dict[str, np.ndarray]]]:
+    def _finished(self, group: Group, trained: Trained) -> list[tuple[int, dict[str, np.ndarray]]]:
         """A group's blocks as arrays, judged on the host."""
-        units, parked = states
+        units, parked, done = trained
         shapes = self._data_shapes()
         numbered = jax.tree.unflatten(
             jax.tree.structure(shapes), range(len(jax.tree.leaves(shapes)))
@@ -408,6 +425,7 @@ class Engine:
             data.append([leaves[i] for i in places])
         kept = None if parked is None else [parked[i] for i in places]
         arrays = _collected(len(group.trials), data, units, kept)
+        progress.moved(len(group.trials) * (self._num_steps - done))
         host = jax.tree.unflatten(jax.tree.structure(needed), arrays)
         result = judge.result(self._work, host, self._eval_steps, self._keep)
         found = []

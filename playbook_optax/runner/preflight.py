@@ -1,5 +1,7 @@
 """`preflight`: what a study will take and whether it can run, before anything is spent."""
 
+from __future__ import annotations
+
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -8,7 +10,7 @@ from typing import Any
 import chex
 import jax
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.records.study import ReservedName
 from playbook_optax.runner import devices, execute, plan
@@ -75,19 +77,29 @@ class Preflight:
         """Whether the study can run."""
         return self.seconds is not None
 
+    def __repr__(self) -> str:
+        told = {**_shown.fields_of(self), "findings": _shown.brief([f.code for f in self.findings])}
+        return _shown.record("Preflight", told)
+
     def __str__(self) -> str:
-        lines = []
-        if self.seconds is not None:
-            own = self.timings[0]
-            free = "" if self.bytes_available is None else f" of {self.bytes_available / _GIB:.1f}"
-            lines += [
-                f"{self.num_trials} trials of {self.num_steps} steps take about "
-                f"{self.seconds:,.0f} s on {self.num_devices} device(s), of which "
-                f"{own.compile_seconds:.0f} s to compile.",
-                f"A block is {own.trials_per_block} trial(s) wide; each device needs "
-                f"{own.bytes_per_device / _GIB:.2f}{free} GiB.",
-            ]
-        return "\n".join([*lines, *map(str, self.findings)])
+        return _shown.as_text(*self._summary())
+
+    def _repr_html_(self) -> str:
+        return _shown.as_html(*self._summary())
+
+    def _summary(self) -> tuple[str, _shown.Rows]:
+        """Whether it can run and how long it takes, and what was found, a row each."""
+        found = [(f.severity, f"{f.message} {f.suggestion}".strip()) for f in self.findings]
+        if self.seconds is None:
+            return "The study cannot run.", found
+        own = self.timings[0]
+        free = "" if self.bytes_available is None else f" of {self.bytes_available / _GIB:.1f}"
+        told = (
+            f"{self.num_trials} trials of {self.num_steps} steps take about {self.seconds:,.0f} s "
+            f"on {self.num_devices} device(s), of which {own.compile_seconds:.0f} s to compile."
+        )
+        memory = f"each device needs {own.bytes_per_device / _GIB:.2f}{free} GiB"
+        return told, [("width", f"{own.trials_per_block} trial(s) to a block; {memory}"), *found]
 
 
 @takes_trainer

@@ -1,5 +1,7 @@
 """`run_study`: from a workload and points to a `Study`."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -627,8 +629,13 @@ class StudyRunner:
             missing = [block for block in blocks if block.index not in done]
             if missing:
                 self._check_fits(width, num_trials)
-            show = self._trainer.progress and (group is None or group.index == 0)
-            with Progress(show, self._work.name, len(missing), steps) as progress:
+            seeds = f" x {self._num_seeds} seeds" if self._num_seeds > 1 else ""
+            what = f"{num_trials} trials x {int(self._lengths.num_steps):,} steps{seeds}"
+            cost = num_trials * self._num_seeds * int(self._lengths.num_steps)
+            with (
+                telling(self._trainer.progress, self._work.name),
+                Progress(what, len(blocks), len(missing), steps, cost) as progress,
+            ):
                 for batch in self._finish(missing, points, width, spec, store, keeper):
                     done |= dict(batch)
                     real = [arrays["trial"] < num_trials for _, arrays in batch]

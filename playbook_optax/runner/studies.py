@@ -1,5 +1,7 @@
 """`run_studies`: one study for each value of a scientific hyperparameter."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import os
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ import numpy as np
 from playbook_optax import _checks
 from playbook_optax.records import study_set
 from playbook_optax.records.study_set import StudySet
+from playbook_optax.runner.progress import say, telling
 from playbook_optax.runner.run import train_study
 from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Categorical, Integer, SearchSpace
@@ -90,7 +93,7 @@ def run_studies(
       executor: whose workers train.
       directory: where to store the set, each study in a numbered folder. Studies that are there
         already are continued; new variants may be appended.
-      progress: show a progress bar when standard error is a terminal.
+      progress: say on standard error what is done; see `Trainer`.
 
     Returns:
       The `StudySet`, a mapping of label to study; `load_study_set` reads a stored one.
@@ -146,18 +149,20 @@ def run_studies(
             executor=executor,
             progress=progress,
         )
-        studies[variant.label] = train_study(
-            trainer,
-            variant.space,
-            question.pop("num_trials"),
-            None if directory is None else study_set.folder(directory, i),
-            key=key,
-            num_seeds=num_seeds,
-            independent=independent,
-            keep=keep,
-            member=study_set.member(scientific, variant.label, i),
-            **question,
-        )
+        with telling(progress, scientific):
+            say(f"{variant.label}, {i + 1} of {len(ready)}")
+            studies[variant.label] = train_study(
+                trainer,
+                variant.space,
+                question.pop("num_trials"),
+                None if directory is None else study_set.folder(directory, i),
+                key=key,
+                num_seeds=num_seeds,
+                independent=independent,
+                keep=keep,
+                member=study_set.member(scientific, variant.label, i),
+                **question,
+            )
     return StudySet(studies, scientific, {v.label: v.fixed for v in ready})
 
 

@@ -1,5 +1,7 @@
 """What is trained and how, as one object; what is asked stands in the call."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import dataclasses
 import functools
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 
 from playbook_optax import _checks
-from playbook_optax.runner import devices, processes, remote, workers
+from playbook_optax.runner import devices, processes, progress, remote, workers
 from playbook_optax.trials.stepper import MakeOptimizer, MakeSchedule
 from playbook_optax.trials.workload import Workload, WorkloadLike
 
@@ -60,7 +62,8 @@ class Trainer:
         one that began it: you vouch that it is the same study.
       checkpoint_seconds: with a directory, how long to train between saves of blocks that are not
         finished; a killed run loses no more than that.
-      progress: show what is done, on a terminal.
+      progress: say on standard error what is done: a line for each stage, study and decision, and
+        a bar on a terminal and in a notebook where `rich` is installed.
 
     Raises:
       ValueError: a bad argument, or two places to train in.
@@ -134,7 +137,7 @@ class Trainer:
         devices.trial_mesh(self.mesh)
         self.check_places()
 
-    def replace(self, **changes: Any) -> "Trainer":
+    def replace(self, **changes: Any) -> Trainer:
         """This trainer with other attributes; the programs are shared.
 
         Args:
@@ -145,7 +148,7 @@ class Trainer:
         """
         return dataclasses.replace(self, **changes)
 
-    def with_fixed(self, fixed: Mapping[str, Any]) -> "Trainer":
+    def with_fixed(self, fixed: Mapping[str, Any]) -> Trainer:
         """This trainer with more fixed hyperparameters, or others.
 
         Args:
@@ -205,8 +208,8 @@ def takes_trainer(function: Callable[..., R]) -> Callable[..., R]:
     own = list(inspect.signature(function).parameters.values())[1:]
     kinds = inspect.Parameter
     first = [
-        kinds("workload", kinds.POSITIONAL_OR_KEYWORD, annotation=WorkloadLike | Trainer),
-        kinds("make_optimizer", kinds.POSITIONAL_OR_KEYWORD, annotation=MakeOptimizer),
+        kinds("workload", kinds.POSITIONAL_OR_KEYWORD, annotation="WorkloadLike | Trainer"),
+        kinds("make_optimizer", kinds.POSITIONAL_OR_KEYWORD, annotation="MakeOptimizer"),
     ]
     known = [*_FIELDS, *(parameter.name for parameter in own)]
 
@@ -228,18 +231,21 @@ def takes_trainer(function: Callable[..., R]) -> Callable[..., R]:
                     f"{function.__qualname__}() got a Trainer, which says already what and how to "
                     f"train, and {twice} beside it; use trainer.replace(...)."
                 )
-            return function(workload, *rest, **kwargs)
+            return tell(workload, *rest, **kwargs)
         missing = not rest and "make_optimizer" not in kwargs
         if missing:
             raise TypeError(f"{function.__qualname__}() needs make_optimizer beside the workload.")
         make_optimizer = rest.pop(0) if rest else kwargs.pop("make_optimizer")
         # None stands for what was not given, as it does in a Trainer.
         given = {name: value for name, value in how.items() if value is not None}
-        return function(Trainer(workload, make_optimizer, **given), *rest, **kwargs)
+        return tell(Trainer(workload, make_optimizer, **given), *rest, **kwargs)
 
-    keywords = [kinds("how", kinds.VAR_KEYWORD, annotation=Any)]
-    wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [*first, *own, *keywords],
-        return_annotation=inspect.signature(function).return_annotation,
-    )
+    def tell(trainer: Trainer, *args: Any, **kwargs: Any) -> R:
+        with progress.telling(trainer.progress, getattr(trainer.workload, "name", "workload")):
+            return function(trainer, *args, **kwargs)
+
+    keywords = [kinds("how", kinds.VAR_KEYWORD, annotation="Any")]
+    told = inspect.signature(function).return_annotation
+    signature = inspect.Signature([*first, *own, *keywords], return_annotation=told)
+    wrapper.__signature__ = _checks.readable(signature)  # type: ignore[attr-defined]
     return wrapper

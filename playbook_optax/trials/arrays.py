@@ -1,5 +1,7 @@
 """Checks of training arrays and the batches drawn from them, for `Workload.from_arrays`."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """What a finished trial gives back, from its last state: inside a program or on the host."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 

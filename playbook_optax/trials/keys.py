@@ -1,5 +1,7 @@
 """Random keys: which fold of the study's key serves what."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import chex

@@ -1,5 +1,7 @@
 """The training of one trial: a stepper, and the pure function composed of it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

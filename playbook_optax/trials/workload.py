@@ -1,5 +1,7 @@
 """What a user brings: a model, its loss, its data and its evaluation, as pure functions."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax._direction import direction
 from playbook_optax._ties import check_resolution
 from playbook_optax.trials import arrays
@@ -114,6 +116,11 @@ class Workload:
             if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "iufc":
                 _checks.fitting(f"data{jax.tree_util.keystr(path)}", leaf)
 
+    def __repr__(self) -> str:
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        unset = [name for name, default in fields.items() if getattr(self, name) is default]
+        return _shown.record("Workload", _shown.fields_of(self, unset))
+
     def final_evaluate(self, params: Any, model_state: Any) -> dict[str, float]:
         """Evaluates on the test data, once, when all decisions are taken.
 
@@ -150,7 +157,7 @@ class Workload:
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
         has_state: bool = False,
-    ) -> "Workload":
+    ) -> Workload:
         """Builds a workload from a model in two functions and arrays of examples.
 
         Each epoch visits the training examples in a new order, without replacement; a last partial
@@ -293,7 +300,7 @@ class Workload:
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
         train_switch: str | Mapping[str, bool] | None = None,
-    ) -> "Workload":
+    ) -> Workload:
         """Builds a workload from a Flax module (linen or nnx) and arrays of examples.
 
         Batch statistics are carried in the model state; dropout gets a key in training and is off

@@ -22,6 +22,8 @@ test a cure on. With ``"pre"``, normalize once more after the last block: the st
 never normalized.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

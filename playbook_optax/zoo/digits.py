@@ -3,6 +3,8 @@
 1197 examples are to train, 300 to validate and 300 to test, by `split_seed`.
 """
 
+from __future__ import annotations
+
 import functools
 
 import numpy as np

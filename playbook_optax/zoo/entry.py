@@ -1,5 +1,7 @@
 """The zoo's register: each workload with the optimizer, search space and budget to tune it by."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping

@@ -4,6 +4,8 @@ Three fifths of the rows are to train, a fifth to validate and a fifth to test, 
 Columns are standardized by mean and deviation of the training part, as is the number to predict.
 """
 
+from __future__ import annotations
+
 import functools
 
 import numpy as np

@@ -9,6 +9,8 @@ The text differs between Python versions, and so do all results; `Workload.versi
 start of its SHA-256.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import importlib

@@ -17,6 +17,7 @@ IDENTITY = "runner/test_identity.py"
 MEMORY = "runner/test_memory.py"
 PROGRAMS = "runner/test_programs.py"
 PROGRESS = "runner/test_progress.py"
+SHOWN = "test_shown.py"
 READ_ONLY = "crash/test_read_only.py"
 RESUME = "runner/test_resume.py"
 RUN_STUDY = "runner/test_run_study.py"
@@ -613,9 +614,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a printed study is markup",
-        "records/summary.py",
-        "return html.escape(printable(text, PARAGRAPH))",
-        "return printable(text, PARAGRAPH)",
+        "_shown.py",
+        "return html.escape(printable(text, most))",
+        "return printable(text, most)",
         (f"{STUDY}::test_a_study_in_a_notebook_is_text_and_never_markup",),
     ),
     Mutation(
@@ -1173,16 +1174,65 @@ MUTATIONS = (
     Mutation(
         "the name of a study commands a terminal",
         "runner/progress.py",
-        'sys.stderr.write(f"{printable(name)}: {what} … ")',
-        'sys.stderr.write(f"{name}: {what} … ")',
+        '_write(f"{printable(teller.name)}: {what} … ")',
+        '_write(f"{teller.name}: {what} … ")',
         (PROGRESS,),
     ),
     Mutation(
-        "stages are told without a terminal",
+        "what is decided commands a terminal",
         "runner/progress.py",
-        "name if show and sys.stderr.isatty() else None",
-        "name if show else None",
+        "{printable(message, PARAGRAPH)}",
+        "{message}",
         (PROGRESS,),
+    ),
+    Mutation(
+        "people are told who do not want it",
+        "runner/progress.py",
+        "_Teller(name, budget) if show else None",
+        "_Teller(name, budget)",
+        (PROGRESS,),
+    ),
+    Mutation(
+        "compiling counts as training in what is left",
+        "runner/progress.py",
+        "        teller.staged += seconds\n",
+        "",
+        (PROGRESS,),
+    ),
+    Mutation(
+        "what a save holds counts as trained now",
+        "runner/progress.py",
+        "        self._resumed += num_steps\n",
+        "",
+        (PROGRESS,),
+    ),
+    Mutation(
+        "the bar stands still within a block",
+        "runner/execute.py",
+        "                progress.moved(len(group.trials) * (stop - start))\n",
+        "",
+        (PROGRESS,),
+    ),
+    Mutation(
+        "a decision of tune is not told",
+        "procedures/tune.py",
+        '        progress.say(f"decided {name}: {decision.message}")\n',
+        "",
+        (PROGRESS,),
+    ),
+    Mutation(
+        "a picture in a notebook is not escaped",
+        "_shown.py",
+        "    told = _escaped(told, 2 * WIDTH)\n",
+        "",
+        (SHOWN,),
+    ),
+    Mutation(
+        "a printed text has any number of lines",
+        "_shown.py",
+        "        if len(lines) <= MOST_LINES:\n",
+        "        if True:\n",
+        (SHOWN,),
     ),
     Mutation(
         "a replay is always exact",

@@ -252,12 +252,20 @@ def test_a_study_in_a_notebook_is_text_and_never_markup(monkeypatch):
         *("best", "1.0625 ± 0.088 at step 10, trial 0: learning_rate=0.5, decay=cosine"),
         *("infeasible", "none"),
         *("stored in", "study_v1"),
+        "valid/loss of 4 trials over the steps; blue: the best",
     ]
-    own = set(re.findall("<[^>]*>", shown))
     hostile = hostile_study()._repr_html_() + StudySet({HOSTILE: stored}, HOSTILE)._repr_html_()
-    assert set(re.findall("<[^>]*>", hostile)) == own
+    assert tags(hostile) == tags(shown)
     assert "&lt;img src=x onerror=alert(1)&gt;" in hostile
     assert "\x1b" not in hostile
+
+
+def tags(fragment):
+    """Its kinds of tags; of a picture neither what it holds nor what it shows counts."""
+    found = re.findall("<[^>]*>", fragment)
+    return {
+        re.sub(' alt="[^"]*" src="data:image/png;base64,[A-Za-z0-9+/=]+"', "", t) for t in found
+    }
 
 
 def text_of(fragment):
@@ -277,6 +285,7 @@ def test_a_printed_set_has_a_row_for_each_study():
         "nonfinite_loss",
         "lamb",
         "not there yet",
+        "best loss of each trial, by study; blue: the best of a study",
     ]
     assert str(StudySet({"a": study})) == (
         "StudySet by study: 1 study\n"

@@ -519,7 +519,7 @@ class Engine:
             yield from itertools.repeat(None, num_steps)
             return
         length = chunk_length_of(self.programs.shapes.chunk)
-        for batch in itertools.islice(self._host_batches(0), num_steps):
+        for batch in itertools.islice(host_data.made(self._host_batches, 0), num_steps):
             yield self._put_chunk(_stack([batch] * length))
 
 
@@ -692,7 +692,7 @@ def block_arrays(
 
 def first_batches(host_batches: Callable[[int], Iterator[Any]]) -> Any:
     """A chunk that holds the first host batch, for shapes."""
-    return _stack(list(itertools.islice(host_batches(0), 1)))
+    return _stack(list(itertools.islice(host_data.made(host_batches, 0), 1)))
 
 
 def chunk_length(first: Any) -> int:

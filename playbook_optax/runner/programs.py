@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from playbook_optax.runner import devices, identity, progress, signals
+from playbook_optax.runner import dependence, devices, identity, progress, signals
 from playbook_optax.runner.devices import DATA_AXIS, TRIALS_AXIS
 from playbook_optax.trials import loop
 from playbook_optax.trials.stepper import (
@@ -121,7 +121,12 @@ class Programs:
     Args:
       stepper: what happens to a trial.
       shapes: what to compile for.
+
+    Attributes:
+      unused_names: hyperparameters that no program depends on.
     """
+
+    unused_names: frozenset[str]
 
     def __init__(self, stepper: Stepper, shapes: Shapes) -> None:
         self.stepper, self.shapes = stepper, shapes
@@ -215,7 +220,8 @@ class Programs:
             )
         self._chunk_shapes = chunk
         begin = self._over_devices(self._begin, (self._inputs_spec, P(), P()))
-        traced["begin"] = begin.trace(inputs, numbers, weights)
+        to_begin = (inputs, numbers, weights)
+        traced["begin"] = begin.trace(*to_begin)
         states = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharded),
             traced["begin"].out_info,
@@ -224,7 +230,12 @@ class Programs:
         advance = self._over_devices(
             self._advance, (P(TRIALS_AXIS), self._inputs_spec, P(), P(), P()), donate=True
         )
-        traced["advance"] = advance.trace(states, inputs, data, numbers, chunk)
+        to_advance = (states, inputs, data, numbers, chunk)
+        traced["advance"] = advance.trace(*to_advance)
+        unused = dependence.unused_names(traced["advance"], to_advance, shapes.point)
+        if unused:
+            unused = dependence.unused_names(traced["begin"], to_begin, unused)
+        self.unused_names = unused
         return traced
 
     @property
@@ -375,16 +386,17 @@ class Programs:
             state = self.stepper.update(state, data, lengths, step, chunk, now.start, active)
             return state._replace(point=None, key=None)
 
-        def record_one(state: TrialState, point: Any, index: Any) -> Any:
-            state = self.stepper.record(state._replace(point=point), data, lengths, index)
-            return state._replace(point=None)
+        def record_one(state: TrialState, point: Any, key: Any, index: Any) -> Any:
+            state = state._replace(point=point, key=key)
+            state = self.stepper.record(state, data, lengths, index)
+            return state._replace(point=None, key=None)
 
         update = self._over_rows(update_one, 0, 0, by_row, None, None)
-        record = self._over_rows(record_one, 0, 0, None)
+        record = self._over_rows(record_one, 0, 0, by_row, None)
         trained: TrialState = self._local(
             loop.advance(
                 lambda state, step, active: update(state, points, own, step, active),
-                lambda state, index: record(state, points, index),
+                lambda state, index: record(state, points, own, index),
                 self._rows(states),
                 lengths,
                 now.start,

@@ -12,6 +12,7 @@ import numpy as np
 from playbook_optax import _checks
 from playbook_optax.records import checkpoints, schema, storage, study
 from playbook_optax.runner import (
+    dependence,
     devices,
     execute,
     finished,
@@ -266,6 +267,9 @@ class StudyRunner:
         with telling(trainer.progress, self._work.name):
             found = self._programs(self._trials_per_block or self._auto_width)
             study.check_names(self._like, found.state_shapes.metrics.names)
+            # What a procedure calls otherwise in the program is its own.
+            own = [name for name in self._like if not (names and name in names)]
+            dependence.check(found.unused_names, own, self._functions)
         self._arrays = execute.describe_block(found, self._work, self._eval_steps, keep, self._like)
 
     def _sketched(self) -> programs.Outline:

@@ -520,6 +520,14 @@ class _Tuner:
         )
         # What a study does not vary is data of its program: all chapters share one.
         self._trainer = trainer.with_fixed(self._as_columns(self._defaults()))
+        # A hyperparameter that nothing uses is refused now, not when a round first varies it.
+        StudyRunner(
+            self._trainer,
+            space,
+            num_steps=self._sweep_steps,
+            eval_every=self._every(self._sweep_steps),
+            key=key,
+        )
         self._check_index()
 
     def _check_decisions(self) -> None:

@@ -257,8 +257,10 @@ def _recipe(document: Mapping[str, Any], folder: Path) -> tuple[Recipe, str | No
         _checks.check_choice("optimizer", stored.optimizer, search_spaces.TABLE)
     if stored.schedule is not None:
         _checks.check_choice("schedule", stored.schedule, [*_SCHEDULES.values(), "own"])
+    # A study that several chapters rest on is one study, and is drawn once.
+    studies: dict[str, Study] = {}
     chapters = tuple(
-        _read_chapter(_typed(_StoredChapter, one, f"chapters[{i}]"), folder)
+        _read_chapter(_typed(_StoredChapter, one, f"chapters[{i}]"), folder, studies)
         for i, one in enumerate(stored.chapters)
     )
     names = [chapter.name for chapter in chapters]
@@ -308,7 +310,7 @@ def _check_point(recipe: Recipe, schedule: str | None) -> None:
     raise ValueError("its point is none of a trial of its studies")
 
 
-def _read_chapter(stored: _StoredChapter, folder: Path) -> Chapter:
+def _read_chapter(stored: _StoredChapter, folder: Path, known: dict[str, Study]) -> Chapter:
     _checks.check_choice("a chapter", stored.name, tune.CHAPTERS)
     _checks.check_count("a cost", stored.cost, at_least=0)
     if len(stored.studies) > _MAX_STUDIES:
@@ -316,7 +318,10 @@ def _read_chapter(stored: _StoredChapter, folder: Path) -> Chapter:
     studies = {}
     for one in stored.studies:
         told: _StoredStudy = _typed(_StoredStudy, one, "a study")
-        studies[told.name] = _read_study(told, folder)
+        which = repr(told._replace(name=""))
+        if which not in known:
+            known[which] = _read_study(told, folder)
+        studies[told.name] = known[which]
     answer = None
     if stored.answer is not None:
         if stored.name != tune.STABILITY or stored.steps is None:

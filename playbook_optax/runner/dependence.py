@@ -2,12 +2,15 @@
 
 import difflib
 import types
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from playbook_optax.runner import identity
+from playbook_optax.runner.plan import Points
+from playbook_optax.trials.workload import Workload
 
 
 def used_inputs(jaxpr: Any, outputs: Sequence[bool] | None = None) -> list[bool]:
@@ -106,35 +109,47 @@ def unused_names(traced: Any, arguments: Sequence[Any], names: Iterable[str]) ->
     return frozenset(names) - reached
 
 
-def check(unused: Collection[str], names: Collection[str], functions: tuple[Any, ...]) -> None:
-    """Raises where a study varies what its program does not depend on.
+def check(
+    unused: Collection[str], points: Points, names: Collection[str], functions: tuple[Any, ...]
+) -> None:
+    """Raises where a study searches what its program does not depend on.
 
     Args:
       unused: names that the program does not depend on.
-      names: hyperparameters of the study.
+      points: of the study.
+      names: its hyperparameters, but those that a procedure calls otherwise in the program.
       functions: the user's: workload, make_optimizer, make_schedule.
 
     Raises:
-      ValueError: one is not used; names it, and the nearest name that the functions look up.
+      ValueError: one of a search space is not used; names it, and the nearest name that the
+        functions look up. Of a table, which may carry columns for other ends, a column whose values
+        differ is warned of.
     """
     for name in names:
         if name not in unused:
+            continue
+        table = points.table
+        if table is not None and (table[name] == table[name][0]).all():
             continue
         words = set(_words(functions)) - set(names)
         close = difflib.get_close_matches(name, sorted(words), n=1, cutoff=0.6)
         hint = f" Did you mean {close[0]!r}, which stands in your functions?" if close else ""
         used = ", ".join(map(repr, (one for one in names if one not in unused))) or "none"
-        raise ValueError(
+        told = (
             f"nothing depends on the hyperparameter {name!r}: neither the workload nor the "
-            f"optimizer nor the schedule uses its value, and it would be searched in vain.{hint} "
-            f"Used are: {used}. Correct the name, use it, or leave it out of the points."
+            f"optimizer nor the schedule uses its value, and it is searched in vain.{hint} "
+            f"Used are: {used}. Correct the name, use it, or leave it out."
         )
+        if table is None:
+            raise ValueError(told)
+        warnings.warn(told, UserWarning, stacklevel=4)
 
 
 def _words(functions: tuple[Any, ...]) -> Iterator[str]:
-    """The texts that functions may look up by."""
+    """The texts that functions of the point may look up by."""
     try:
-        parts: list[Any] = [identity.identity(functions)]
+        of_point = [one for one in functions if not isinstance(one, Workload)]
+        parts: list[Any] = [identity.identity(of_point)]
     except identity.NoIdentity:
         return
     while parts:

@@ -428,7 +428,7 @@ class Engine:
         Args:
           blocks: at most `blocks_per_call`, of one seed.
           points: where their points come from.
-          seconds: how long to go on, about.
+          seconds: how long to go on, about; once at least.
 
         Returns:
           Seconds that the first evaluation took, and that a step took, of all trials.
@@ -447,8 +447,8 @@ class Engine:
             jax.block_until_ready([unit.states for unit in units])
             return units, time.monotonic() - began
 
-        spent, evaluation, per_step = 0.0, 0.0, 0.0
-        while spent < seconds:
+        spent = 0.0
+        while True:
             units = self._begin(group)
             jax.block_until_ready([unit.states for unit in units])
             units, evaluation = timed(units, 0, 1)
@@ -456,7 +456,8 @@ class Engine:
                 return 0.0, evaluation
             units, took = timed(units, 1, last)
             spent, per_step = spent + took + evaluation, took / (last - 1)
-        return max(evaluation - per_step, 0.0), per_step
+            if spent >= seconds:
+                return max(evaluation - per_step, 0.0), per_step
 
     # One block, step by step ---------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -124,6 +125,7 @@ class Programs:
 
     Attributes:
       unused_names: hyperparameters that no program depends on.
+      making_seconds: what it took to trace and compile, so far.
     """
 
     unused_names: frozenset[str]
@@ -139,8 +141,10 @@ class Programs:
         self._shares_weights = not shapes.independent and not depends_on_point(
             self.stepper.weights, first, shapes.key
         )
+        began = time.monotonic()
         with progress.stage("tracing"):
             self._traced: dict[str, Any] = self._trace()
+        self.making_seconds = time.monotonic() - began
         self._programs: dict[str, Any] | None = None
 
     # Tracing and compiling ---------------------------------------------------------------------
@@ -160,7 +164,9 @@ class Programs:
         """One of the programs, compiled with the others if need be; None if there is none."""
         with _lock:
             if self._programs is None:
+                began = time.monotonic()
                 self._programs = _compile(self._traced, self.shapes.mesh)
+                self.making_seconds += time.monotonic() - began
                 self._traced.clear()
         return self._programs.get(name)
 

@@ -1194,9 +1194,19 @@ MUTATIONS = (
     Mutation(
         "a better width is not told",
         "runner/preflight.py",
-        "    if ratio < 1.25:",
+        "    if best is first:",
         "    if True:",
         ("runner/test_preflight.py::test_idle_cores_and_a_better_width_are_told",),
+    ),
+    Mutation(
+        "what is spent on other widths counts for nothing",
+        "runner/preflight.py",
+        "        if time.monotonic() - began + likely_seconds > SHARE * training:",
+        "        if likely_seconds > SHARE * training:",
+        (
+            "runner/test_preflight.py::"
+            "test_what_is_spent_on_other_widths_is_bounded_and_the_fastest_is_named",
+        ),
     ),
     Mutation(
         "programs are kept against the user's word",

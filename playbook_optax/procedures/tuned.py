@@ -24,7 +24,7 @@ from playbook_optax.procedures.stability import Stabilization
 from playbook_optax.procedures.tune import Chapter, Pipeline, Recipe
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.procedures.warmup import WarmupAnswer
-from playbook_optax.records import storage
+from playbook_optax.records import schema, storage
 from playbook_optax.records.study import Study, load_study
 from playbook_optax.search_space import SearchSpace
 from playbook_optax.trials import keys
@@ -344,7 +344,9 @@ def _read_study(told: _StoredStudy, folder: Path) -> Study:
     space = SearchSpace.from_dict(told.space)
     if set(space) != set(study.points):
         raise ValueError(f"the space of the study in {told.folder!r} has other names than it")
-    return dataclasses.replace(study, spec={**study.spec, "space": space.to_dict()})
+    spec = {**study.spec, "space": space.to_dict()}
+    schema.check_values(spec, {f"point/{name}": values for name, values in study.points.items()})
+    return dataclasses.replace(study, spec=spec)
 
 
 def _read_stability(stored: _StoredChapter, studies: Mapping[str, Study]) -> Stabilization:

@@ -303,11 +303,13 @@ def _check_point(recipe: Recipe, schedule: str | None) -> None:
         raise ValueError(f"it has a schedule, and its point lacks {LEARNING_RATE!r}")
     numbers = {name: float(value) for name, value in point.items()}
     for study in recipe.studies.values():
-        if set(study.points) == set(point):
+        if set(study.points) == set(point) and study.objective == recipe.objective:
             same = [study.points[n].astype(np.float64) == v for n, v in numbers.items()]
-            if np.all(same, axis=0).any():
-                return
-    raise ValueError("its point is none of a trial of its studies")
+            for trial in np.flatnonzero(np.all(same, axis=0)):
+                curves = study.data[study.objective].values[trial].astype(np.float64)
+                if np.isin(recipe.values, curves).all():
+                    return
+    raise ValueError("its point and its values are none of a trial of its studies")
 
 
 def _read_chapter(stored: _StoredChapter, folder: Path, known: dict[str, Study]) -> Chapter:

@@ -226,7 +226,7 @@ def test_what_is_no_classification_has_no_error_rate(train, apply):
         tiny.mlp_init,
         apply,
         train,
-        (VALID[0], VALID[1].astype(train[1].dtype)),
+        (VALID[0], np.minimum(VALID[1], train[1].max()).astype(train[1].dtype)),
         batch_size=16,
         loss=lambda outputs, y: jnp.square(outputs.reshape(len(y), -1)[:, 0] - y),
     )

@@ -12,6 +12,7 @@ import tiny_workloads as tiny
 from flax import nnx
 
 import playbook_optax as pbx
+from playbook_optax.trials import arrays, keys
 from playbook_optax.trials.workload import takes_key
 
 TRAIN, VALID = tiny.blobs()
@@ -324,6 +325,30 @@ def test_evaluations_of_a_seed_are_on_the_same_draws(independent):
         key = pbx.trial_key(KEY, seed, trial if independent else None)
         alone = train(study.point(trial), key, noisy(True).data)
         np.testing.assert_array_equal(alone.metrics["valid/noise"], noise[trial, seed])
+
+
+def test_the_key_of_an_evaluation_is_its_own():
+    trained = pbx.make_train(noisy(True), tiny.sgd, 1, 1)({"learning_rate": 0.1}, KEY, np.ones(2))
+    own = float(trained.metrics["valid/noise"][0])
+    assert own == float(jax.random.normal(keys.evaluation_key(KEY)))
+    others = [keys.init_key(KEY), keys.batch_key(KEY), *(keys.loss_key(KEY, i) for i in range(3))]
+    assert own not in [float(jax.random.normal(key)) for key in (KEY, *others)]
+
+
+def test_a_flax_module_takes_metrics_and_an_augmentation():
+    workload = pbx.Workload.from_flax(
+        nn.Dense(2),
+        train=TRAIN,
+        valid=VALID,
+        batch_size=8,
+        metrics={"accuracy": lambda outputs, y: jnp.argmax(outputs, axis=-1) == y},
+        augment=lambda batch, key: {**batch, "x": -batch["x"]},
+    )
+    params, state = workload.init(KEY)
+    got = workload.evaluate(params, state, workload.data)
+    assert float(got["valid/accuracy"]) == pytest.approx(1 - float(got["valid/error_rate"]))
+    rows = arrays.shuffled_rows(KEY, 2, len(TRAIN[0]), 8)
+    np.testing.assert_array_equal(workload.batch(workload.data, KEY, 2)["x"], -TRAIN[0][rows])
 
 
 def test_test_data_are_drawn_on_with_a_key():

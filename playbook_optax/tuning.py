@@ -115,8 +115,8 @@ def tune(
     )
     if directory is None:
         return recipe
-    tuned.write(recipe, directory)
     try:
+        tuned.write(recipe, directory)
         page = write_recipe_report(recipe, directory)
     except Exception as error:
         # What was paid for with training is not lost for want of a drawing.

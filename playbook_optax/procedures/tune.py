@@ -152,7 +152,7 @@ class Pipeline:
 
 
 # What of a pipeline is code.
-_FUNCTIONS = ("make_optimizer", "make_schedule")
+FUNCTIONS = ("make_optimizer", "make_schedule")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ class Recipe:
     report: pathlib.Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        made = {name: getattr(self.pipeline, name) for name in _FUNCTIONS}
+        made = {name: getattr(self.pipeline, name) for name in FUNCTIONS}
         sent: dict[str, Any] = {n: _portable.send_functions(f) for n, f in made.items()}
         return {
             **vars(self),
@@ -206,7 +206,7 @@ class Recipe:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        sent = {name: getattr(state["pipeline"], name) for name in _FUNCTIONS}
+        sent = {name: getattr(state["pipeline"], name) for name in FUNCTIONS}
         made: dict[str, Any] = {n: _portable.receive_functions(f) for n, f in sent.items()}
         state["pipeline"] = dataclasses.replace(state["pipeline"], **made)
         state["workload"] = _portable.receive_functions(state["workload"])

@@ -60,9 +60,7 @@ class _Stored(typing.NamedTuple):
     maximize: bool
     values: tuple[float, ...]
     total_budget: int
-    warmup_steps: int
-    max_norm: float | None
-    extended_from: int | None
+    pipeline: dict[str, Any]
     key: dict[str, Any]
     chapters: tuple[dict[str, Any], ...]
 
@@ -155,15 +153,19 @@ def write(recipe: Recipe, directory: str | os.PathLike[str], zoo: str | None = N
         maximize=recipe.maximize,
         values=tuple(recipe.values.tolist()),
         total_budget=recipe.total_budget,
-        warmup_steps=pipeline.warmup_steps,
-        max_norm=pipeline.max_norm,
-        extended_from=pipeline.extended_from,
+        pipeline={name: getattr(pipeline, name) for name in _pipeline_hints()},
         key=keys.describe_key(recipe.key),
         chapters=tuple(_chapter(chapter, folder) for chapter in recipe.chapters),
     )
     path = folder / DOCUMENT
     storage.write_document(path, stored._asdict())
     return path
+
+
+def _pipeline_hints() -> dict[str, Any]:
+    """What of a pipeline is data, name to what it holds."""
+    hints = typing.get_type_hints(Pipeline)
+    return {name: hint for name, hint in hints.items() if name not in tune.FUNCTIONS}
 
 
 _SCHEDULES: dict[Any, str] = {tune.cosine: "cosine"}
@@ -248,11 +250,6 @@ def _recipe(document: Mapping[str, Any], folder: Path) -> tuple[Recipe, str | No
     stored: _Stored = _typed(_Stored, document, "it")
     for name in ("num_steps", "eval_every", "total_budget"):
         _checks.check_count(name, getattr(stored, name))
-    _checks.check_count("warmup_steps", stored.warmup_steps, at_least=0)
-    if stored.max_norm is not None:
-        _checks.check_number("max_norm", stored.max_norm, above=0.0)
-    if stored.extended_from is not None:
-        _checks.check_count("extended_from", stored.extended_from)
     if stored.optimizer is not None:
         _checks.check_choice("optimizer", stored.optimizer, search_spaces.TABLE)
     if stored.schedule is not None:
@@ -268,13 +265,7 @@ def _recipe(document: Mapping[str, Any], folder: Path) -> tuple[Recipe, str | No
         raise ValueError(f"its chapters are {names}")
     recipe = Recipe(
         workload=_workload(stored),
-        pipeline=Pipeline(
-            _absent("make_optimizer"),
-            _read_schedule(stored.schedule),
-            stored.warmup_steps,
-            stored.max_norm,
-            stored.extended_from,
-        ),
+        pipeline=_read_pipeline(stored),
         optimizer_name=stored.optimizer,
         point=stored.point,
         num_steps=stored.num_steps,
@@ -288,19 +279,35 @@ def _recipe(document: Mapping[str, Any], folder: Path) -> tuple[Recipe, str | No
         model_state=None,
         key=_read_key(stored.key),
     )
-    _check_point(recipe, stored.schedule)
+    _check_point(recipe)
     return recipe, stored.zoo
 
 
-def _check_point(recipe: Recipe, schedule: str | None) -> None:
+def _read_pipeline(stored: _Stored) -> Pipeline:
+    hints = _pipeline_hints()
+    if set(stored.pipeline) != set(hints):
+        raise ValueError(f"its pipeline has not the fields {', '.join(hints)}")
+    told = {n: _typed(hint, stored.pipeline[n], f"it, {n}") for n, hint in hints.items()}
+    _checks.check_count("warmup_steps", told["warmup_steps"], at_least=0)
+    if told["max_norm"] is not None:
+        _checks.check_number("max_norm", told["max_norm"], above=0.0)
+    if told["extended_from"] is not None:
+        _checks.check_count("extended_from", told["extended_from"])
+    scheduled = told.get("learning_rates") or (LEARNING_RATE,)
+    if stored.schedule is not None and stored.point is not None:
+        for name in scheduled:
+            if name not in stored.point:
+                raise ValueError(f"it has a schedule, and its point lacks {name!r}")
+    return Pipeline(_absent("make_optimizer"), _read_schedule(stored.schedule), **told)
+
+
+def _check_point(recipe: Recipe) -> None:
     """Raises unless the recipe is a trial of one of its studies."""
     point = recipe.point
     if point is None:
         return
     if not len(recipe.values):
         raise ValueError("it has a point and no value")
-    if schedule is not None and LEARNING_RATE not in point:
-        raise ValueError(f"it has a schedule, and its point lacks {LEARNING_RATE!r}")
     numbers = {name: float(value) for name, value in point.items()}
     for study in recipe.studies.values():
         if set(study.points) == set(point) and study.objective == recipe.objective:

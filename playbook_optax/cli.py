@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import optax
 
+import playbook_optax
 from playbook_optax import _checks, _portable, chapters, optimizers, report
 from playbook_optax._text import (
     PARAGRAPH,
@@ -36,19 +37,32 @@ from playbook_optax.analysis.axes import hyperparameters
 from playbook_optax.analysis.diagnose import diagnose
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax.procedures import tuned
 from playbook_optax.procedures.learning_rate import sweep_learning_rate
 from playbook_optax.procedures.stability import Stabilization, stabilize
-from playbook_optax.procedures.tune import find_recipe
+from playbook_optax.procedures.tune import INDEX, Recipe, find_recipe
 from playbook_optax.procedures.verdict import Verdict
 from playbook_optax.records.schema import check_trainable, read_spec
-from playbook_optax.records.storage import StorageError, read_file, stored_dtype, write_file
+from playbook_optax.records.storage import (
+    SPEC_NAME,
+    NoStudy,
+    StorageError,
+    read_file,
+    stored_dtype,
+    write_file,
+)
 from playbook_optax.records.study import NoFeasibleTrial, Study, load_study
 from playbook_optax.runner.devices import use_compilation_cache, use_cpu_cores
 from playbook_optax.runner.run import StudyRunner, run_study
 from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Float, SearchSpace
 from playbook_optax.trials.workload import Workload, WorkloadLike
-from playbook_optax.tuning import PROGRAM, recipe_headline, write_recipe_report
+from playbook_optax.tuning import (
+    PROGRAM,
+    recipe_headline,
+    write_recipe_page,
+    write_recipe_report,
+)
 
 PROG = "playbook-optax"
 _COMMAND_FILE = "command.json"
@@ -305,12 +319,9 @@ class Tune:
             overrides=overrides,
             trials_per_block=self.trials_per_block,
         )
+        tuned.write(recipe, folder, self.workload if _is_zoo(self.workload) else None)
         page = write_recipe_report(recipe, folder, self.workload)
-        for sentence in recipe_headline(recipe):
-            _print_paragraph(sentence)
-        _print_heading("Decisions")
-        for chapter in recipe.chapters:
-            _print_paragraph(f"{chapter.name}: {chapter.decision.message}", "- ")
+        _tell_recipe(recipe)
         if recipe.point is None:
             _print_places(Report=page)
             return 0
@@ -421,16 +432,26 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write the report of a stored study again; nothing stored is executed."""
+    """Write the report of a stored study or tuning again; nothing stored is executed."""
 
     study: Path
-    """The directory of the study."""
+    """The directory of the study, or that `tune` wrote."""
     directory: Path | None = None
     """Where to write; the study's own directory."""
 
     def run(self) -> int:
         """Reads, writes and tells."""
-        return _finish(_stored(self.study), self.directory or self.study)
+        folder = self.directory or self.study
+        if not _is_tuning(self.study):
+            return _finish(_stored(self.study), folder)
+        recipe, zoo_name = _stored_tuning(self.study)
+        # The program beside it may say more of the workload than is known here: it is let be.
+        source = None if recipe.point is None else recipe.to_python(zoo_name)
+        page = write_recipe_page(recipe, report.check_folder(folder), source)
+        _tell_recipe(recipe)
+        _tell_rest(recipe)
+        _print_places(Report=page)
+        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -438,11 +459,16 @@ class Diagnose:
     """Say what a stored study shows, and write nothing."""
 
     study: Path
-    """The directory of the study."""
+    """The directory of the study, or that `tune` wrote."""
 
     def run(self) -> int:
         """Reads and tells."""
-        _tell(_stored(self.study))
+        if not _is_tuning(self.study):
+            _tell(_stored(self.study))
+            return 0
+        recipe, _ = _stored_tuning(self.study)
+        _tell_recipe(recipe)
+        _tell_rest(recipe)
         return 0
 
 
@@ -667,6 +693,34 @@ def _stored(folder: Path) -> _Judged:
     return _judged_sweep(study, verdict, optimizer)
 
 
+def _is_tuning(folder: Path) -> bool:
+    """Whether a directory is one that `tune` wrote, and no study of its own."""
+    has = {name: os.path.lexists(folder / name) for name in (SPEC_NAME, INDEX, tuned.DOCUMENT)}
+    return not has[SPEC_NAME] and (has[INDEX] or has[tuned.DOCUMENT])
+
+
+def _stored_tuning(folder: Path) -> tuple[Recipe, str | None]:
+    """What `tune` came to in a directory, and its workload's name if that is of the zoo."""
+    try:
+        recipe, name = tuned.read(folder)
+    except NoStudy:
+        # Of a study that it tells of, not of itself.
+        if os.path.lexists(folder / tuned.DOCUMENT):
+            raise
+        parts = sorted(
+            path.parent.relative_to(folder).as_posix() for path in folder.rglob(SPEC_NAME)
+        )
+        raise UsageError(
+            f"{str(folder)!r} holds a tuning that is not finished: the same call of tune continues "
+            f"it. Its studies can be looked at one by one: {', '.join(parts) or 'none yet'}."
+        ) from None
+    if name is None:
+        return recipe, None
+    from playbook_optax import zoo  # Importing flax takes a second.
+
+    return recipe, name if name in zoo.names() else None
+
+
 def _never(point: Any) -> Any:
     raise AssertionError("A finished study is judged, not trained.")
 
@@ -778,6 +832,27 @@ def _tell(judged: _Judged) -> None:
     _print_recipe(recipe)
 
 
+def _tell_recipe(recipe: Recipe) -> None:
+    """What a tuning came to and what was decided on the way, on the terminal."""
+    for sentence in recipe_headline(recipe):
+        _print_paragraph(sentence)
+    _print_heading("Decisions")
+    for chapter in recipe.chapters:
+        _print_paragraph(f"{chapter.name}: {chapter.decision.message}", "- ")
+
+
+def _tell_rest(recipe: Recipe) -> None:
+    """What else was seen, and the recipe in numbers."""
+    decisions = [chapter.decision for chapter in recipe.chapters]
+    _print_findings([finding for finding in recipe.findings if finding not in decisions])
+    if recipe.point is None:
+        return
+    _print_heading("Recipe")
+    numbers = {**recipe.point, "num_steps": recipe.num_steps}
+    for name, value in numbers.items():
+        _print_paragraph(f"{name} = {report.shown_number(value)}", "- ")
+
+
 def _print_findings(findings: Sequence[Finding]) -> None:
     _print_heading("Findings")
     for finding in findings:
@@ -876,13 +951,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
       SystemExit: words that cannot be parsed (code 2), or ``--help`` (code 0).
     """
     os.environ.setdefault("MPLBACKEND", "Agg")
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words == ["--version"]:
+        _print_line(f"{PROG} {playbook_optax.__version__}")
+        return 0
     try:
+        if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
+            raise UsageError(
+                f"there is no command {words[0]!r}: {_checks.nearest(words[0], _COMMANDS)}"
+            )
         tyro = _checks.require("tyro", "cli", "The command line")
         command = tyro.extras.subcommand_cli_from_dict(
             _COMMANDS,
             prog=PROG,
             description="The Deep Learning Tuning Playbook, on your workload.",
-            args=arguments,
+            args=words,
             config=(tyro.conf.PositionalRequiredArgs,),
         )
         code: int = command.run()

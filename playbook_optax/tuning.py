@@ -17,6 +17,7 @@ from playbook_optax import _checks, chapters, plots, report
 from playbook_optax.analysis.spreads import best_by_seed
 from playbook_optax.analysis.training_length import best_step_info
 from playbook_optax.procedures import tune as parts
+from playbook_optax.procedures import tuned
 from playbook_optax.procedures.program import against
 from playbook_optax.procedures.tune import Chapter, Recipe, find_recipe
 from playbook_optax.records import storage
@@ -80,8 +81,8 @@ def tune(
       num_trials: size of the budget, in trials of `num_steps`.
       num_steps: updates of the final run.
       key: the only source of randomness.
-      directory: where to store the studies, the page ``report.html`` and the program
-        ``recipe.py``.
+      directory: where to store the studies, the page ``report.html``, the program ``recipe.py``
+        and, for the command line to tell it again, the decisions as ``recipe.json``.
       overrides: decisions that you take yourself, by name: ``learning_rate_range`` (a pair),
         ``num_steps``, ``warmup_steps``, ``max_norm``, ``space`` (of round 1), ``next_space`` (of
         round 2), ``point`` (nothing is searched, only trained).
@@ -127,6 +128,7 @@ def tune(
     if directory is None:
         return recipe
     try:
+        tuned.write(recipe, directory)
         page = write_recipe_report(recipe, directory)
     except Exception as error:
         # What was paid for with training is not lost for want of a drawing.
@@ -173,6 +175,20 @@ def write_recipe_report(
     if recipe.point is not None:
         source = recipe.to_python(workload)
         storage.write_file(folder / PROGRAM, source.encode())
+    return write_recipe_page(recipe, folder, source)
+
+
+def write_recipe_page(recipe: Recipe, folder: Path, source: str | None) -> Path:
+    """The page of `write_recipe_report` alone.
+
+    Args:
+      recipe: what `tune` returned, or what `tuned.read` reads.
+      folder: where to write.
+      source: the program, shown as it is; None if there is none.
+
+    Returns:
+      The path of the page.
+    """
     pictures = Pictures()
     decisions = [made for chapter in recipe.chapters for made in _decisions(chapter, pictures)]
     headline, trust = recipe_headline(recipe)

@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 
+import playbook_optax as pbx
 from playbook_optax import cli, zoo
 from playbook_optax.records import storage
 from playbook_optax.records.study import Study, load_study, study_from_blocks
@@ -178,6 +179,56 @@ def test_tune_writes_a_recipe_that_runs_and_continues(folder, capsys):
     assert "both --low and --high" in complaint(capsys, *command[:-4], "--low", "0.1")
     assert "did you mean 'square'" in complaint(capsys, "tune", "own_workloads:squrae")
     assert "no test data" in complaint(capsys, *command, "--test")
+    # Told again from the directory alone: the same words, and what else was seen.
+    sys.modules.pop("own_workloads")
+    told = out[: out.index("\n\nRecipe ")]
+    assert cli.run(["diagnose", str(place)]) == 0
+    again = capsys.readouterr().out
+    assert again.startswith(told)
+    assert again.count("\n- learning_rate = ") == 1
+    assert "\n- num_steps = 16\n" in again
+    assert "\nFindings\n- " in again
+    assert cli.run(["report", str(place), "--directory", str(folder / "page")]) == 0
+    assert capsys.readouterr().out == f"{again}\nReport   {folder / 'page' / 'report.html'}\n"
+    page = (folder / "page" / "report.html").read_text()
+    assert "pbx.sgd(learning_rate=" in page
+    assert (place / "recipe.py").read_text() == program
+    assert "own_workloads" not in sys.modules
+
+
+def test_a_tuning_that_is_not_finished_says_how_to_go_on(tmp_path, capsys):
+    place = tmp_path / "tune"
+    storage.write_document(place / "tune.json", {"num_trials": 6})
+    for command in ("diagnose", "report"):
+        said = complaint(capsys, command, str(place))
+        assert "holds a tuning that is not finished: the same call of tune continues it" in said
+        assert "none yet" in said
+    (place / "round_1").mkdir()
+    (place / "round_1" / "study.json").write_text("{}")
+    assert "one by one: round_1." in complaint(capsys, "diagnose", str(place))
+    # A damaged document is told as what it is.
+    (place / "recipe.json").write_text("{}")
+    assert "is not a valid recipe.json" in complaint(capsys, "diagnose", str(place))
+
+
+def test_a_misspelled_command_gets_a_suggestion(capsys):  # 5
+    said = complaint(capsys, "tnue", "digits_mlp")
+    assert "there is no command 'tnue': did you mean 'tune'? Known names: sweep, tune" in said
+    with pytest.raises(SystemExit):
+        cli.run(["tune", "digits_mlp", "--nmu-trials", "3"])
+    assert "--num-trials" in capsys.readouterr().err
+
+
+def test_the_version_by_both_names_of_the_program(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"playbook-optax {pbx.__version__}\n"
+    ran = subprocess.run(
+        [sys.executable, "-m", "playbook_optax", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.stdout, ran.stderr) == (f"playbook-optax {pbx.__version__}\n", "")
 
 
 def test_a_reader_that_stops_early_gets_no_traceback():

@@ -71,6 +71,12 @@ def sgd(point):
     return pbx.sgd(point["learning_rate"])
 
 
+def bounded_sgd(point):
+    """Gradient descent for which no learning rate is too large."""
+    rate = point["learning_rate"]
+    return pbx.sgd(lambda count: jnp.minimum(rate(count) if callable(rate) else rate, 0.1))
+
+
 def momentum(point):
     return pbx.momentum(point["learning_rate"], 0.9)
 

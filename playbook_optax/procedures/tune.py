@@ -175,7 +175,7 @@ class Pipeline:
 
 
 # What of a pipeline is code.
-_FUNCTIONS = ("make_optimizer", "make_schedule")
+FUNCTIONS = ("make_optimizer", "make_schedule")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,7 +228,7 @@ class Recipe:
         return shown.recipe_html(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        made = {name: getattr(self.pipeline, name) for name in _FUNCTIONS}
+        made = {name: getattr(self.pipeline, name) for name in FUNCTIONS}
         sent: dict[str, Any] = {n: _portable.send_functions(f) for n, f in made.items()}
         return {
             **vars(self),
@@ -238,7 +238,7 @@ class Recipe:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        sent = {name: getattr(state["pipeline"], name) for name in _FUNCTIONS}
+        sent = {name: getattr(state["pipeline"], name) for name in FUNCTIONS}
         made: dict[str, Any] = {n: _portable.receive_functions(f) for n, f in sent.items()}
         state["pipeline"] = dataclasses.replace(state["pipeline"], **made)
         state["workload"] = _portable.receive_functions(state["workload"])
@@ -606,6 +606,14 @@ class _Tuner:
         if self._rates:
             columns[LEARNING_RATE] = np.float32(1)
         self._trainer = trainer.with_fixed(columns)
+        # A hyperparameter that nothing uses is refused now, not when a round first varies it.
+        StudyRunner(
+            self._trainer,
+            space,
+            num_steps=self._sweep_steps,
+            eval_every=self._every(self._sweep_steps),
+            key=key,
+        )
         self._check_index()
 
     def _check_decisions(self) -> None:

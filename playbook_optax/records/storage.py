@@ -58,7 +58,7 @@ BLOCK_FORMAT = 2
 # The first that bound a file to its study; what is older is read without a proof of it.
 _BOUND_SCHEMA, _BOUND_FORMAT = 2, 2
 
-_SPEC_NAME = "study.json"
+SPEC_NAME = "study.json"
 _BLOCKS_NAME = "blocks"
 _BLOCK_PATTERN = re.compile(r"block-([0-9]{8})\.pbx")
 _EXTENSION_PATTERN = re.compile(r"trials-([0-9]{8,10})\.json")
@@ -688,7 +688,7 @@ def write_spec(
       ValueError: `spec` holds something that JSON cannot, or another schema version.
       NotWritable: the system refused.
     """
-    path = root(directory) / _SPEC_NAME
+    path = root(directory) / SPEC_NAME
     if replace:
         # First, so that whoever reads meanwhile sees the old study, perhaps a shorter one.
         for extension in _extensions(path.parent):
@@ -805,7 +805,7 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
         return _read_extended(folder)
     except NoStudy as error:
         raise CorruptSpec(
-            f"{str(directory)!r} holds blocks, but its {_SPEC_NAME} is missing: nobody can say "
+            f"{str(directory)!r} holds blocks, but its {SPEC_NAME} is missing: nobody can say "
             "what they are of. Restore it from a copy, or start the study again in an empty "
             "directory."
         ) from error
@@ -813,7 +813,7 @@ def read_spec(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read_extended(folder: Path) -> dict[str, Any]:
     """The spec of the longest extension."""
-    spec = read_document(folder / _SPEC_NAME)
+    spec = read_document(folder / SPEC_NAME)
     for path in _extensions(folder):
         try:
             extension = read_document(path)
@@ -828,7 +828,7 @@ def _read_extended(folder: Path) -> dict[str, Any]:
         table = extension.get("points")
         if extension.get("study") != study_identity(spec):
             raise CorruptSpec(
-                f"{str(path)!r} extends another study than {_SPEC_NAME} beside it: one of the two "
+                f"{str(path)!r} extends another study than {SPEC_NAME} beside it: one of the two "
                 "was copied here. Restore the other, or remove this file and make the call that "
                 "extended the study again."
             )

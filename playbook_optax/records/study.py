@@ -122,6 +122,11 @@ class Study:
     _replay: Callable[..., xarray.Dataset] | None = None
     _directory: str | None = None
 
+    @property
+    def directory(self) -> str | None:
+        """Where its blocks are stored; None if nowhere."""
+        return self._directory
+
     def __getstate__(self) -> dict[str, Any]:
         """The record alone: a copy in another process cannot train."""
         state = {name: value for name, value in vars(self).items() if name not in _TRAINING}

@@ -446,7 +446,7 @@ class Engine:
         Args:
           blocks: at most `blocks_per_call`, of one seed.
           points: where their points come from.
-          seconds: how long to go on, about.
+          seconds: how long to go on, about; once at least.
 
         Returns:
           Seconds that the first evaluation took, and that a step took, of all trials.
@@ -465,8 +465,8 @@ class Engine:
             jax.block_until_ready([unit.states for unit in units])
             return units, time.monotonic() - began
 
-        spent, evaluation, per_step = 0.0, 0.0, 0.0
-        while spent < seconds:
+        spent = 0.0
+        while True:
             units = self._begin(group)
             jax.block_until_ready([unit.states for unit in units])
             units, evaluation = timed(units, 0, 1)
@@ -474,7 +474,8 @@ class Engine:
                 return 0.0, evaluation
             units, took = timed(units, 1, last)
             spent, per_step = spent + took + evaluation, took / (last - 1)
-        return max(evaluation - per_step, 0.0), per_step
+            if spent >= seconds:
+                return max(evaluation - per_step, 0.0), per_step
 
     # One block, step by step ---------------------------------------------------------------------
 
@@ -537,7 +538,7 @@ class Engine:
             yield from itertools.repeat(None, num_steps)
             return
         length = chunk_length_of(self.programs.shapes.chunk)
-        for batch in itertools.islice(self._host_batches(0), num_steps):
+        for batch in itertools.islice(host_data.made(self._host_batches, 0), num_steps):
             yield self._put_chunk(_stack([batch] * length))
 
 
@@ -710,7 +711,7 @@ def block_arrays(
 
 def first_batches(host_batches: Callable[[int], Iterator[Any]]) -> Any:
     """A chunk that holds the first host batch, for shapes."""
-    return _stack(list(itertools.islice(host_batches(0), 1)))
+    return _stack(list(itertools.islice(host_data.made(host_batches, 0), 1)))
 
 
 def chunk_length(first: Any) -> int:

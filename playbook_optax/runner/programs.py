@@ -14,6 +14,7 @@ import functools
 import hashlib
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from playbook_optax.runner import devices, identity, progress, signals
+from playbook_optax.runner import dependence, devices, identity, progress, signals
 from playbook_optax.runner.devices import DATA_AXIS, TRIALS_AXIS
 from playbook_optax.trials import loop
 from playbook_optax.trials.stepper import (
@@ -121,7 +122,13 @@ class Programs:
     Args:
       stepper: what happens to a trial.
       shapes: what to compile for.
+
+    Attributes:
+      unused_names: hyperparameters that no program depends on.
+      making_seconds: what it took to trace and compile, so far.
     """
+
+    unused_names: frozenset[str]
 
     def __init__(self, stepper: Stepper, shapes: Shapes) -> None:
         self.stepper, self.shapes = stepper, shapes
@@ -134,8 +141,10 @@ class Programs:
         self._shares_weights = not shapes.independent and not depends_on_point(
             self.stepper.weights, first, shapes.key
         )
+        began = time.monotonic()
         with progress.stage("tracing"):
             self._traced: dict[str, Any] = self._trace()
+        self.making_seconds = time.monotonic() - began
         self._programs: dict[str, Any] | None = None
 
     # Tracing and compiling ---------------------------------------------------------------------
@@ -155,7 +164,9 @@ class Programs:
         """One of the programs, compiled with the others if need be; None if there is none."""
         with _lock:
             if self._programs is None:
+                began = time.monotonic()
                 self._programs = _compile(self._traced, self.shapes.mesh)
+                self.making_seconds += time.monotonic() - began
                 self._traced.clear()
         return self._programs.get(name)
 
@@ -215,7 +226,8 @@ class Programs:
             )
         self._chunk_shapes = chunk
         begin = self._over_devices(self._begin, (self._inputs_spec, P(), P()))
-        traced["begin"] = begin.trace(inputs, numbers, weights)
+        to_begin = (inputs, numbers, weights)
+        traced["begin"] = begin.trace(*to_begin)
         states = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharded),
             traced["begin"].out_info,
@@ -224,7 +236,12 @@ class Programs:
         advance = self._over_devices(
             self._advance, (P(TRIALS_AXIS), self._inputs_spec, P(), P(), P()), donate=True
         )
-        traced["advance"] = advance.trace(states, inputs, data, numbers, chunk)
+        to_advance = (states, inputs, data, numbers, chunk)
+        traced["advance"] = advance.trace(*to_advance)
+        unused = dependence.unused_names(traced["advance"], to_advance, shapes.point)
+        if unused:
+            unused = dependence.unused_names(traced["begin"], to_begin, unused)
+        self.unused_names = unused
         return traced
 
     @property
@@ -375,16 +392,17 @@ class Programs:
             state = self.stepper.update(state, data, lengths, step, chunk, now.start, active)
             return state._replace(point=None, key=None)
 
-        def record_one(state: TrialState, point: Any, index: Any) -> Any:
-            state = self.stepper.record(state._replace(point=point), data, lengths, index)
-            return state._replace(point=None)
+        def record_one(state: TrialState, point: Any, key: Any, index: Any) -> Any:
+            state = state._replace(point=point, key=key)
+            state = self.stepper.record(state, data, lengths, index)
+            return state._replace(point=None, key=None)
 
         update = self._over_rows(update_one, 0, 0, by_row, None, None)
-        record = self._over_rows(record_one, 0, 0, None)
+        record = self._over_rows(record_one, 0, 0, by_row, None)
         trained: TrialState = self._local(
             loop.advance(
                 lambda state, step, active: update(state, points, own, step, active),
-                lambda state, index: record(state, points, index),
+                lambda state, index: record(state, points, own, index),
                 self._rows(states),
                 lengths,
                 now.start,

@@ -14,6 +14,7 @@ import numpy as np
 from playbook_optax import _checks
 from playbook_optax.records import checkpoints, schema, storage, study
 from playbook_optax.runner import (
+    dependence,
     devices,
     execute,
     finished,
@@ -85,9 +86,9 @@ def run_study(
       The study.
 
     Raises:
-      ValueError: a bad argument; a workload or optimizer that breaks its promise, before anything
-        is compiled or written; a directory that holds another study; or processes of one job that
-        differ in the call.
+      ValueError: a bad argument; a workload or optimizer that breaks its promise, or a search space
+        with a hyperparameter that nothing uses, before anything is compiled or written; a directory
+        that holds another study; or processes of one job that differ in the call.
       NotWritable: the directory cannot be written, before the first step.
       KeyboardInterrupt: Ctrl-C. The first one stops when everything that is finished, and what is
         not, is stored; a second one stops at once.
@@ -268,6 +269,9 @@ class StudyRunner:
         with telling(trainer.progress, self._work.name):
             found = self._programs(self._trials_per_block or self._auto_width)
             study.check_names(self._like, found.state_shapes.metrics.names)
+            # What a procedure calls otherwise in the program is its own.
+            own = [name for name in self._like if not (names and name in names)]
+            dependence.check(found.unused_names, points, own, self._functions)
         self._arrays = execute.describe_block(found, self._work, self._eval_steps, keep, self._like)
 
     def _sketched(self) -> programs.Outline:

@@ -15,6 +15,8 @@ from playbook_optax import _checks, _tree
 
 _HASH_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 _ROUNDS = 6
+# Folded into a batch's key for its augmentation: no epoch has this number.
+_AUGMENT_STREAM = 2**31 - 1
 
 
 def check_split(name: str, split: Any, *, labels: str) -> dict[str, np.ndarray]:
@@ -190,6 +192,11 @@ def shuffled_rows(
         permute(index),
     )
     return rows.astype(jnp.int32)
+
+
+def augment_key(key: chex.PRNGKey, step: chex.Numeric) -> chex.PRNGKey:
+    """The key of a step's augmentation, from the one that `shuffled_rows` takes."""
+    return jax.random.fold_in(jax.random.fold_in(key, _AUGMENT_STREAM), step)
 
 
 def _mix(value: chex.Array, key: chex.Array) -> chex.Array:

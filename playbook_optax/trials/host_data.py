@@ -5,10 +5,70 @@ it was. Any other is made anew by ``host_batches(start_step)``, whose part it is
 """
 
 import base64
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+from playbook_optax import _checks
+
+
+def check_host_batches(host_batches: Any, version: Any) -> None:
+    """Raises where a workload's host batches are no function, or nothing names their data.
+
+    Args:
+      host_batches: what was given for ``host_batches(start_step) -> Iterator``.
+      version: what names the data.
+
+    Raises:
+      ValueError: they are not; says what to give instead.
+    """
+    instead = (
+        "Give a function that makes a new iterator from a step on, such as "
+        "`def host_batches(start_step): return itertools.islice(make_batches(), start_step, None)`."
+    )
+    if isinstance(host_batches, Iterator):
+        raise _checks.ArgumentTypeError(
+            f"host_batches is an iterator itself ({type(host_batches).__name__}), which can be "
+            "read once only, while each block of trials reads from the first batch, and a study "
+            f"that is continued from where it stood. {instead}"
+        )
+    if not callable(host_batches):
+        raise _checks.ArgumentTypeError(
+            "host_batches must be a function host_batches(start_step) -> Iterator, got "
+            f"{type(host_batches).__name__}. {instead}"
+        )
+    try:
+        inspect.signature(host_batches).bind(0)
+    except TypeError:
+        raise _checks.ArgumentTypeError(
+            "host_batches must take one argument, the step of the first batch wanted, got a "
+            f"function of {inspect.signature(host_batches)}. {instead}"
+        ) from None
+    except ValueError:
+        pass  # Of a function in C nothing is known.
+    if version is None:
+        raise ValueError(
+            "version must be given with host_batches: it names the host data, which cannot be "
+            "fingerprinted, in the study's identity. Give version='1', and another text whenever "
+            "the data or their order change."
+        )
+
+
+def made(host_batches: Callable[[int], Any], step: int) -> Iterator[Any]:
+    """A new iterator of host batches from a step on.
+
+    Raises:
+      ValueError: what was made is no iterator.
+    """
+    iterator: Any = host_batches(step)
+    if not isinstance(iterator, Iterator):
+        fix = "return iter(...) of it" if hasattr(iterator, "__iter__") else "yield batches"
+        raise _checks.ArgumentTypeError(
+            f"host_batches({step}) must return an iterator, got {type(iterator).__name__}: {fix}."
+        )
+    return iterator
 
 
 def has_state(iterator: Any) -> bool:
@@ -80,8 +140,8 @@ def batches_from(
       ValueError: `saved` is a position, but the iterator has lost the methods to take it.
     """
     if saved is None:
-        return host_batches(step)
-    iterator: Any = host_batches(0)
+        return made(host_batches, step)
+    iterator: Any = made(host_batches, 0)
     if not has_state(iterator):
         raise ValueError(
             "host_batches gave an iterator with get_state and set_state when the study was saved, "

@@ -13,7 +13,7 @@ from playbook_optax import _checks, _portable
 # Folds of the study's key: training and points never share a stream.
 _TRAINING_STREAM, _POINT_STREAM = 0, 1
 # Folds of a trial's key.
-_INIT_STREAM, _BATCH_STREAM, _LOSS_STREAM = 0, 1, 2
+_INIT_STREAM, _BATCH_STREAM, _LOSS_STREAM, _EVALUATION_STREAM = 0, 1, 2, 3
 
 
 @_checks.named_arguments
@@ -92,3 +92,8 @@ def batch_key(trial_key: chex.PRNGKey) -> chex.PRNGKey:
 def loss_key(trial_key: chex.PRNGKey, step: chex.Numeric) -> chex.PRNGKey:
     """The key of a step's loss."""
     return jax.random.fold_in(jax.random.fold_in(trial_key, _LOSS_STREAM), step)
+
+
+def evaluation_key(trial_key: chex.PRNGKey) -> chex.PRNGKey:
+    """The key of all evaluations of a trial, which are on the same draws."""
+    return jax.random.fold_in(trial_key, _EVALUATION_STREAM)

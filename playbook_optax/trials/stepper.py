@@ -16,7 +16,7 @@ from playbook_optax import _checks, _tree, norms
 from playbook_optax._ties import tie_breakers
 from playbook_optax.trials import broadcasts, keys, layouts
 from playbook_optax.trials.promises import check_init, check_same, describe, scalar, user_code
-from playbook_optax.trials.workload import Workload, WorkloadLike, resolve
+from playbook_optax.trials.workload import Workload, WorkloadLike, resolve, takes_key
 
 Point = Mapping[str, Any]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
@@ -274,7 +274,7 @@ class Stepper:
         _warn_zero_gradient(work, jaxpr, params)
         broadcasts.warn_of_pairs(work.name, jaxpr, params, model_state, batch)
         evaluate = functools.partial(self._evaluate, work)
-        evaluated = jax.eval_shape(evaluate, params, model_state, data)
+        evaluated = jax.eval_shape(evaluate, params, model_state, data, _evaluation_key(work, key))
         step_names = [*(f"step/{name}" for name in summed), GRADIENT_NORM]
         peaks = [PEAK_GRADIENT_NORM, PEAK_LOSS]
         clash = sorted({*step_names, *peaks} & set(evaluated))
@@ -381,7 +381,8 @@ class Stepper:
     ) -> TrialState:
         """The state after evaluation number `index`, at ``state.step`` updates."""
         work = resolve(self.workload, state.point)
-        evaluated = self._evaluate(work, state.params, state.model_state, data)
+        key = _evaluation_key(work, state.key)
+        evaluated = self._evaluate(work, state.params, state.model_state, data, key)
         values = dict(evaluated)
         before = jnp.maximum(index - 1, 0) * lengths.eval_every
         num_summed = state.step - before
@@ -534,10 +535,18 @@ def _loss(
     return loss, (new_state, {"loss": jax.lax.stop_gradient(loss).astype(jnp.float32), **values})
 
 
-def _evaluate(work: Workload, params: Any, model_state: Any, data: Any) -> dict[str, Any]:
+def _evaluation_key(work: Workload, trial_key: chex.PRNGKey) -> chex.PRNGKey | None:
+    """The key of an evaluation that takes one, else None."""
+    return keys.evaluation_key(trial_key) if takes_key(work.evaluate) else None
+
+
+def _evaluate(
+    work: Workload, params: Any, model_state: Any, data: Any, key: chex.PRNGKey | None
+) -> dict[str, Any]:
     """The metrics of an evaluation, each a real scalar in float32 or better."""
+    given = (params, model_state, data) if key is None else (params, model_state, data, key)
     with user_code("evaluate", work.evaluate):
-        metrics = layouts.fast_layouts(work.evaluate)(params, model_state, data)
+        metrics = layouts.fast_layouts(work.evaluate)(*given)
     if not isinstance(metrics, dict) or not metrics:
         raise ValueError(
             "evaluate must return a non-empty dict of scalar metrics, got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,9 +16,10 @@ import optax
 from playbook_optax import _checks, _shown
 from playbook_optax._direction import direction
 from playbook_optax._ties import check_resolution
-from playbook_optax.trials import arrays
+from playbook_optax.trials import arrays, host_data
 
 Loss = Callable[[Any, Any], chex.Array]
+Augment = Callable[[dict[str, chex.Array], chex.PRNGKey], dict[str, chex.Array]]
 LOSSES = ("softmax", "mse")
 
 
@@ -35,7 +37,11 @@ class Workload:
         loss, the new state, and scalar metrics, recorded as their mean since the last evaluation
         under ``step/<name>``. The key is already folded with the step.
       batch: ``batch(data, key, step) -> batch``; one key for the whole run, and the 0-based step.
-      evaluate: ``evaluate(params, model_state, data) -> {"valid/error_rate": scalar, ...}``.
+      evaluate: ``evaluate(params, model_state, data) -> {"valid/error_rate": scalar, ...}``; one
+        that draws at random, such as the return of a policy, takes a key as well,
+        ``evaluate(params, model_state, data, key)``. It is the same at all evaluations of a trial
+        and for all trials of a seed, so that checkpoints and trials are compared on the same draws
+        as they are on one validation set; another seed has another.
       objective: the metric that trials are compared by.
       data: pytree of arrays, shape (example, ...), handed to `batch` and `evaluate`.
       maximize: whether a larger objective is better; not if None, which a name such as "accuracy"
@@ -80,14 +86,14 @@ class Workload:
     init: Callable[[chex.PRNGKey], tuple[Any, Any]]
     loss: Callable[[Any, Any, Any, chex.PRNGKey], tuple[chex.Array, tuple[Any, Any]]]
     batch: Callable[[Any, chex.PRNGKey, chex.Array], Any] | None
-    evaluate: Callable[[Any, Any, Any], dict[str, chex.Array]]
+    evaluate: Callable[..., dict[str, chex.Array]]
     objective: str
     data: Any = None
     maximize: bool = None  # type: ignore[assignment] # None asks, and then it is a bool.
     training_loss: str | None = None
     host_batches: Callable[[int], Iterator[Any]] | None = None
     version: str | None = None
-    evaluate_test: Callable[[Any, Any, Any], dict[str, chex.Array]] | None = None
+    evaluate_test: Callable[..., dict[str, chex.Array]] | None = None
     test_data: Any = None
     resolution: Mapping[str, float] | float | None = None
 
@@ -105,11 +111,8 @@ class Workload:
                 "give exactly one of batch (from data on the device) and host_batches (an iterator "
                 "on the host)."
             )
-        if self.host_batches is not None and self.version is None:
-            raise ValueError(
-                "version must be given with host_batches: it names the host data, which cannot be "
-                "fingerprinted."
-            )
+        if self.host_batches is not None:
+            host_data.check_host_batches(self.host_batches, self.version)
         told = check_resolution(self.resolution, self.objective)
         object.__setattr__(self, "resolution", told)
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.data):
@@ -121,12 +124,15 @@ class Workload:
         unset = [name for name, default in fields.items() if getattr(self, name) is default]
         return _shown.record("Workload", _shown.fields_of(self, unset))
 
-    def final_evaluate(self, params: Any, model_state: Any) -> dict[str, float]:
+    def final_evaluate(
+        self, params: Any, model_state: Any, key: chex.PRNGKey | None = None
+    ) -> dict[str, float]:
         """Evaluates on the test data, once, when all decisions are taken.
 
         Args:
           params: the weights, as `Study.params` or `TrialResult.params` give them.
           model_state: the model state that belongs to them.
+          key: for an `evaluate_test` that takes one; ``jax.random.key(0)`` if None.
 
         Returns:
           Metrics by name.
@@ -136,7 +142,10 @@ class Workload:
         """
         if self.evaluate_test is None or self.test_data is None:
             raise ValueError(f"workload {self.name!r} has no test data; build it with test=(x, y).")
-        metrics = jax.jit(self.evaluate_test)(params, model_state, self.test_data)
+        keyed: tuple[chex.PRNGKey, ...] = ()
+        if takes_key(self.evaluate_test):
+            keyed = (jax.random.key(0) if key is None else key,)
+        metrics = jax.jit(self.evaluate_test)(params, model_state, self.test_data, *keyed)
         return {name: float(value) for name, value in metrics.items()}
 
     @classmethod
@@ -157,12 +166,17 @@ class Workload:
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
         has_state: bool = False,
+        metrics: Mapping[str, Loss] | None = None,
+        augment: Augment | None = None,
     ) -> Workload:
         """Builds a workload from a model in two functions and arrays of examples.
 
         Each epoch visits the training examples in a new order, without replacement; a last partial
         batch is dropped, so an epoch has ``len(x) // batch_size`` steps. Metrics are ``train/loss``
-        and ``valid/loss``, and with softmax ``train/error_rate`` and ``valid/error_rate``.
+        and ``valid/loss``, of a classification ``train/error_rate`` and ``valid/error_rate``, and
+        those that you give. A loss of your own is of a classification where all y are integers
+        from 0 on, the outputs have one more axis than y, of at least two classes, and no label
+        lies beyond it.
 
         Args:
           init: ``init(key) -> params``; with `has_state`, ``-> (params, model_state)``.
@@ -176,7 +190,7 @@ class Workload:
             ``"mse"`` (outputs and y of the same shape, a last axis of 1 aside), or a function
             ``(outputs, y) -> losses`` of shape (batch,).
           name: what people call the workload.
-          objective: metric to compare trials by; ``valid/error_rate`` for softmax, else
+          objective: metric to compare trials by; ``valid/error_rate`` of a classification, else
             ``valid/loss``.
           maximize: whether a larger objective is better; not if None, which a name such as
             "accuracy" refuses.
@@ -185,6 +199,12 @@ class Workload:
           num_train_eval: evaluate on that many of the first training examples; None means all.
           has_state: whether the model carries state, needs keys, or differs between training and
             evaluation.
+          metrics: further metrics by name, functions ``(outputs, y) -> values`` of shape (batch,)
+            whose means are recorded as ``train/<name>``, ``valid/<name>`` and ``test/<name>``; one
+            called ``error_rate`` takes the place of ours.
+          augment: ``augment(batch, key) -> batch``, pure and traceable, done to each training batch
+            ``{"x": ..., "y": ...}`` and to nothing that is evaluated. The key is another one at
+            each step, and the same for all trials of a seed.
 
         Returns:
           The workload.
@@ -215,8 +235,12 @@ class Workload:
             full_apply = lambda params, state, x, key, train: (apply(params, x), state)  # noqa: E731
         if not callable(loss):
             _checks.check_choice("loss", loss, LOSSES)
-        classify = loss == "softmax"
-        labels = "class" if classify else "any"
+        labels = "class" if loss == "softmax" else "any"
+        if augment is not None and not callable(augment):
+            raise _checks.ArgumentTypeError(
+                f"augment must be a function (batch, key) -> batch, got {augment!r}."
+            )
+        own = _check_metrics(metrics)
         batch_size = _checks.check_count("batch_size", batch_size)
         eval_batch_size = _checks.check_count("eval_batch_size", eval_batch_size)
         splits = {
@@ -234,7 +258,11 @@ class Workload:
             num_train_eval = _checks.check_count("num_train_eval", num_train_eval)
         arrays.warn_shared_rows(splits["train"], splits["valid"])
         per_example = _per_example_loss(loss)
-        _check_model(full_init, full_apply, splits, per_example, classify, eval_batch_size)
+        classify = _check_model(
+            full_init, full_apply, splits, per_example, loss, own, eval_batch_size
+        )
+        if augment is not None:
+            _check_augment(augment, splits["train"], batch_size)
 
         def training_loss(params: Any, state: Any, batch: Any, key: chex.PRNGKey) -> Any:
             outputs, new_state = full_apply(params, state, batch["x"], key, True)
@@ -242,7 +270,8 @@ class Workload:
 
         def batch(data: Any, key: chex.PRNGKey, step: chex.Array) -> Any:
             rows = arrays.shuffled_rows(key, step, num_examples, batch_size)
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data["train"])
+            taken = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], data["train"])
+            return taken if augment is None else augment(taken, arrays.augment_key(key, step))
 
         def means(params: Any, state: Any, split: Any) -> dict[str, chex.Array]:
             def values(part: Any) -> dict[str, chex.Array]:
@@ -251,7 +280,7 @@ class Workload:
                 if classify:
                     wrong = jnp.argmax(outputs, axis=-1) != part["y"]
                     out["error_rate"] = _mean_over_rest(wrong.astype(jnp.float32))
-                return out
+                return out | {name: metric(outputs, part["y"]) for name, metric in own.items()}
 
             return arrays.evaluate_in_batches(values, split, eval_batch_size)
 
@@ -300,6 +329,8 @@ class Workload:
         eval_batch_size: int = 4096,
         num_train_eval: int | None = None,
         train_switch: str | Mapping[str, bool] | None = None,
+        metrics: Mapping[str, Loss] | None = None,
+        augment: Augment | None = None,
     ) -> Workload:
         """Builds a workload from a Flax module (linen or nnx) and arrays of examples.
 
@@ -318,7 +349,7 @@ class Workload:
           batch_size: training examples in a batch.
           loss: as in `from_arrays`.
           name: what people call the workload; the module's class name if None.
-          objective: metric to compare trials by; ``valid/error_rate`` for softmax, else
+          objective: metric to compare trials by; ``valid/error_rate`` of a classification, else
             ``valid/loss``.
           maximize: whether a larger objective is better; not if None, which a name such as
             "accuracy" refuses.
@@ -327,6 +358,8 @@ class Workload:
           num_train_eval: evaluate on that many of the first training examples; None means all.
           train_switch: the argument or attribute that is True in training; or name to value in
             training, such as ``{"frozen": False}``; ``{}`` if there is none. Looked for if None.
+          metrics: as in `from_arrays`.
+          augment: as in `from_arrays`.
 
         Returns:
           The workload.
@@ -364,6 +397,8 @@ class Workload:
             eval_batch_size=eval_batch_size,
             num_train_eval=num_train_eval,
             has_state=True,
+            metrics=metrics,
+            augment=augment,
         )
 
 
@@ -385,6 +420,25 @@ def resolve(workload: WorkloadLike, point: Any) -> Workload:
             f"the workload function must return a pbx.Workload, got {resolved!r}."
         )
     return resolved
+
+
+def takes_key(evaluate: Callable[..., Any]) -> bool:
+    """Whether an evaluation takes a key after the data.
+
+    Args:
+      evaluate: ``evaluate(params, model_state, data)``, perhaps with a key.
+
+    Returns:
+      True if its fourth argument has no default, or is called ``key``.
+    """
+    try:
+        parameters = list(inspect.signature(evaluate).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(by_place) > 3 and (
+        by_place[3].default is inspect.Parameter.empty or by_place[3].name == "key"
+    )
 
 
 def with_fixed(function: Callable[..., Any], fixed: Mapping[str, Any]) -> Callable[..., Any]:
@@ -436,15 +490,56 @@ def _per_example_loss(loss: str | Loss) -> Callable[[chex.Array, chex.Array], ch
     return per_example
 
 
+def _check_metrics(metrics: Mapping[str, Loss] | None) -> dict[str, Loss]:
+    """The user's metrics by name."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise _checks.ArgumentTypeError(
+            "metrics must be a dict of functions (outputs, y) -> values of shape (batch,) by name, "
+            f"got {metrics!r}."
+        )
+    for name, metric in (metrics or {}).items():
+        if not isinstance(name, str) or not name or "/" in name or name == "loss":
+            raise ValueError(
+                f"metrics has the name {name!r}: give the part after the '/' alone, and not "
+                "'loss', which is the loss itself."
+            )
+        if not callable(metric):
+            raise _checks.ArgumentTypeError(
+                f"metrics[{name!r}] must be a function (outputs, y) -> values, got {metric!r}."
+            )
+    return dict(metrics or {})
+
+
+def _check_augment(augment: Augment, train: dict[str, np.ndarray], batch_size: int) -> None:
+    """Raises unless an augmentation gives a batch of as many examples."""
+    batch = {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in train.items()}
+    made = jax.eval_shape(augment, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    if not isinstance(made, dict) or set(made) != {"x", "y"}:
+        raise ValueError(
+            f"augment must return a batch {{'x': ..., 'y': ...}} as it was given, got {made!r}."
+        )
+    for name, leaf in made.items():
+        if jnp.shape(leaf)[:1] != (batch_size,):
+            raise ValueError(
+                f"augment must leave the first axis, {batch_size} examples, as it is: {name} has "
+                f"shape {jnp.shape(leaf)}."
+            )
+
+
 def _check_model(
     init: Callable[..., Any],
     apply: Callable[..., Any],
     splits: dict[str, dict[str, np.ndarray]],
     per_example: Callable[[chex.Array, chex.Array], chex.Array],
-    classify: bool,
+    loss: str | Loss,
+    metrics: dict[str, Loss],
     eval_batch_size: int,
-) -> None:
-    """Checks labels and indices against the model, without training anything."""
+) -> bool:
+    """Checks labels and indices against the model, without training anything.
+
+    Returns:
+      Whether outputs are logits of the classes y.
+    """
     key = jax.eval_shape(lambda: jax.random.key(0))
     small = {
         k: jax.ShapeDtypeStruct((2, *v.shape[1:]), v.dtype) for k, v in splits["train"].items()
@@ -456,10 +551,18 @@ def _check_model(
 
     outputs = jax.eval_shape(forward, key, small["x"])
     if not hasattr(outputs, "shape"):
-        return
+        return loss == "softmax"
     jax.eval_shape(per_example, outputs, small["y"])
+    for name, metric in metrics.items():
+        values = jax.eval_shape(metric, outputs, small["y"])
+        if jnp.shape(values) != (2,):
+            raise ValueError(
+                f"metrics[{name!r}] must return one value per example, shape (2,) for a batch of "
+                f"2, got {jnp.shape(values)}; leave the mean to the workload."
+            )
+    classify = loss == "softmax" or (callable(loss) and _are_logits(outputs, splits))
     for name, split in splits.items():
-        if classify:
+        if loss == "softmax":
             arrays.check_labels_below(name, split["y"], outputs.shape[-1])
         if np.issubdtype(split["x"].dtype, np.integer):
             arrays.check_indices(
@@ -468,3 +571,16 @@ def _check_model(
                 split["x"],
                 min(eval_batch_size, len(split["x"])),
             )
+    return classify
+
+
+def _are_logits(outputs: Any, splits: dict[str, dict[str, np.ndarray]]) -> bool:
+    """Whether outputs have an axis of classes beyond those of y, all of which are such a class."""
+    labels = [split["y"] for split in splits.values()]
+    num_classes = outputs.shape[-1] if outputs.ndim == labels[0].ndim + 1 else 0
+    return (
+        num_classes > 1
+        and outputs.shape[1:-1] == labels[0].shape[1:]
+        and all(np.issubdtype(y.dtype, np.integer) for y in labels)
+        and all(y.min() >= 0 and y.max() < num_classes for y in labels)
+    )

@@ -6,6 +6,7 @@ message that is not ours, more than a few seconds, or memory that has nothing to
 
 import contextlib
 import copy
+import dataclasses
 import dis
 import io
 import json
@@ -20,12 +21,18 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pandas
 
 import playbook_optax as pbx
-from playbook_optax import _checks, cli, report
-from playbook_optax.procedures import tune
+from playbook_optax import _checks, chapters, cli, report, tuning
+from playbook_optax.analysis.findings import Finding
+from playbook_optax.procedures import tune, tuned
+from playbook_optax.procedures.remedies import RemedyComparison, RemedyRow
+from playbook_optax.procedures.stability import Stabilization
+from playbook_optax.procedures.verdict import Verdict
+from playbook_optax.procedures.warmup import WarmupAnswer
 from playbook_optax.records import storage, weights
 from playbook_optax.runner import finished, plan, resume
 from playbook_optax.search_space import Categorical, Float, Integer, SearchSpace
@@ -182,6 +189,64 @@ def runner_record(width=4, num_trials=10, num_seeds=2):
     return spec, blocks
 
 
+def store_tuning(folder):
+    """What `tune` leaves, with a chapter on instability, of studies that nobody trained."""
+
+    def kept(name, study):
+        study.save(folder / name)
+        return pbx.load_study(folder / name)
+
+    rates = np.geomspace(0.01, 1.0, 12).astype(np.float32)
+    curves = _curves(np.random.default_rng(3), 12)[:, 0]
+    metrics = {"train/loss": curves, "valid/loss": curves}
+    grid = {"learning_rate": rates}
+    sweep = kept("sweep", pbx.Study.from_arrays(grid, metrics, STEP, objective="valid/loss"))
+    search, last = kept("search", imported_study()), kept("last", imported_study(6, 2))
+    seen = Finding("norms", "info", "Norms.", {"norms_of_trial": 3, "low": np.nan}, "Clipping")
+    columns = tuple(rates.tolist()), tuple(curves[:, -1].tolist()), (False,) * 12
+    rows = [
+        RemedyRow(name, 0.5, False, np.nan, 0.1, 30, 0.2, 0.0, 0, np.nan, *columns, "none", 4)
+        for name in ("none", "clipping")
+    ]
+    comparison = RemedyComparison("clipping", tuple(rows), "valid/loss", False, 30, 1, 3, 1.5)
+    steps = {
+        "sweep": Verdict(0.1, (seen,), {"sweep": sweep}, 12),
+        "limit": Verdict(0.5, (), {}, 0),
+        "probe": Verdict(True, (), {"probe": sweep}, 0),
+        "warmup": Verdict(WarmupAnswer(3, 0.5, 30, 0.5, 0.1, 0.2), (), {}, 0),
+        "clipping": Verdict(1.5, (seen,), {"given": sweep}, 0),
+        "remedies": Verdict(comparison, (), {"none": sweep}, 4),
+    }
+    answer = Stabilization("clipping", 0.2, 0, 1.5, 0.1, 0.2, comparison, steps)
+    studies = {f"{n}/{o}": study for n, step in steps.items() for o, study in step.studies.items()}
+    verdicts = {
+        "learning_rate": Verdict(0.1, (), {"sweep_0": sweep}, 8),
+        "stability": Verdict(answer, (seen,), studies, 16),
+        "round_1": Verdict(None, (seen,), {"search": search}, 24),
+        "retrain": Verdict({}, (), {"retrain": last}, 2),
+    }
+    best = last.best()
+    point = {name: value.item() for name, value in best.point.items()}
+    recipe = tune.Recipe(
+        workload=tuned._workload(types.SimpleNamespace(**TOLD)),
+        pipeline=tune.Pipeline(None, tune.cosine, 3, 1.5),
+        optimizer_name="adam",
+        point=point,
+        values=last.data["valid/loss"].values[best.trial].min(axis=1).astype(np.float64),
+        chapters=tuple(tune.Chapter(n, dataclasses.replace(seen), v) for n, v in verdicts.items()),
+        total_budget=100,
+        params=None,
+        model_state=None,
+        key=jax.random.key(0),
+        num_steps=30,
+        eval_every=10,
+        objective="valid/loss",
+        maximize=False,
+    )
+    tuned.write(recipe, folder, "digits_mlp")
+
+
+TOLD = {"name": "w", "objective": "valid/loss", "maximize": False, "from_host": False}
 COMMAND = {
     "command": "search",
     "workload": "digits_resmlp",
@@ -228,6 +293,7 @@ class Corpus:
         studies = {name: imported_study(n) for name, n in (("adam", 5), ("sgd", 6))}
         fixed = {"adam": {"eps": 1e-8}, "sgd": {"momentum": 1}}
         pbx.StudySet(studies, "optimizer", fixed).save(self.folder / "set")
+        store_tuning(self.folder / "tuned")
         keeper = keeper_of(self.folder / "saves")
         for step in (10, 20):
             arrays = [np.full_like(one, step) for one in LIKE]
@@ -564,6 +630,30 @@ def case_tune(corpus, rng):
     ours(tune._Tuner._check_index, tuner)
 
 
+def case_tuned(corpus, rng):
+    folder = corpus.fresh("tuned")
+    path = folder / tuned.DOCUMENT
+    if rng.random() < 0.1:
+        nasty.break_file(rng, path)
+    else:
+        document = storage.read_document(path)
+        for _ in range(rng.choice((1, 1, 2))):
+            document = nasty.change(rng, document)
+        nasty.write_document(rng, path, document)
+    command("diagnose", folder)
+    told = ours(tuned.read, folder)
+    if told is None:
+        return
+    recipe, _ = told
+    tuning._facts(recipe)
+    for chapter in recipe.chapters:
+        tuning._table(chapter)
+        if chapter.verdict.answer is not None:
+            chapters.stability_decisions(chapter.verdict, lambda *args, **options: None)
+    if recipe.point is not None:
+        compile(ours(recipe.to_python) or "", "recipe", "exec")
+
+
 def case_frame(corpus, rng):
     frame, asked = a_frame(), dict(FRAME)
     for _ in range(rng.choice((1, 1, 2))):
@@ -661,6 +751,7 @@ CASES = {
     case_command: 4,
     case_saves: 4,
     case_tune: 2,
+    case_tuned: 4,
     case_frame: 6,
     case_arrays: 4,
     case_run: 3,

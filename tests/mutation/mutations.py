@@ -1242,11 +1242,56 @@ MUTATIONS = (
         ("runner/test_replay.py::test_an_impure_workload_is_told",),
     ),
     Mutation(
+        "what a loop leads on is not followed",
+        "runner/dependence.py",
+        "        if more == carry:",
+        "        if True:",
+        ("runner/test_dependence.py::test_inputs_that_an_output_depends_on",),
+    ),
+    Mutation(
+        "a hyperparameter that only begins a trial counts as unused",
+        "runner/programs.py",
+        "        if unused:",
+        "        if False:",
+        ("runner/test_dependence.py::test_what_any_of_the_functions_uses_is_used",),
+    ),
+    Mutation(
+        "a study of another tuning is told of",
+        "procedures/tuned.py",
+        "    if storage.study_identity(storage.read_spec(place)) != told.identity:",
+        "    if False:",
+        ("procedures/test_tuned.py::test_what_is_forged_is_refused_by_name",),
+    ),
+    Mutation(
+        "a stored tuning leads out of its folder",
+        "procedures/tuned.py",
+        "    if len(parts) > _MAX_PARTS or not all(map(_PART.fullmatch, parts)):",
+        "    if False:",
+        ("procedures/test_tuned.py::test_what_is_forged_is_refused_by_name",),
+    ),
+    Mutation(
+        "a recipe's values are believed",
+        "procedures/tuned.py",
+        "                if np.isin(recipe.values, curves).all():",
+        "                if True:",
+        ("procedures/test_tuned.py::test_what_is_forged_is_refused_by_name",),
+    ),
+    Mutation(
         "a better width is not told",
         "runner/preflight.py",
-        "    if ratio < 1.25:",
+        "    if best is first:",
         "    if True:",
         ("runner/test_preflight.py::test_idle_cores_and_a_better_width_are_told",),
+    ),
+    Mutation(
+        "what is spent on other widths counts for nothing",
+        "runner/preflight.py",
+        "        if time.monotonic() - began + likely_seconds > SHARE * training:",
+        "        if likely_seconds > SHARE * training:",
+        (
+            "runner/test_preflight.py::"
+            "test_what_is_spent_on_other_widths_is_bounded_and_the_fastest_is_named",
+        ),
     ),
     Mutation(
         "programs are kept against the user's word",

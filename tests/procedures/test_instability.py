@@ -192,7 +192,7 @@ def test_a_study_of_two_hyperparameters_counts_where_the_other_is_the_best_ones(
 
 def test_none_unstable_is_a_refusal():
     verdict = find_unstable_learning_rate(
-        tiny_workloads.quadratic(), lambda point: pbx.sgd(0.1), key=KEY, num_steps=20, num_trials=4
+        tiny_workloads.quadratic(), tiny_workloads.bounded_sgd, key=KEY, num_steps=20, num_trials=4
     )
     assert verdict.answer is None
     assert codes(verdict) == ["none_unstable"]

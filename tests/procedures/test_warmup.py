@@ -200,7 +200,7 @@ def test_every_trial_is_judged_on_its_own_length_only():
 
 def test_an_unknown_limit_is_a_refusal():
     verdict = tune(
-        tiny_workloads.quadratic(), lambda point: pbx.sgd(0.1), num_steps=50, num_trials=2
+        tiny_workloads.quadratic(), tiny_workloads.bounded_sgd, num_steps=50, num_trials=2
     )
     assert verdict.answer is None
     assert "none_unstable" in codes(verdict)

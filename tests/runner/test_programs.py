@@ -205,6 +205,7 @@ def test_a_changed_global_never_gets_the_old_program():
     np.testing.assert_array_equal(values(study(workload, by_global)), values(before))
 
 
+@pytest.mark.filterwarnings("ignore:nothing depends on the hyperparameter")
 def test_programs_that_ignore_different_hyperparameters_are_not_mixed_up():
     """Their texts would be equal if what is not used were left out of them."""
     points = {"a": np.float32([0.1, 0.2]), "b": np.float32([0.3, 0.4])}

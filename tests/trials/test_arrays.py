@@ -191,3 +191,108 @@ def test_masked_points_are_refused():
         plan.make_points({"lr": table}, None, jax.random.key(0))
     with pytest.raises(ValueError, match="masked"):
         pbx.Study.from_arrays({"lr": table}, {"loss": [[1.0], [2.0]]}, [1], objective="loss")
+
+
+def cross_entropy(outputs, y):
+    return -jnp.take_along_axis(jax.nn.log_softmax(outputs), y[:, None], axis=1)[:, 0]
+
+
+def evaluated(workload):
+    params, state = workload.init(jax.random.key(0))
+    return workload.evaluate(params, state, workload.data)
+
+
+def test_a_loss_of_ones_own_keeps_the_error_rate():
+    own, ours = build(loss=cross_entropy), build()
+    assert own.objective == ours.objective == "valid/error_rate"
+    for name, value in evaluated(ours).items():
+        np.testing.assert_allclose(evaluated(own)[name], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("train", "apply"),
+    [
+        # A label beyond the outputs, such as one that the loss leaves out or a count.
+        ((X, put(Y, 3, 2)), tiny.mlp_apply),
+        ((X, put(Y, 3, -1)), tiny.mlp_apply),
+        ((X, Y.astype(np.float32)), tiny.mlp_apply),
+        # One output, which is no choice.
+        ((X, np.zeros_like(Y)), lambda params, x: tiny.mlp_apply(params, x)[:, :1]),
+        ((X, Y), lambda params, x: tiny.mlp_apply(params, x)[:, 0]),
+    ],
+)
+def test_what_is_no_classification_has_no_error_rate(train, apply):
+    workload = pbx.Workload.from_arrays(
+        tiny.mlp_init,
+        apply,
+        train,
+        (VALID[0], np.minimum(VALID[1], train[1].max()).astype(train[1].dtype)),
+        batch_size=16,
+        loss=lambda outputs, y: jnp.square(outputs.reshape(len(y), -1)[:, 0] - y),
+    )
+    assert workload.objective == "valid/loss"
+    assert set(evaluated(workload)) == {"train/loss", "valid/loss"}
+
+
+def test_metrics_of_ones_own_are_means_over_examples():
+    def is_right(outputs, y):
+        return jnp.argmax(outputs, axis=-1) == y
+
+    def twice_wrong(outputs, y):
+        return 2.0 * (1 - is_right(outputs, y))
+
+    workload = build(
+        test=VALID,
+        metrics={"accuracy": is_right, "error_rate": twice_wrong},
+        objective="valid/accuracy",
+        maximize=True,
+        eval_batch_size=10,
+    )
+    got, plain = evaluated(workload), evaluated(build())
+    for split in ("train", "valid"):
+        wrong = float(plain[f"{split}/error_rate"])
+        assert float(got[f"{split}/accuracy"]) == pytest.approx(1 - wrong)
+        assert float(got[f"{split}/error_rate"]) == pytest.approx(2 * wrong)
+    params, state = workload.init(jax.random.key(0))
+    tested = workload.final_evaluate(params, state)
+    assert tested["test/accuracy"] == pytest.approx(float(got["valid/accuracy"]))
+
+
+def test_an_augmentation_is_done_to_training_batches_only():
+    def shifted(batch, key):
+        assert set(batch) == {"x", "y"}
+        return {"x": batch["x"] + jax.random.normal(key, (1, 4)), "y": 1 - batch["y"]}
+
+    workload, plain = build(augment=shifted), build()
+    key = jax.random.key(3)
+    shifts = []
+    for step in (0, 1, 6):
+        augmented = workload.batch(workload.data, key, step)
+        batch = plain.batch(plain.data, key, step)
+        np.testing.assert_array_equal(augmented["y"], 1 - batch["y"])
+        shift = np.asarray(augmented["x"] - batch["x"])
+        assert shift.std(axis=0).max() < 1e-6
+        shifts.append(shift[0])
+        again = workload.batch(workload.data, key, step)
+        np.testing.assert_array_equal(augmented["x"], again["x"])
+    assert np.ptp(shifts, axis=0).min() > 1e-3
+    for name, value in evaluated(plain).items():
+        assert float(evaluated(workload)[name]) == float(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": [1]}, "metrics must be a dict of functions"),
+        ({"metrics": {"loss": cross_entropy}}, "which is the loss itself"),
+        ({"metrics": {"valid/a": cross_entropy}}, "the part after the '/' alone"),
+        ({"metrics": {"a": 1}}, r"metrics\['a'\] must be a function"),
+        ({"metrics": {"a": lambda o, y: jnp.mean(o)}}, r"metrics\['a'\] must return one value per"),
+        ({"augment": 1}, "augment must be a function"),
+        ({"augment": lambda batch, key: batch["x"]}, "augment must return a batch"),
+        ({"augment": lambda b, k: {**b, "x": b["x"][:3]}}, r"16 examples.*x has shape \(3, 4\)"),
+    ],
+)
+def test_bad_metrics_and_augmentations_raise_before_training(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(**arguments)

@@ -1,5 +1,7 @@
 """Workloads from arrays and from Flax: their metrics, state, dropout, and test data."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import tiny_workloads as tiny
 from flax import nnx
 
 import playbook_optax as pbx
+from playbook_optax.trials import arrays, keys
+from playbook_optax.trials.workload import takes_key
 
 TRAIN, VALID = tiny.blobs()
 KEY = jax.random.key(0)
@@ -241,3 +245,115 @@ def test_not_a_flax_module():
         flax_workload(LinenNet)
     with pytest.raises(ValueError, match=r"flax\.linen module"):
         flax_workload(3)
+
+
+def batches():
+    while True:
+        yield np.ones(2, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("given", "version", "message"),
+    [
+        (batches(), "1", r"is an iterator itself \(generator\).*def host_batches\(start_step\)"),
+        (iter([1]), "1", r"is an iterator itself \(list_iterator\)"),
+        ([np.ones(2)], "1", r"must be a function host_batches\(start_step\).*got list.*def host"),
+        (batches, "1", "must take one argument, the step of the first batch.*def host_batches"),
+        (lambda start: batches(), None, "version must be given.*Give version='1'"),
+    ],
+)
+def test_host_batches_that_cannot_be_read_again_say_what_to_give(given, version, message):
+    base = {**vars(tiny.quadratic()), "batch": None}
+    with pytest.raises(ValueError, match=message):
+        pbx.Workload(**base | {"host_batches": given, "version": version})
+
+
+def test_host_batches_that_make_no_iterator_say_what_they_made():
+    base = {**vars(tiny.quadratic()), "batch": None, "version": "1"}
+    for made, message in (([np.ones(2)], r"got list: return iter"), (3, "got int: yield batches")):
+        work = pbx.Workload(**base | {"host_batches": lambda start, made=made: made})
+        with pytest.raises(ValueError, match=message):
+            pbx.run_study(work, tiny.sgd, tiny.LEARNING_RATES, num_steps=2, eval_every=1, key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "takes"),
+    [
+        (lambda p, s, d: {}, False),
+        (lambda p, s, d, rng: {}, True),
+        (lambda p, s, d, key=None: {}, True),
+        (lambda p, s, d, batch_size=3: {}, False),
+        (lambda p, s, d, *rest: {}, False),
+        (lambda p, s, d, *, key: {}, False),
+        (functools.partial(lambda scale, p, s, d: {}, 2.0), False),
+        (functools.partial(lambda scale, p, s, d, key: {}, 2.0), True),
+        (max, False),
+    ],
+)
+def test_an_evaluation_takes_a_key_by_its_fourth_argument(evaluate, takes):
+    assert takes_key(evaluate) == takes
+
+
+def noisy(takes):
+    """A noise that is drawn at each evaluation, and the key's own number beside it."""
+
+    def evaluate(params, state, data, key):
+        noise = jax.random.normal(key)
+        return {"valid/loss": 0.5 * jnp.sum(data * params["w"] ** 2), "valid/noise": noise}
+
+    base = vars(tiny.quadratic())
+    more = {"evaluate": evaluate, "evaluate_test": evaluate, "test_data": base["data"]}
+    return pbx.Workload(**base | more) if takes else pbx.Workload(**base)
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_evaluations_of_a_seed_are_on_the_same_draws(independent):
+    points = {"learning_rate": np.array([0.1, 0.2, 0.3], np.float32)}
+    asked = {"num_steps": 4, "eval_every": 2, "key": KEY, "num_seeds": 2, "progress": False}
+    asked["independent"] = independent
+    study = pbx.run_study(noisy(True), tiny.sgd, points, **asked)
+    noise = study.data["valid/noise"].values
+    assert noise.shape == (3, 2, 3)
+    # The same at each evaluation; another one for each seed, and for each trial if they are apart.
+    assert np.ptp(noise, axis=2).max() == 0
+    assert len(np.unique(noise)) == (6 if independent else 2)
+    # Nothing else changes, and `make_train` gives the same.
+    plain = pbx.run_study(noisy(False), tiny.sgd, points, **asked)
+    np.testing.assert_array_equal(study.data["valid/loss"], plain.data["valid/loss"])
+    train = jax.jit(pbx.make_train(noisy(True), tiny.sgd, 4, 2))
+    for trial, seed in ((0, 0), (2, 1)):
+        key = pbx.trial_key(KEY, seed, trial if independent else None)
+        alone = train(study.point(trial), key, noisy(True).data)
+        np.testing.assert_array_equal(alone.metrics["valid/noise"], noise[trial, seed])
+
+
+def test_the_key_of_an_evaluation_is_its_own():
+    trained = pbx.make_train(noisy(True), tiny.sgd, 1, 1)({"learning_rate": 0.1}, KEY, np.ones(2))
+    own = float(trained.metrics["valid/noise"][0])
+    assert own == float(jax.random.normal(keys.evaluation_key(KEY)))
+    others = [keys.init_key(KEY), keys.batch_key(KEY), *(keys.loss_key(KEY, i) for i in range(3))]
+    assert own not in [float(jax.random.normal(key)) for key in (KEY, *others)]
+
+
+def test_a_flax_module_takes_metrics_and_an_augmentation():
+    workload = pbx.Workload.from_flax(
+        nn.Dense(2),
+        train=TRAIN,
+        valid=VALID,
+        batch_size=8,
+        metrics={"accuracy": lambda outputs, y: jnp.argmax(outputs, axis=-1) == y},
+        augment=lambda batch, key: {**batch, "x": -batch["x"]},
+    )
+    params, state = workload.init(KEY)
+    got = workload.evaluate(params, state, workload.data)
+    assert float(got["valid/accuracy"]) == pytest.approx(1 - float(got["valid/error_rate"]))
+    rows = arrays.shuffled_rows(KEY, 2, len(TRAIN[0]), 8)
+    np.testing.assert_array_equal(workload.batch(workload.data, KEY, 2)["x"], -TRAIN[0][rows])
+
+
+def test_test_data_are_drawn_on_with_a_key():
+    params, state = noisy(True).init(KEY)
+    told = noisy(True).final_evaluate(params, state)
+    assert told["valid/noise"] == float(jax.random.normal(jax.random.key(0)))
+    other = noisy(True).final_evaluate(params, state, jax.random.key(1))
+    assert other["valid/noise"] == float(jax.random.normal(jax.random.key(1)))

@@ -231,6 +231,7 @@ def recipe_headline(recipe: Recipe) -> tuple[str, str]:
             f"Seeds that it was not tuned on gave {low} to {high}, standard deviation "
             f"{recipe.spread:.2g}."
         )
+    trust = f"{trust} {recipe.told_limit()}".strip()
     grave = against(recipe)
     if not grave:
         return f"Tuned: {reached}.", f"{trust} {cost}"

@@ -13,8 +13,8 @@ from playbook_optax.records.study import Study
 SECTION = "Extracting insight from experimental results"
 _ROUNDING = 1e-6
 """A change that is this part of where a trial started is none: float32 holds seven digits."""
-_MANY = 0.25
-"""From this share of the trials on, ties are a warning."""
+_MANY, _FEW_TRIALS = 0.5, 4
+"""Ties are a warning where more than this share of so many trials are tied."""
 _LEVEL = 0.95
 
 
@@ -230,7 +230,7 @@ def _tied(info: ResolutionInfo, evidence: dict[str, object]) -> Finding:
         )
     return Finding(
         "validation_cannot_separate",
-        "warning" if share > _MANY or not info.breakers else "info",
+        "warning" if share > _MANY and info.num_usable >= _FEW_TRIALS else "info",
         f"Validation cannot separate the best {num} of {info.num_usable} feasible trials: "
         f"{told_resolution(info.objective, info.resolution)}, and they lie within it; "
         f"{chosen}.{may}",

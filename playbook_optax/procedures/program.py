@@ -28,7 +28,8 @@ from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.procedures import in_optax
 from playbook_optax.runner import identity
 from playbook_optax.runner.plan import fingerprint_data
-from playbook_optax.trials.workload import Workload, resolve
+from playbook_optax.trials import keys
+from playbook_optax.trials.workload import Workload, resolve, takes_key
 
 if TYPE_CHECKING:
     from playbook_optax.procedures.tune import Recipe
@@ -38,7 +39,7 @@ STYLES = (OURS, OPTAX)
 # Importing the script that was started would run it again.
 _MAIN = ("__main__", "__mp_main__")
 _WIDTH = 99
-# What a sweep, a round or the last chapter may say that leaves no answer.
+# What the studies that a recipe rests on may say against it.
 _NO_ANSWER = ("validation_cannot_separate", "no_slope", "best_at_start")
 
 _LOOP = """
@@ -64,7 +65,7 @@ def train(key):
     state, best = (params, model_state, optimizer.init(params)), ([math.inf], 0, None)
 {before}    for step in range(num_steps + 1):
         if step % eval_every == 0 or step == num_steps:
-            metrics = evaluate(*state[:2], data)
+            metrics = evaluate(*state[:2], data{drawn})
             worth = [float(metrics[name]) for name in compared]
 {sign}            if math.isfinite(worth[0]) and worth <= best[0]:
                 best = (worth, step, state[:2])
@@ -135,6 +136,9 @@ def program(
         "trial_key": f"pbx.trial_key(key, {seed})"
         if ours
         else f"jax.random.fold_in(jax.random.fold_in(key, 0), {seed})",
+        "drawn": f", jax.random.fold_in(key, {keys.EVALUATION_STREAM})"
+        if takes_key(work.evaluate)
+        else "",
         **_fed(work),
         **_differentiated(recipe),
     }
@@ -189,6 +193,7 @@ def _compared(recipe: "Recipe") -> str:
 def _comments(recipe: "Recipe") -> list[str]:
     """What stands above the program: what it reaches, and what there is against it."""
     spread = f" (standard deviation {recipe.spread:.3g})" if len(recipe.values) > 1 else ""
+    limit = recipe.told_limit()
     found = against(recipe)
     word = "not tuned" if found and found[0].severity == "error" else "tuned"
     title = (
@@ -196,7 +201,8 @@ def _comments(recipe: "Recipe") -> list[str]:
         f"{printable(recipe.objective)} = {recipe.value:.4g}{spread}",
         f"# over {len(recipe.values)} seed(s), at the best checkpoint of each.",
     )
-    return [*title, *(line for f in found for line in _comment(f"{f.severity}: {f.message}"))]
+    said = [*([limit] if limit else []), *(f"{f.severity}: {f.message}" for f in found)]
+    return [*title, *(line for text in said for line in _comment(text))]
 
 
 def against(recipe: "Recipe") -> list[Finding]:
@@ -206,12 +212,12 @@ def against(recipe: "Recipe") -> list[Finding]:
       recipe: the recipe.
 
     Returns:
-      Its decisions of these severities, and the findings of any chapter whose codes say that its
-      answer may be none.
+      Its decisions of these severities, and what the last studies say that leaves no answer.
     """
-    found = [f for f in recipe.findings if f.severity != "info"]
-    decisions = [chapter.decision for chapter in recipe.chapters]
-    return by_severity(f for f in found if f in decisions or f.code in _NO_ANSWER)
+    last = [chapter.verdict for chapter in recipe.chapters if chapter.verdict.studies][-1:]
+    found = [chapter.decision for chapter in recipe.chapters]
+    found += [f for verdict in last for f in verdict.findings if f.code in _NO_ANSWER]
+    return by_severity(f for f in found if f.severity != "info")
 
 
 def _comment(text: str) -> list[str]:
@@ -428,7 +434,8 @@ def _optimizer(
 
         def own() -> str:
             name = _own(head, pipeline.make_schedule, None, "make_schedule")
-            return f"{name}({_point(point)}, {numeral(steps)})"
+            with_factor = {tune.LEARNING_RATE: 1.0} if pipeline.learning_rates else {}
+            return f"{name}({_point({**point, **with_factor})}, {numeral(steps)})"
 
         write = in_optax.our_schedule if ours else in_optax.optax_schedule
         made = write(pipeline.schedule(point, recipe.num_steps), own)
@@ -437,8 +444,13 @@ def _optimizer(
         rest.pop(tune.LEARNING_RATE, None)
     said: list[str] = []
     if recipe.optimizer_name is None:
-        items = [*_items(rest), *([f"'{tune.LEARNING_RATE}': {rate}"] if rate else [])]
-        name = _own(head, pipeline.make_optimizer, where, "make_optimizer")
+        scaled = pipeline.learning_rates
+        items = _items({n: value for n, value in rest.items() if n not in scaled})
+        items += [
+            f"{literal(n)}: lambda count: {numeral(rest[n])} * schedule(count)" for n in scaled
+        ]
+        items += [f"'{tune.LEARNING_RATE}': {rate}"] if rate and not scaled else []
+        name = _own(head, pipeline.users_optimizer, where, "make_optimizer")
         base = f"optax.with_extra_args_support({name}({{{', '.join(items)}}}))"
     else:
         # What else there is in a point is the workload's.

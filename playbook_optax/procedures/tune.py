@@ -152,6 +152,12 @@ class Pipeline:
     extended_from: int | None = None
     learning_rates: tuple[str, ...] = ()
 
+    @property
+    def users_optimizer(self) -> MakeOptimizer:
+        """The user's function, which takes schedules for `learning_rates`."""
+        made = self.make_optimizer
+        return made.make_optimizer if isinstance(made, rates.ScaledRates) else made
+
     def optimizer(self, point: Any) -> optax.GradientTransformation:
         """The transformation at a point whose learning rate may be a schedule."""
         made = self.make_optimizer(point)
@@ -264,6 +270,11 @@ class Recipe:
     def resolution(self) -> float:
         """What one validation example changes the objective by; 0 where that is not known."""
         return next((study.resolution() for study in self.studies.values()), 0.0)
+
+    def told_limit(self) -> str:
+        """What validation can tell at most, in a sentence; empty where that is not known."""
+        studies = list(self.studies.values())
+        return _told_limit(studies[-1]).strip() if studies else ""
 
     @property
     def findings(self) -> tuple[Finding, ...]:

@@ -13,7 +13,7 @@ from playbook_optax import _checks, _portable
 # Folds of the study's key: training and points never share a stream.
 _TRAINING_STREAM, _POINT_STREAM = 0, 1
 # Folds of a trial's key.
-_INIT_STREAM, _BATCH_STREAM, _LOSS_STREAM, _EVALUATION_STREAM = 0, 1, 2, 3
+_INIT_STREAM, _BATCH_STREAM, _LOSS_STREAM, EVALUATION_STREAM = 0, 1, 2, 3
 
 
 @_checks.named_arguments
@@ -96,4 +96,4 @@ def loss_key(trial_key: chex.PRNGKey, step: chex.Numeric) -> chex.PRNGKey:
 
 def evaluation_key(trial_key: chex.PRNGKey) -> chex.PRNGKey:
     """The key of all evaluations of a trial, which are on the same draws."""
-    return jax.random.fold_in(trial_key, _EVALUATION_STREAM)
+    return jax.random.fold_in(trial_key, EVALUATION_STREAM)

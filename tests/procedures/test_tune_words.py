@@ -294,3 +294,37 @@ def test_a_perfect_fit_is_spoken_of_only_where_training_data_are_judged():
     assert not any(
         "training data perfectly" in f.message for f in plain.findings if isinstance(f, Finding)
     )
+
+
+def test_what_validation_can_tell_stands_on_the_page_and_in_the_program():
+    recipe = pbx.tune(
+        steps_of_34(tiny.quadratic()), "sgd", **{**BUDGET, "num_trials": 12, "num_steps": 16}
+    )
+    sentence = "one example of 34 is 0.0294 of valid/error_rate"
+    assert sentence in tuning.recipe_headline(recipe)[1]
+    comments = [line[2:] for line in recipe.to_python().splitlines() if line.startswith("# ")]
+    assert sentence in " ".join(comments)
+    assert recipe.told_limit().startswith("Validation cannot separate")
+
+
+def test_the_program_of_named_rates_gives_its_values(two, tmp_path, monkeypatch):
+    """Run in this process: the workload and the optimizer are handed over in two lines."""
+    source = two.to_python()
+    assert "'lr_head': lambda count: " in source
+    namespace = {"workload": two_parts(), "make_optimizer": two_rates, "__name__": "recipe"}
+    exec(source, namespace)
+    np.testing.assert_allclose(namespace["values"], two.values, rtol=1e-5)
+
+
+def test_a_program_draws_what_an_evaluation_with_a_key_drew():
+    plain = tiny.quadratic()
+
+    def evaluate(params, state, data, key):
+        noise = 0.01 * jax.random.normal(key)
+        return {"valid/loss": plain.evaluate(params, state, data)["valid/loss"] + noise}
+
+    noisy = dataclasses.replace(plain, evaluate=evaluate)
+    recipe = pbx.tune(noisy, "sgd", **{**BUDGET, "num_trials": 12, "num_steps": 16})
+    namespace = {"workload": noisy, "__name__": "recipe"}
+    exec(recipe.to_python(), namespace)
+    np.testing.assert_allclose(namespace["values"], recipe.values, rtol=1e-5)

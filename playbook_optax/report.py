@@ -313,7 +313,7 @@ def verdict(study: Study, findings: Iterable[Finding]) -> tuple[str, str]:
         )
     best = (
         f"The best of {out.num_trials} trials is trial {out.best}: {out.objective} = "
-        f"{shown_number(out.value[out.best])} at step {int(out.best_step[out.best])}."
+        f"{shown_number(out.value[out.best])} at step {int(out.checkpoint_step[out.best])}."
     )
     if counts["error"] or counts["warning"]:
         parts = [f"{n} {s}{'s' * (n > 1)}" for s, n in counts.items() if n]
@@ -426,7 +426,7 @@ def _trials(study: Study, most: int) -> dict[str, Any]:
     bad_step = study.data["infeasible_step"].values.reshape(out.num_trials, -1).max(axis=1)
     rows, marks = [], []
     for trial in order:
-        told = [shown_number(out.value[trial]), str(int(out.best_step[trial]))]
+        told = [shown_number(out.value[trial]), str(int(out.checkpoint_step[trial]))]
         rows.append(
             [
                 str(trial),
@@ -535,7 +535,7 @@ def write_report(
             *shown_point(study, out.best).items(),
             ("steps", str(int(out.step[-1]))),
             (f"best {study.objective}", shown_number(out.value[out.best])),
-            ("at step", str(int(out.best_step[out.best]))),
+            ("at step", str(int(out.checkpoint_step[out.best]))),
         ]
     return _write_page(
         folder,

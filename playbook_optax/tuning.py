@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def tune(
     key: chex.PRNGKey,
     directory: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    learning_rates: Sequence[str] | None = None,
     **how: Any,
 ) -> Recipe:
     """Tunes a workload by the playbook, from the first learning rate to a program to keep.
@@ -68,7 +69,9 @@ def tune(
         `Recipe.final_evaluate` reads them.
       make_optimizer: name of one of our optimizers (``"adam"`` if None), or
         ``make_optimizer(point)`` for any Optax transformation, with a `space`.
-      space: the search space; that of `optimizer_search_space` for an optimizer by name if None.
+      space: the search space, a bound that nothing leaves: where the best lies at its edge, a
+        Finding proposes a wider one. That of `optimizer_search_space` for an optimizer by name if
+        None, whose ranges move with what is found.
       make_schedule: ``make_schedule(point, num_steps)``; a cosine decay from
         ``point["learning_rate"]`` to 0 if None and the space has a learning rate.
       num_trials: size of the budget, in trials of `num_steps`.
@@ -79,10 +82,15 @@ def tune(
       overrides: decisions that you take yourself, by name: ``learning_rate_range`` (a pair),
         ``num_steps``, ``warmup_steps``, ``max_norm``, ``space`` (of round 1), ``next_space`` (of
         round 2), ``point`` (nothing is searched, only trained).
+      learning_rates: names of the hyperparameters that are learning rates, where there are several
+        or the one is not called ``learning_rate``. They are swept by a common factor, searched
+        apart, and follow one schedule: `make_schedule` gets the factor as ``learning_rate``, and
+        `make_optimizer` each of them as a schedule.
       **how: any other attribute of `Trainer`, such as ``trials_per_block`` or ``progress``.
 
     Returns:
-      The `Recipe`. Its point is None where every trial was infeasible; a Finding says what to do.
+      The `Recipe`. Its point is None where every trial was infeasible or training made nothing
+      better; a Finding says what to do.
 
     Raises:
       ValueError: a bad argument, an unknown override, or as `run_study`.
@@ -110,6 +118,7 @@ def tune(
         key=key,
         directory=directory,
         overrides=overrides,
+        learning_rates=learning_rates,
         **how,
     )
     if directory is None:

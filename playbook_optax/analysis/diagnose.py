@@ -19,6 +19,7 @@ from playbook_optax.analysis.generalization import (
 from playbook_optax.analysis.importance import importance_findings, importance_info
 from playbook_optax.analysis.instability import instability_findings, instability_info
 from playbook_optax.analysis.outcomes import Outcomes, outcomes
+from playbook_optax.analysis.resolution import resolution_findings, resolution_info
 from playbook_optax.analysis.stability import stability_findings, stability_info
 from playbook_optax.records.study import Study
 
@@ -39,6 +40,7 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule("feasibility", feasibility_info, feasibility_findings),
+    Rule("resolution", resolution_info, resolution_findings),
     Rule("stability", stability_info, stability_findings),
     Rule("instability", instability_info, instability_findings),
     Rule("boundaries", boundary_info, boundary_findings),
@@ -60,12 +62,12 @@ def _healthy(out: Outcomes, skipped: list[str]) -> Finding:
         "healthy",
         "info",
         f"{checks}: the best of {out.num_trials} trials is trial {best}, with {out.objective} = "
-        f"{out.value[best]:.4g} at step {int(out.best_step[best])}, and {share:.0%} of the trials "
-        "were infeasible.",
+        f"{out.value[best]:.4g} at step {int(out.checkpoint_step[best])}, and {share:.0%} of the "
+        "trials were infeasible.",
         {
             "best_trial": best,
             "best_value": float(out.value[best]),
-            "best_step": int(out.best_step[best]),
+            "best_step": int(out.checkpoint_step[best]),
             "num_trials": out.num_trials,
             "infeasible_share": share,
             "skipped": skipped,

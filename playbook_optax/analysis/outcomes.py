@@ -11,7 +11,7 @@ import numpy as np
 
 from playbook_optax import _checks
 from playbook_optax._direction import direction
-from playbook_optax._ties import best_evaluation, best_first, tie_breakers
+from playbook_optax._ties import best_evaluation, best_first, settled_first, tie_breakers
 from playbook_optax.records.study import Study
 
 
@@ -24,12 +24,16 @@ class Outcomes(NamedTuple):
       step: (eval,) optimizer updates made before each evaluation.
       curve: (trial, eval) the objective, mean over seeds; NaN where not finite or not evaluated.
       value: (trial,) best over training; NaN for an infeasible trial, or without a finite value.
-      best_step: (trial,) step that first reached that value; -1 where there is none.
-      checkpoint_step: (trial,) step of the checkpoint to keep: of those with that value the one
-        that `_ties.best_evaluation` chooses; -1 where there is none.
+      best_step: (trial,) step of that value, of several the one with the lowest loss (see
+        `_ties.tie_breakers`), then the earliest: what was needed; -1 where there is none.
+      checkpoint_step: (trial,) likewise but then the latest: what to keep.
       infeasible: (trial,) whether any seed was infeasible.
       reason: (trial,) why, of its first infeasible seed; "" if feasible.
       order: (usable,) indices of the trials that have a value, best first.
+      settled: (usable,) likewise, but what lies within the resolution of the best is a tie, see
+        `_ties.settled_first`.
+      ties: (tie breaker, trial) the metrics that decide between equals, at the checkpoint.
+      resolution: what one example changes the objective by; 0 where that is not known.
     """
 
     objective: str
@@ -42,6 +46,9 @@ class Outcomes(NamedTuple):
     infeasible: np.ndarray
     reason: np.ndarray
     order: np.ndarray
+    settled: np.ndarray
+    ties: np.ndarray
+    resolution: float
 
     @property
     def num_trials(self) -> int:
@@ -69,8 +76,8 @@ class Outcomes(NamedTuple):
         Returns:
           Their indices, best first; all of them if there are fewer than three.
         """
-        num = len(self.order)
-        return self.order[: min(num, 10, max(3, -(-num // 10)))]
+        num = len(self.settled)
+        return self.settled[: min(num, 10, max(3, -(-num // 10)))]
 
 
 def mean_curve(study: Study, name: str) -> np.ndarray:
@@ -158,15 +165,17 @@ def outcomes(study: Study, objective: str | None = None, maximize: bool | None =
     reason = np.where(infeasible, np.where(reason == "", "unknown", reason), "")
     loss = np.where(np.isfinite(curve), -curve if maximize else curve, np.inf)
     loss[infeasible] = np.inf
-    index = loss.argmin(axis=1)
+    others = [mean_curve(study, n) for n in tie_breakers(objective, metric_names(study))]
+    index = best_evaluation(loss, others, earliest=True)
+    checkpoint = best_evaluation(loss, others)
     best = loss[np.arange(len(loss)), index]
     usable = np.isfinite(best)
     value = np.where(usable, -best if maximize else best, np.nan)
     best_step = np.where(usable, step[index], -1)
-    others = [mean_curve(study, n) for n in tie_breakers(objective, metric_names(study))]
-    checkpoint = best_evaluation(loss, others)
-    settled = [np.take_along_axis(other, checkpoint[:, None], 1)[:, 0] for other in others]
+    settled = [other[np.arange(len(loss)), checkpoint] for other in others]
     order = best_first(best, settled)[: usable.sum()]
+    resolution = study.resolution(objective)
+    points = list(study.points.values())
     return Outcomes(
         objective,
         bool(maximize),
@@ -178,4 +187,7 @@ def outcomes(study: Study, objective: str | None = None, maximize: bool | None =
         infeasible,
         reason,
         order,
+        settled_first(best, settled, resolution, points)[: usable.sum()],
+        np.asarray(settled, np.float64).reshape(len(others), len(loss)),
+        resolution,
     )

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from playbook_optax import _checks
-from playbook_optax.analysis.outcomes import outcomes
+from playbook_optax._ties import best_evaluation, best_first, tie_breakers
+from playbook_optax.analysis.outcomes import metric_names, outcomes
 from playbook_optax.records.study import Study
 
 CONFIDENCE = 0.95
@@ -156,6 +157,39 @@ def best_by_seed(
     out = outcomes(study, objective, maximize)
     loss = _loss_by_seed(study, trial, out.objective, out.maximize)
     return _as_values(loss.min(axis=1), out.maximize)
+
+
+def best_seed(
+    study: Study, trial: int, objective: str | None = None, maximize: bool | None = None
+) -> int:
+    """The seed of a trial with the best checkpoint; ties go as those of trials do.
+
+    Args:
+      study: a study, of one seed or several.
+      trial: which trial, with a feasible seed.
+      objective: a recorded metric; the study's own by default.
+      maximize: whether larger is better; see `outcomes`.
+
+    Returns:
+      Its index.
+
+    Raises:
+      ValueError: there is no such metric.
+
+    Example:
+      >>> study = Study.from_arrays(
+      ...     {"x": [1.0]}, {"loss": [[[3.0, 1.0], [3.0, 0.5]]]}, [0, 10], objective="loss")
+      >>> best_seed(study, 0)
+      1
+    """
+    out = outcomes(study, objective, maximize)
+    loss = _loss_by_seed(study, trial, out.objective, out.maximize)
+    others = [
+        _loss_by_seed(study, trial, name, False)
+        for name in tie_breakers(out.objective, metric_names(study))
+    ]
+    rows, best = np.arange(len(loss)), best_evaluation(loss, others)
+    return int(best_first(loss[rows, best], [other[rows, best] for other in others])[0])
 
 
 def _loss_by_seed(study: Study, trial: int, objective: str, maximize: bool) -> np.ndarray:

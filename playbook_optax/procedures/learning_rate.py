@@ -9,9 +9,10 @@ import numpy as np
 from playbook_optax import _checks
 from playbook_optax.analysis import diagnose
 from playbook_optax.analysis.findings import Finding, by_severity
+from playbook_optax.analysis.resolution import resolution_info
 from playbook_optax.procedures.given import trains_if_needed
 from playbook_optax.procedures.verdict import Verdict
-from playbook_optax.records.study import NoFeasibleTrial, Study
+from playbook_optax.records.study import Study
 from playbook_optax.runner.run import run_study
 from playbook_optax.runner.trainer import Trainer
 from playbook_optax.search_space import Float, SearchSpace
@@ -92,19 +93,35 @@ def sweep_learning_rate(
         cost = num_trials * num_seeds * num_steps
     findings = diagnose.diagnose(study)
     answer = None
-    try:
-        best = study.best()
-    except NoFeasibleTrial:
-        best = None  # Diagnosed as all_infeasible.
-    if best is not None:
+    rate = best_rate(study)
+    # Without one every trial is infeasible, and without a slope any rate is as good: diagnosed.
+    if rate is not None and not any(finding.code == "no_slope" for finding in findings):
         rates = study.points[LEARNING_RATE]
-        rate = float(best.point[LEARNING_RATE])
         if rates.min() < rate < rates.max():
             answer = rate
         else:
             findings.append(_at_end(rate, rates))
     studies = {"learning_rate_sweep": study}
     return Verdict(answer, tuple(by_severity(findings)), studies, cost)
+
+
+def best_rate(study: Study) -> float | None:
+    """The learning rate of the best trial of a sweep.
+
+    Of trials that validation cannot separate it is one with a low loss, and of those that are alike
+    in that, too, the middle one. A rate at an end of the sweep is taken only where validation says
+    that it is better than all between the ends.
+
+    Args:
+      study: trials that differ in ``learning_rate``.
+
+    Returns:
+      The rate, or None where every trial is infeasible.
+    """
+    rates = study.points[LEARNING_RATE]
+    tied = resolution_info(study).tied
+    inside = [trial for trial in tied if rates.min() < rates[trial] < rates.max()]
+    return float(rates[[*inside, *tied][0]]) if len(tied) else None
 
 
 def _at_end(rate: float, rates: np.ndarray) -> Finding:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -18,13 +18,20 @@ import numpy as np
 import optax
 
 from playbook_optax import _checks, _portable, norms, optimizers, schedules, search_spaces
+from playbook_optax._ties import settled_first
 from playbook_optax.analysis import diagnose
+from playbook_optax.analysis.boundaries import wider_range
 from playbook_optax.analysis.findings import Finding, by_severity
-from playbook_optax.analysis.outcomes import outcomes
-from playbook_optax.analysis.spreads import best_by_seed
-from playbook_optax.procedures import controls
+from playbook_optax.analysis.outcomes import metric_names, outcomes
+from playbook_optax.analysis.resolution import (
+    resolution_findings,
+    resolution_info,
+    told_resolution,
+)
+from playbook_optax.analysis.spreads import best_by_seed, best_seed
+from playbook_optax.procedures import controls, rates
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
-from playbook_optax.procedures.learning_rate import sweep_learning_rate
+from playbook_optax.procedures.learning_rate import best_rate, sweep_learning_rate
 from playbook_optax.procedures.num_steps import pick_num_steps, refine_num_steps
 from playbook_optax.procedures.program import program
 from playbook_optax.procedures.rounds import NextRound, plan_next_round
@@ -123,6 +130,8 @@ class Pipeline:
       max_norm: clip threshold, or None.
       extended_from: the steps for which the schedule was made that longer runs extend by the
         playbook's rule for its family; None where it is made anew for each length.
+      learning_rates: the hyperparameters that the schedule multiplies, where there are several
+        learning rates; none where it is that of ``learning_rate``.
     """
 
     make_optimizer: MakeOptimizer
@@ -130,6 +139,7 @@ class Pipeline:
     warmup_steps: int = 0
     max_norm: float | None = None
     extended_from: int | None = None
+    learning_rates: tuple[str, ...] = ()
 
     def optimizer(self, point: Any) -> optax.GradientTransformation:
         """The transformation at a point whose learning rate may be a schedule."""
@@ -141,6 +151,8 @@ class Pipeline:
     def schedule(self, point: Any, num_steps: int) -> Any:
         """The schedule of a run of so many steps, warm-up included."""
         assert self.make_schedule is not None
+        if self.learning_rates:
+            point = {**point, LEARNING_RATE: np.float32(1)}
         steps = num_steps - self.warmup_steps
         if self.extended_from is None or steps <= self.extended_from:
             made = self.make_schedule(point, steps)
@@ -229,6 +241,11 @@ class Recipe:
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
     @property
+    def resolution(self) -> float:
+        """What one validation example changes the objective by; 0 where that is not known."""
+        return next((study.resolution() for study in self.studies.values()), 0.0)
+
+    @property
     def findings(self) -> tuple[Finding, ...]:
         """All that was decided and seen, most severe first, each once."""
         every = [f for c in self.chapters for f in (c.decision, *c.verdict.findings)]
@@ -251,6 +268,8 @@ class Recipe:
 
     def schedule(self) -> Any:
         """The learning-rate schedule, or the number itself where the optimizer makes its own.
+
+        Of several learning rates it is the factor that multiplies each.
 
         Raises:
           NoFeasibleTrial: every trial was infeasible.
@@ -326,6 +345,7 @@ def find_recipe(
     key: chex.PRNGKey,
     directory: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    learning_rates: Sequence[str] | None = None,
     **how: Any,
 ) -> Recipe:
     """`pbx.tune` without its report; arguments, result and errors are the same."""
@@ -348,6 +368,7 @@ def find_recipe(
         key,
         directory,
         _check_overrides(overrides),
+        learning_rates,
         how,
     )
     return tuner.run()
@@ -407,9 +428,9 @@ def _middle(space: SearchSpace) -> dict[str, Any]:
     return {name: np.asarray(values)[0] for name, values in points.items()}
 
 
-def _rates(space: SearchSpace) -> Float:
-    """The range of the learning rate."""
-    line = space[LEARNING_RATE]
+def _rates(space: SearchSpace, name: str = LEARNING_RATE) -> Float:
+    """The range of a learning rate."""
+    line = space[name]
     assert isinstance(line, Float)
     return line
 
@@ -442,6 +463,7 @@ class _Tuner:
         key: chex.PRNGKey,
         directory: str | os.PathLike[str] | None,
         overrides: dict[str, Any],
+        learning_rates: Sequence[str] | None,
         how: dict[str, Any],
     ) -> None:
         keys.check_key("key", key)
@@ -460,6 +482,11 @@ class _Tuner:
             # The table of budgets decides again when round 1 knows how many trials it has.
             self._given_space = space
             space = space or search_spaces.optimizer_search_space(self._name, num_trials)
+            if learning_rates is not None and tuple(learning_rates) != (LEARNING_RATE,):
+                raise ValueError(
+                    f"learning_rates = {learning_rates!r} is for an optimizer of your own: "
+                    f"{self._name} has the one {LEARNING_RATE!r}."
+                )
             known = optimizer_arguments(self._name)
             for name in space if isinstance(workload, Workload) else ():
                 if name not in known:
@@ -480,20 +507,27 @@ class _Tuner:
             )
         else:
             self._given_space = space
-        if make_schedule is None and LEARNING_RATE in space:
+        # Searched apart, scaled together by a factor that is called as the learning rate is.
+        self._rates = rates.check_rates(learning_rates, space)
+        if self._rates:
+            make_optimizer = rates.ScaledRates(make_optimizer, self._rates)
+        self._has_rate = LEARNING_RATE in space or bool(self._rates)
+        if make_schedule is None and self._has_rate:
             make_schedule = cosine
         if LEARNING_RATE in space and not isinstance(space[LEARNING_RATE], Float):
             raise _checks.ArgumentTypeError(
                 f"space[{LEARNING_RATE!r}] must be a pbx.Float, got {space[LEARNING_RATE]!r}."
             )
-        if make_schedule is not None and LEARNING_RATE not in space:
+        if make_schedule is not None and not self._has_rate:
             raise ValueError(
                 f"make_schedule needs the hyperparameter {LEARNING_RATE!r} in the space, which has "
-                f"{list(space)}."
+                f"{list(space)}; or learning_rates=, the names of those that it multiplies."
             )
         self._work = resolve(workload, _middle(space))
         self._workload, self._space = workload, space
-        self._pipeline = Pipeline(make_optimizer, make_schedule)
+        self._pipeline = Pipeline(make_optimizer, make_schedule, learning_rates=self._rates)
+        # What a user says of ranges holds in all rounds.
+        self._bound: SearchSpace | None = overrides.get("space", self._given_space)
         self._num_trials, self._num_steps = num_trials, num_steps
         self._total = num_trials * num_steps
         self._key, self._directory = key, directory
@@ -502,24 +536,27 @@ class _Tuner:
         self._is_indexed = False
         # One step shows no instability.
         self._sweep_steps = max(2, num_steps // _SWEEP_PART)
-        # The rate around which round 1 searches, and what it must not leave if the space is given.
+        # The rate, or the factor of several, around which round 1 searches.
         self._rate: float | None = None
-        self._swept = (0.0, math.inf)
+        # What the next decision has to say of the length of the final run.
+        self._shortened = ""
         self._first_steps = max(1, num_steps // _FIRST_PART)
         self._final_steps = overrides.get("num_steps", num_steps)
         if "num_steps" in overrides:
             self._first_steps = max(1, self._final_steps // _FIRST_PART)
         self._check_decisions()
-        has_rate = LEARNING_RATE in space
         lengths = {0, overrides.get("warmup_steps", 0), *default_warmup_steps(self._sweep_steps)}
         trainer = controls.controlled(
             Trainer(workload, make_optimizer, make_schedule, **how),
             self._as_columns(_middle(space)),
             tuple(sorted({*lengths, max(1, self._sweep_steps // 10)})),
-            has_rate,
+            self._has_rate,
         )
         # What a study does not vary is data of its program: all chapters share one.
-        self._trainer = trainer.with_fixed(self._as_columns(self._defaults()))
+        columns = self._as_columns(self._defaults())
+        if self._rates:
+            columns[LEARNING_RATE] = np.float32(1)
+        self._trainer = trainer.with_fixed(columns)
         self._check_index()
 
     def _check_decisions(self) -> None:
@@ -534,6 +571,11 @@ class _Tuner:
             raise ValueError(
                 f"overrides['warmup_steps'] must be < {self._final_steps}, the steps of the run, "
                 f"got {given['warmup_steps']}."
+            )
+        if self._rates and "learning_rate_range" in given:
+            raise ValueError(
+                "overrides['learning_rate_range'] is for one learning rate; of several give the "
+                "ranges in the space."
             )
         if self._pipeline.make_schedule is None:
             for name in ("learning_rate_range", "warmup_steps"):
@@ -578,6 +620,7 @@ class _Tuner:
             "overrides": dict(sorted(overrides.items())),
             "optimizer": self._name,
             "space": self._space.to_dict(),
+            **({"learning_rates": list(self._rates)} if self._rates else {}),
         }
         return storage.as_stored(content)
 
@@ -604,9 +647,7 @@ class _Tuner:
     def run(self) -> Recipe:
         """All chapters, and what comes of them."""
         if "point" not in self._overrides:
-            sweep = None
-            if LEARNING_RATE in self._space:
-                sweep = self._sweep()
+            sweep = self._sweep() if self._has_rate else self._no_rate()
             self._decide_num_steps(sweep)
             self._stability(sweep)
             first = self._round_1()
@@ -615,6 +656,23 @@ class _Tuner:
             first, second = None, []
             self._take(self._overridden_pipeline())
         return self._retrain(first, second)
+
+    def _no_rate(self) -> Study | None:
+        """Says what is left out where no hyperparameter is the learning rate."""
+        alike = rates.look_like_rates(self._space)
+        advice = "Name the learning rates with learning_rates=, if there are any."
+        if alike:
+            advice = f"If {' and '.join(alike)} are learning rates, say learning_rates={alike!r}."
+        self._decide(
+            LEARNING_RATE_CHAPTER,
+            f"No hyperparameter is called {LEARNING_RATE!r}, so there is no sweep, no chapter on "
+            "instability, and no decay but the optimizer's own.",
+            {"hyperparameters": list(self._space), "alike": list(alike)},
+            "space",
+            advice,
+            severity="warning" if alike else "info",
+        )
+        return None
 
     def _sweep(self) -> Study | None:
         """The learning rate at constant schedule, all else in the middle of its range."""
@@ -630,8 +688,17 @@ class _Tuner:
             return None
         num = min(max(self._num_trials // 4, _SWEEP_TRIALS[0]), _SWEEP_TRIALS[1])
         cost = num * self._sweep_steps
+        line = self._swept_range()
+        if line is None:
+            self._decide(
+                LEARNING_RATE_CHAPTER,
+                f"No sweep: the ranges of {', '.join(self._rates)} leave no common factor.",
+                {"hyperparameters": list(self._rates)},
+                "space",
+                "Give each of them a range, not a point.",
+            )
+            return None
         if cost > self._total * _SWEEPS_SHARE * 1.5:
-            line = _rates(self._space)
             self._decide(
                 LEARNING_RATE_CHAPTER,
                 f"No sweep: {num} trials of {self._sweep_steps} steps are too much of the budget "
@@ -641,10 +708,10 @@ class _Tuner:
                 "Give more trials.",
             )
             return None
-        line = _rates(self._space)
         studies: dict[str, Study] = {}
         findings: list[Finding] = []
         spent = 0
+        flat: Float | None = None
         for number in range(_MAX_WIDENINGS + 1):
             self._say(LEARNING_RATE_CHAPTER, f"{num} trials of {self._sweep_steps} steps")
             verdict = sweep_learning_rate(
@@ -662,41 +729,89 @@ class _Tuner:
             findings = list(verdict.findings)
             codes = {finding.code for finding in findings}
             wider = None
+            flat = line if "no_slope" in codes else flat
+            if self._given_space is not None:
+                break  # The user's range is what is searched.
             if "all_infeasible" in codes:
-                wider = _moved(line.low / 1e3, line.low)
+                # Below is what moved nothing, if that is where it came from.
+                wider = _moved(line.low / 1e3, line.low) if flat is None else None
+            elif "no_slope" in codes:
+                wider = _moved(line.high / 3, line.high * 100)  # Too small to move anything.
             elif verdict.answer is None and "best_at_end_of_sweep" in codes:
-                wider = _extended(line, study)
+                wider = _extended(line, study, best_rate(study))
             if wider is None or spent + cost > self._total * _SWEEPS_SHARE:
                 break
             line = wider
         low, high = float(line.low), float(line.high)
-        try:
-            best = float(study.best().point[LEARNING_RATE])
+        what = "learning rate"
+        if self._rates:
+            what = f"factor of {', '.join(self._rates)}"
+        severity = "info"
+        best = best_rate(study)
+        if flat is not None and codes & {"no_slope", "all_infeasible"}:
+            decided = (
+                f"No constant {what} from {flat.low:.4g} to {flat.high:.4g} moves the objective"
+            )
+            above = f", and every one from {low:.4g} to {high:.4g} is infeasible"
+            decided += f"{above if 'all_infeasible' in codes else ''}."
+            severity = "warning"
+        elif best is None:
+            decided = f"Every {what} from {low:.4g} to {high:.4g} is infeasible."
+        else:
             # A linear range may begin at 0, around which there is nothing to search on a log scale.
             self._rate = best if best > 0 else None
-            if self._given_space is not None:
-                self._swept = low, high
             decided = (
-                f"The best constant learning rate is {best:.4g} after {self._sweep_steps} "
+                f"The best constant {what} is {best:.4g} after {self._sweep_steps} "
                 f"steps, of {len(study.points[LEARNING_RATE])} from {low:.4g} to {high:.4g}."
             )
             if len(studies) > 1:
                 decided += f" The range was moved {len(studies) - 1} time(s)."
-        except NoFeasibleTrial:
-            decided = f"Every learning rate from {low:.4g} to {high:.4g} is infeasible."
-        low, high = self._rate_range()
+        space = self._first_space(self._num_trials)
+        lines = {name: _rates(space, name) for name in self._rates or (LEARNING_RATE,)}
+        ranges = {name: [float(one.low), float(one.high)] for name, one in lines.items()}
         if "space" in self._overrides:
             decided += " Round 1 searches the space that you give."
+        elif self._rates:
+            told = [f"{name} from {a:.4g} to {b:.4g}" for name, (a, b) in ranges.items()]
+            decided += f" Round 1 searches {', '.join(told)}."
         else:
-            decided += f" Round 1 searches from {low:.4g} to {high:.4g}."
+            (ends,) = ranges.values()
+            decided += f" Round 1 searches from {ends[0]:.4g} to {ends[1]:.4g}."
+        if self._given_space is not None:
+            findings = [self._of_given_space(finding) for finding in findings]
         self._decide(
             LEARNING_RATE_CHAPTER,
             decided,
-            {"learning_rate": self._rate or math.nan, "low": low, "high": high},
-            "learning_rate_range",
+            {"learning_rate": self._rate or math.nan, "ranges": ranges},
+            "space" if self._rates else "learning_rate_range",
             verdict=Verdict(self._rate, tuple(findings), studies, spent),
+            severity=severity,
         )
-        return study if len(outcomes(study).order) else None
+        return study if len(outcomes(study).order) and severity == "info" else None
+
+    def _swept_range(self) -> Float | None:
+        """The range of the sweep: of the learning rate, or of the factor of several."""
+        if self._rates:
+            return rates.factors(self._space, self._rates, _middle(self._space))
+        return _rates(self._space)
+
+    def _of_given_space(self, finding: Finding) -> Finding:
+        """A finding whose advice is about the argument that the user gave."""
+        if finding.code != "best_at_end_of_sweep":
+            return finding
+        line = _rates(self._space) if not self._rates else None
+        at_top = finding.evidence["learning_rate"] == finding.evidence["high"]
+        if line is None:
+            ends = "upper" if at_top else "lower"
+            advice = f"Move the {ends} ends of {', '.join(self._rates)} in the space outwards."
+        else:
+            edge = "high" if at_top else "low"
+            low, high = wider_range(line.low, line.high, line.scale, edge)
+            advice = (
+                f"The space that you gave is a bound. Give {LEARNING_RATE}=pbx.Float({low:.3g}, "
+                f"{high:.3g}, scale={line.scale!r}) to look beyond it."
+            )
+        return dataclasses.replace(finding, suggestion=advice)
 
     def _decide_num_steps(self, sweep: Study | None) -> None:
         """How long round 1 and the final run are."""
@@ -705,7 +820,12 @@ class _Tuner:
         if "num_steps" in self._overrides:
             said = f"The final run has {final} steps, as you say"
         elif sweep is None:
-            said = f"Nothing says how long to train, so the final run has all {final} steps"
+            said = f"Nothing says how long to train: the final run has at most all {final} steps"
+        elif not any(name.startswith("train/") for name in metric_names(sweep)):
+            said = (
+                "Nothing is recorded of the training data in which a perfect fit could be seen: "
+                f"the final run has at most all {final} steps"
+            )
         else:
             verdict = pick_num_steps(
                 self._judged_by, sweep, key=self._key, num_steps=self._sweep_steps
@@ -713,7 +833,7 @@ class _Tuner:
             if verdict.answer is None:
                 said = (
                     f"No trial of the sweep fits the training data perfectly in "
-                    f"{self._sweep_steps} steps, so the final run has all {final} steps"
+                    f"{self._sweep_steps} steps: the final run has at most all {final} steps"
                 )
             else:
                 self._first_steps = min(
@@ -722,8 +842,8 @@ class _Tuner:
                 )
                 said = (
                     f"The fastest trial of the sweep fits the training data perfectly in "
-                    f"{verdict.answer} steps; the final run has {final} steps, which can do no "
-                    "harm when the best checkpoint is taken"
+                    f"{verdict.answer} steps; the final run has at most {final} steps, which can "
+                    "do no harm when the best checkpoint is taken"
                 )
         self._decide(
             NUM_STEPS_CHAPTER,
@@ -791,7 +911,7 @@ class _Tuner:
                     self._pipeline, warmup_steps=int(answer.warmup_steps), max_norm=clip
                 )
             )
-            self._rate = answer.learning_rate
+            self._rate = self._bounded(answer.learning_rate)
             said = (
                 f"Of the remedies, {answer.recommended} does most: {answer.best_value:.4g} against "
                 f"{answer.baseline_value:.4g} without. From here on: {self._remedies()}"
@@ -830,12 +950,15 @@ class _Tuner:
         findings = diagnose.diagnose(study)
         evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
         said = f"{num} quasi-random trials of {steps} steps over {', '.join(space)}"
-        try:
-            best = study.best()
-            said += f": the best reaches {best.value:.4g} at step {best.step}."
-            evidence["value"] = best.value
-        except NoFeasibleTrial:
+        ranked = _ranked([study])
+        if ranked:
+            value, step = _checkpoint(*ranked[0])
+            said += f": the best reaches {value:.4g} at step {step}."
+            evidence["value"] = value
+        else:
             said += ": every one is infeasible."
+        if self._rates and "space" not in self._overrides:
+            said += " All learning rates follow one schedule."
         self._decide(
             ROUND_1,
             said,
@@ -850,12 +973,20 @@ class _Tuner:
         if first is None or not len(outcomes(first).order):
             return []
         findings: list[Finding] = []
-        if "num_steps" not in self._overrides:
+        # Of a round that moved nothing there is nothing to learn but to train longer.
+        moved = _useless(first) is None
+        if moved and "num_steps" not in self._overrides:
             refined = refine_num_steps(self._judged_by, first, key=self._key)
             findings += refined.findings
             if refined.answer is not None and refined.answer < self._first_steps:
                 enough = max(int(refined.answer), 2 * self._pipeline.warmup_steps, 1)
-                self._final_steps = min(enough, self._final_steps)
+                if enough < self._final_steps:
+                    self._shortened = (
+                        f"Good trials of round 1 needed no more than {enough} steps, so the final "
+                        f"run has {enough} and not {self._final_steps}; overrides={{'num_steps': "
+                        "...} keeps them. "
+                    )
+                    self._final_steps = enough
         self._extend_schedule()
         steps = self._final_steps
         num = int(self._left_for_rounds() // steps)
@@ -871,8 +1002,11 @@ class _Tuner:
         findings += plan.findings
         space = self._overrides.get("next_space")
         if space is None:
-            space = plan.answer.space if plan.answer is not None else self._first_space(num)
-        top = outcomes(first).order[: min(max(1, num // _KEPT_PART), _KEPT_CANDIDATES)]
+            known = moved and plan.answer is not None
+            space = plan.answer.space if known else self._first_space(num)
+            space = rates.within(space, self._bound)
+        num_kept = min(max(1, num // _KEPT_PART), _KEPT_CANDIDATES)
+        top = np.array([trial for _, trial in _ranked([first])[:num_kept]])
         kept = {name: values[top] for name, values in first.points.items()}
         fresh = num - len(top)
         # Who gives the space of this round gets it.
@@ -891,26 +1025,25 @@ class _Tuner:
         studies = {"search": runner.run(points, directory=self._folder(ROUND_2))}
         studies["search"] = _covered(studies["search"], space, first)
         said = (
-            f"{num} trials of {steps} steps: the best {len(top)} of round 1, "
+            f"{self._told_length()}{num} trials of {steps} steps: the best {len(top)} of round 1, "
             f"{fresh - num_refined} around the good ones"
         )
         closer = self._closer(studies["search"], num_refined)
         if closer is not None:
             none = {name: values[:0] for name, values in points.items()}
-            points = self._beside(
-                none, closer.space, num_refined, fresh - num_refined, closer.fixed
-            )
+            near = rates.within(closer.space, self._bound)
+            points = self._beside(none, near, num_refined, fresh - num_refined, closer.fixed)
             study = runner.run(points, directory=self._folder(f"{ROUND_2}_refined"))
-            studies["refined"] = _covered(study, closer.space, first)
+            studies["refined"] = _covered(study, near, first)
             said += f", and {num_refined} around the best {_REFINED_AROUND} of these"
         for study in studies.values():
             findings += diagnose.diagnose(study)
         evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
         ranked = _ranked(list(studies.values()))
         if ranked:
-            best = ranked[0][0].best()
-            said += f". The best reaches {best.value:.4g} at step {best.step}."
-            evidence["value"] = best.value
+            value, step = _checkpoint(*ranked[0])
+            said += f". The best reaches {value:.4g} at step {step}."
+            evidence["value"] = value
         else:
             said += ". Every one is infeasible at this length."
         cost = steps * sum(study.num_trials for study in studies.values())
@@ -968,12 +1101,15 @@ class _Tuner:
         """The best candidates with several seeds; the best of them is the recipe."""
         ranked = _ranked(second) or _ranked([] if first is None else [first])
         source = ranked[0][0] if ranked else None
+        useless = None if source is None else _useless(source)
+        if useless and "point" not in self._overrides:
+            return self._refuse(useless)
         given = self._overrides.get("point")
         instead = ""
         if source is None and given is None and self._rate and self._left() >= self._final_steps:
             # Rounds of a trial or two may have met only rates at which training breaks.
             given = {n: v for n, v in self._defaults().items() if n in self._space}
-            given[LEARNING_RATE] = self._rate
+            given |= self._scaled(self._rate)
             instead = "The rounds have no feasible trial, so this is the best of the sweep. "
         key = jax.random.fold_in(self._key, _RETRAIN_STREAM)
         empty = np.array([], np.float64)
@@ -995,21 +1131,22 @@ class _Tuner:
             room = self._left() // (steps * max(seeds, 1))
             candidates = min(candidates, len(ranked), room)
             if candidates < 1:
-                best = source.best()
-                point = {name: value.item() for name, value in best.point.items()}
+                trial = ranked[0][1]
+                value, step = _checkpoint(source, trial)
+                point = {name: given.item() for name, given in source.point(trial).items()}
                 self._final_steps = int(source.spec["num_steps"])
                 stream = _FIRST_STREAM if source is first else _SECOND_STREAM
                 key = jax.random.fold_in(self._key, stream)
                 self._decide(
                     RETRAIN,
-                    f"The recipe is the best trial, {best.value:.4g} at step {best.step}; the "
-                    "budget leaves no room to train it again, so its spread is unknown.",
-                    {"point": point, "value": best.value},
+                    f"The recipe is the best trial, {value:.4g} at step {step}; the budget leaves "
+                    f"no room to train it again, so its spread is unknown.{_told_limit(source)}",
+                    {"point": point, "value": value},
                     "point",
                     "Give at least 6 trials.",
                     severity="warning",
                 )
-                return self._recipe(point, np.array([best.value]), None, None, key)
+                return self._recipe(point, np.array([value]), None, None, key)
             points = {
                 name: np.stack([study.points[name][t] for study, t in ranked[:candidates]])
                 for name in source.points
@@ -1026,41 +1163,61 @@ class _Tuner:
             directory=self._folder(RETRAIN),
         )
         cost = study.num_trials * seeds * steps
-        findings = diagnose.diagnose(study) if study.num_trials > 1 else []
+        info = resolution_info(study)
+        findings = diagnose.diagnose(study) if study.num_trials > 1 else resolution_findings(info)
         if source is not None and first is not None:
             # The space says what the indices of choices mean.
             study = _covered(study, SearchSpace.from_dict(source.spec["space"]), first)
-        try:
-            best = study.best()
-        except NoFeasibleTrial:
+        nothing = Verdict(None, tuple(findings), {"retrain": study}, cost)
+        if info.best < 0:
             self._decide(
                 RETRAIN,
                 "Every candidate is infeasible with some other seed.",
                 {},
                 "point",
                 "Lower the learning rate, or look at pbx.procedures.stabilize.",
-                verdict=Verdict(None, tuple(findings), {"retrain": study}, cost),
+                verdict=nothing,
                 severity="error",
             )
             return self._recipe(None, empty, None, None, key)
-        values = best_by_seed(study, best.trial)
-        point = {name: value.item() for name, value in best.point.items()}
+        useless = _useless(study)
+        if useless:
+            return self._refuse(useless, nothing)
+        trial = info.best
+        values = best_by_seed(study, trial)
+        point = {name: value.item() for name, value in study.point(trial).items()}
         spread = f", standard deviation {np.std(values, ddof=1):.3g}" if seeds > 1 else ""
         self._decide(
             RETRAIN,
-            f"{instead}Of {study.num_trials} candidate(s), each trained with {seeds} seed(s) which "
-            f"it was not tuned on, number {best.trial + 1} is best: {study.objective} = "
-            f"{np.mean(values):.4g} on average{spread}.",
+            f"{self._told_length()}{instead}Of {study.num_trials} candidate(s), each trained with "
+            f"{seeds} seed(s) which it was not tuned on, trial {trial} is best: "
+            f"{study.objective} = {np.mean(values):.4g} on average{spread}.{_told_limit(study)}",
             {"point": point, "values": [float(value) for value in values]},
             "point",
             verdict=Verdict(point, tuple(findings), {"retrain": study}, cost),
         )
-        sign = -1.0 if study.maximize else 1.0
-        seed = int(np.argmin(sign * values))
-        chosen = (best.trial, seed if seeds > 1 else None)
+        chosen = (trial, best_seed(study, trial) if seeds > 1 else None)
         return self._recipe(point, values, study.params(*chosen), study.model_state(*chosen), key)
 
     # Pieces -------------------------------------------------------------------------------------
+
+    def _refuse(self, useless: Finding, verdict: Verdict | None = None) -> Recipe:
+        """No recipe, since training did nothing that the objective can tell."""
+        self._decide(
+            RETRAIN,
+            f"There is no recipe. {useless.message}",
+            useless.evidence,
+            "space",
+            useless.suggestion,
+            verdict=verdict or Verdict(None, (useless,), {}, 0),
+            severity="error",
+        )
+        return self._recipe(None, np.array([], np.float64), None, None, self._key)
+
+    def _told_length(self) -> str:
+        """What there is to say of the length of the final run, once."""
+        told, self._shortened = self._shortened, ""
+        return told
 
     @property
     def _judged_by(self) -> Trainer:
@@ -1187,15 +1344,28 @@ class _Tuner:
         if "learning_rate_range" in self._overrides:
             low, high = self._overrides["learning_rate_range"]
             return float(low), float(high)
+        line = _rates(self._space)
         if self._rate is None:
-            line = _rates(self._space)
             return float(line.low), float(line.high)
         low, high = self._rate / _RATE_FACTOR, self._rate * _RATE_FACTOR
-        # A range of the user's own is left only where the best lies at its end.
-        least, most = self._swept
-        low = max(low, least) if least < self._rate else low
-        high = min(high, most) if self._rate < most else high
-        return low, high
+        if self._given_space is None:
+            return low, high
+        near = rates.around(line, self._rate, _RATE_FACTOR)
+        return near.low, near.high
+
+    def _bounded(self, rate: float) -> float:
+        """A rate, or factor, moved into the range that the user gave."""
+        line = self._swept_range()
+        if self._given_space is None or line is None:
+            return rate
+        return min(max(rate, float(line.low)), float(line.high))
+
+    def _scaled(self, factor: float) -> dict[str, float]:
+        """The learning rate or rates, by name."""
+        if not self._rates:
+            return {LEARNING_RATE: factor}
+        middle = _middle(self._space)
+        return {name: float(middle[name]) * factor for name in self._rates}
 
     def _first_space(self, num_trials: int) -> SearchSpace:
         """The space of round 1: dimensions that its trials can afford, rates around the best."""
@@ -1207,6 +1377,13 @@ class _Tuner:
         known = own is None and self._rate is not None
         if LEARNING_RATE in space and (known or "learning_rate_range" in self._overrides):
             space = SearchSpace({**space, LEARNING_RATE: Float(*self._rate_range(), scale="log")})
+        if known and self._rates:
+            assert self._rate is not None
+            near = {
+                name: rates.around(_rates(space, name), rate, _RATE_FACTOR)
+                for name, rate in self._scaled(self._rate).items()
+            }
+            space = SearchSpace({**space, **near})
         return space
 
     def _longer_first(self) -> str:
@@ -1242,13 +1419,12 @@ class _Tuner:
         return " and ".join(said) or "neither"
 
 
-def _extended(line: Float, study: Study) -> Float | None:
+def _extended(line: Float, study: Study, best: float | None) -> Float | None:
     """A range two decades beyond the end at which the best learning rate lies."""
-    rate = float(study.best().point[LEARNING_RATE])
-    rates = study.points[LEARNING_RATE]
-    if rate <= float(rates.min()):
+    swept = study.points[LEARNING_RATE]
+    if best is not None and best <= float(swept.min()):
         # Below a linear range that begins at 0 there is what its grid left out.
-        low = line.low or float(rates[rates > 0].min())
+        low = line.low or float(swept[swept > 0].min())
         return _moved(low / 100, low * 3)
     return _moved(line.high / 3, line.high * 100)
 
@@ -1270,12 +1446,49 @@ def _alike(one: Parameter, other: Parameter) -> bool:
 
 
 def _ranked(studies: list[Study]) -> list[tuple[Study, int]]:
-    """The trials of studies of equal length that have a value, best first."""
-    found = []
-    for number, study in enumerate(studies):
-        out = outcomes(study)
-        found += [(float(out.loss[trial]), number, int(trial)) for trial in out.order]
-    return [(studies[number], trial) for _, number, trial in sorted(found)]
+    """The trials of studies of equal length that have a value, best first.
+
+    What validation cannot separate from the best is sorted as `_ties.settled_first` does.
+    """
+    outs = [outcomes(study) for study in studies]
+    found = [(i, int(trial)) for i, out in enumerate(outs) for trial in np.sort(out.order)]
+    if not found:
+        return []
+    loss = np.array([outs[i].loss[trial] for i, trial in found])
+    ties = np.array([outs[i].ties[:, trial] for i, trial in found]).T
+    points = [
+        np.array([studies[i].points[name][trial] for i, trial in found])
+        for name in studies[0].points
+        if all(name in study.points for study in studies)
+    ]
+    order = settled_first(loss, list(ties), outs[0].resolution, points)
+    return [(studies[found[row][0]], found[row][1]) for row in order]
+
+
+def _checkpoint(study: Study, trial: int) -> tuple[float, int]:
+    """A trial's best value and its step."""
+    out = outcomes(study)
+    return float(out.value[trial]), int(out.checkpoint_step[trial])
+
+
+def _useless(study: Study) -> Finding | None:
+    """Why nothing of a study can be a recipe, if training did nothing that the objective tells."""
+    found = resolution_findings(resolution_info(study))
+    return next((finding for finding in found if finding.severity == "error"), None)
+
+
+def _told_limit(study: Study) -> str:
+    """What validation can tell at all, in a sentence."""
+    info = resolution_info(study)
+    if not info.resolution:
+        return ""
+    may = ""
+    if math.isfinite(info.upper):
+        may = f", and on as many other examples it may be {info.upper:.3g} (95% confidence)"
+    return (
+        " Validation cannot separate what lies closer: "
+        f"{told_resolution(info.objective, info.resolution)}{may}."
+    )
 
 
 def _covered(study: Study, space: SearchSpace, first: Study) -> Study:

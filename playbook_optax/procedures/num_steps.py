@@ -291,6 +291,16 @@ def _nearest(study: Study, out: Outcomes) -> int:
     return int(min(tied, key=lambda trial: np.nan_to_num(loss.loss[trial], nan=np.inf)))
 
 
+def _fitted(fit: _Fit) -> str:
+    """What a trial did that got there: only a metric of the training set shows that it is fitted.
+
+    Of a policy's return, or of the losses of an endless stream, there is no set to fit.
+    """
+    if fit.metric.startswith("train/"):
+        return "fit the training set perfectly"
+    return "reached the value that was called a perfect fit"
+
+
 def _told(fit: _Fit) -> str:
     return f"{fit.metric} {'>=' if fit.maximize else '<='} {fit.value:g}"
 
@@ -300,8 +310,8 @@ def _candidate(info: StepsToTarget, steps: int, fit: _Fit, rates: np.ndarray) ->
     return Finding(
         "num_steps_candidate",
         "info",
-        f"The fastest of {len(rates)} trials, at the learning rate {rates[fastest]:.4g}, first fit "
-        f"the training set perfectly ({_told(fit)}) at the evaluation of step {steps}; "
+        f"The fastest of {len(rates)} trials, at the learning rate {rates[fastest]:.4g}, first "
+        f"{_fitted(fit)} ({_told(fit)}) at the evaluation of step {steps}; "
         f"{len(info.order)} trials did so within {int(info.step[-1])} steps.",
         {
             "num_steps": steps,
@@ -358,7 +368,7 @@ def _no_fit(value: float, rate: float, fit: _Fit, num_steps: int) -> Finding:
     return Finding(
         "no_perfect_fit",
         "warning",
-        f"No trial fit the training set perfectly ({_told(fit)}) in {num_steps} steps: the best "
+        f"No trial {_fitted(fit)} ({_told(fit)}) in {num_steps} steps: the best "
         f"{fit.metric} was {value:.4g}, at the learning rate {rate:.4g}.",
         {
             "num_steps": num_steps,
@@ -389,7 +399,7 @@ def _fits_untrained(fit: _Fit) -> Finding:
     return Finding(
         "fits_untrained",
         "warning",
-        f"A trial fits perfectly ({_told(fit)}) before its first update, so that this says nothing "
+        f"A trial {_fitted(fit)} ({_told(fit)}) before its first update, so that this says nothing "
         "about training.",
         {"fit_metric": fit.metric, "fit_value": fit.value, "maximize": fit.maximize},
         PICK_SECTION,

@@ -114,6 +114,8 @@ def _numbers(what: str, values: Any) -> np.ndarray:
 
 # Nobody stops a run that was evaluated but once since it began; many diverge there.
 _MIN_SEEN = 3
+# What nobody but our trials records.
+_OURS = "step/peak_gradient_norm"
 _OF_STEPS, _OF_TRAINING = "step/", ("step/", "train/")
 _ENDED = (
     "{} runs end before the last step, with no loss on its way up, and were taken as stopped "
@@ -268,11 +270,12 @@ class Imported:
             # Of an untrained model a metric may overflow, and means over updates are of none.
             bad[..., 0] = False
         ended = self._ended_early(bad, judged)
-        bad[ended] = False
         unchecked = {"divergence": _ENDED.format(int(ended.sum()))} if ended.any() else {}
-        infeasible = np.asarray(bad.any(axis=-1))
-        reason = np.where(infeasible, _feasibility.NONFINITE_LOSS, 0)
-        index = np.where(infeasible, bad.argmax(axis=-1), -1)
+        broken = np.asarray(bad.any(axis=-1))
+        # Of a run that ended too: the caller may know that it diverged.
+        reason = np.where(broken, _feasibility.NONFINITE_LOSS, 0)
+        index = np.where(broken, bad.argmax(axis=-1), -1)
+        infeasible = broken & ~ended
         if self.failed is not None:  # Known without a reason: none is made up.
             infeasible = infeasible | self.failed[:, None]
         unseen = ""
@@ -297,7 +300,8 @@ class Imported:
         no loss was on its way back up, as before a divergence it mostly is.
         """
         ended = np.asarray(bad.any(axis=-1))
-        if self.present is not None:  # A table leaves out the rows of a run that has ended.
+        # A table leaves out the rows of a run that has ended, and our trials end by diverging only.
+        if self.present is not None or _OURS in self.metrics:
             return np.zeros_like(ended)
         first = np.where(ended, bad.argmax(axis=-1), len(self.step))[..., None]
         after = np.arange(len(self.step)) >= first
@@ -351,11 +355,10 @@ class Imported:
                     f"seed), got dtype {given.dtype} and shape {given.shape}."
                 )
             given = np.broadcast_to(given.reshape(num_trials, -1), judged.shape)
-            # Where the curves show no reason for what the caller knows, none is made up.
-            reason = np.where(given, reason, 0)
-            index = np.where(given, index, -1)
             judged = given
             unchecked = {"high_loss": "infeasible was given"}
+        # Where the curves show no reason for what the caller knows, none is made up.
+        reason, index = np.where(judged, reason, 0), np.where(judged, index, -1)
         if space is None:
             unchecked["boundary"] = "there is no search space"
         if num_evals == 1:

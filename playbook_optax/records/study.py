@@ -585,7 +585,8 @@ class Study:
         A run that ends early is not infeasible, and its best value counts: one of which every
         metric is NaN from the fourth evaluation on or a later one, with no loss back at its first
         value (of training: half-way back). That somebody stopped it, and it did not diverge, is a
-        guess, and ``spec["unchecked"]["divergence"]`` says so; `infeasible` overrules it.
+        guess, and ``spec["unchecked"]["divergence"]`` says so; `infeasible` overrules it. Of what
+        `make_train` returned it is not guessed: its trials end by diverging only.
 
         Args:
           points: hyperparameters, name to numbers of shape (trial,).

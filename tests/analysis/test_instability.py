@@ -343,6 +343,8 @@ def sweep(kinds, *, num_evals=41, norms=False, infeasible=None):
         curves.append(curve)
         peaks.append(norm)
     metrics = {"train/loss": np.array(curves)}
+    if "nan" in kinds:  # As of our own trials, which end by diverging only.
+        metrics["step/peak_gradient_norm"] = np.ones_like(curves)
     if norms:
         metrics |= {"step/gradient_norm": np.ones_like(curves), "step/peak_gradient_norm": peaks}
         metrics = {name: np.asarray(values) for name, values in metrics.items()}

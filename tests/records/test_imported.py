@@ -581,6 +581,9 @@ def test_a_run_that_ends_early_was_stopped_and_one_on_its_way_up_diverged():
     # A training loss is on its way up from half-way back on.
     rising = ended([3.0, 2.0, 2.6, NAN], [3.0, 2.0, 2.4, NAN], objective="train/loss")
     assert rising.data["infeasible"].values.tolist() == [True, False]
+    # Our own trials end by diverging only.
+    ours = ended([3.0, 2.0, 1.0, NAN], **{"step/peak_gradient_norm": [[NAN, 1.0, 1.0, NAN]]})
+    assert ours.data["infeasible"].values.tolist() == [True]
     # What is still measured has not ended.
     going = ended([3.0, 2.0, 1.0, NAN], **{"valid/accuracy": [[0.1, 0.2, 0.3, 0.1]]})
     assert going.data["infeasible"].values.tolist() == [True]
@@ -593,6 +596,8 @@ def test_what_the_caller_knows_overrules_the_guess_and_a_table_has_none():
         {"lr": [0.1]}, {"loss": curves}, np.arange(4), infeasible=np.array([True]), **arguments
     )
     assert known.data["infeasible"].values.tolist() == [True]
+    assert known.data["infeasible_step"].values.tolist() == [3]
+    assert known.data["infeasible_reason"].values.tolist() == ["nonfinite_loss"]
     assert "divergence" not in known.spec["unchecked"]
     table = pandas.DataFrame(
         {"n": [0] * 4, "lr": [0.1] * 4, "step": np.arange(4), "loss": curves[0]}

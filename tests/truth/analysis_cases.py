@@ -27,6 +27,7 @@ from playbook_optax.analysis.generalization import (
 from playbook_optax.analysis.importance import importance_findings, importance_info
 from playbook_optax.analysis.instability import instability_findings, instability_info
 from playbook_optax.analysis.isolation import isolation_findings, isolation_info
+from playbook_optax.analysis.resolution import resolution_findings, resolution_info
 from playbook_optax.analysis.schedule_shape import longer_schedule_findings
 from playbook_optax.analysis.stability import stability_findings, stability_info
 from playbook_optax.analysis.training_length import (
@@ -1082,6 +1083,70 @@ SCHEDULES = (
     ),
 )
 
+# What validation can tell -----------------------------------------------------------------------
+
+
+def counted(rng: np.random.Generator, errors: np.ndarray, jitter: int = 0) -> Study:
+    """Wrong ones (trial, eval) of 50 validation examples, a few more or less by chance."""
+    wrong = errors + rng.integers(-jitter, jitter + 1, errors.shape)
+    wrong[:, 0] = errors[:, 0]
+    return Study.from_arrays(
+        {"x": rng.permutation(len(errors))},
+        {"valid/error_rate": np.clip(wrong, 0, 50) / 50},
+        np.arange(errors.shape[1]) * 10,
+        objective="valid/error_rate",
+        resolution=0.02,
+    )
+
+
+def falling(ends: np.ndarray) -> np.ndarray:
+    """Errors that fall from 40 of 50 to these ends."""
+    return np.round(ends[:, None] + (40 - ends[:, None]) * np.exp(-time(12) / 0.1)).astype(int)
+
+
+APART, ALIKE = np.arange(8) * 3 + 2, np.array([0, 0, 0, 1, 3, 5, 8, 9])
+RESOLUTION = (
+    *cases(
+        "no_slope",
+        lambda study: resolution_findings(resolution_info(study)),
+        (
+            "no trial gets more than one example more, or fewer, right",
+            True,
+            lambda rng: counted(rng, np.full((8, 13), 33), 1),
+        ),
+        ("errors fall", False, lambda rng: counted(rng, falling(APART), 1)),
+        (
+            "one trial of eight learns something",
+            False,
+            lambda rng: counted(rng, np.r_[falling(APART[:1]), np.full((7, 13), 40)], 1),
+        ),
+    ),
+    *cases(
+        "best_at_start",
+        lambda study: resolution_findings(resolution_info(study)),
+        (
+            "errors rise from the first evaluation on",
+            True,
+            lambda rng: counted(rng, np.tile(10 + 2 * np.arange(13), (8, 1)), 1),
+        ),
+        ("errors fall", False, lambda rng: counted(rng, falling(APART), 1)),
+        (
+            "errors fall at first, and end higher than they were",
+            False,
+            lambda rng: counted(
+                rng, np.tile(20 - 8 * (np.arange(13) == 3) + np.arange(13), (8, 1)), 1
+            ),
+        ),
+    ),
+    *cases(
+        "validation_cannot_separate",
+        lambda study: resolution_findings(resolution_info(study)),
+        ("three of eight trials make no error", True, lambda rng: counted(rng, falling(ALIKE))),
+        ("trials lie three examples apart", False, lambda rng: counted(rng, falling(APART))),
+        ("losses, which every example changes", False, lambda rng: bowl(rng, 0.5, 0.01)),
+    ),
+)
+
 CASES: tuple[Case, ...] = (
     *LENGTH_CASES,
     *TWO_LENGTHS,
@@ -1093,6 +1158,7 @@ CASES: tuple[Case, ...] = (
     *IMPORTANCE,
     *INSTABILITY,
     *FEASIBILITY,
+    *RESOLUTION,
     *RECORDS,
     *HEALTHY,
     *BUDGETS,

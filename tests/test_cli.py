@@ -68,9 +68,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def complaint(capsys, *arguments):
-    """The one line that a user error prints."""
+    """The one line that a user error prints, after what was done until then."""
     assert cli.run(arguments) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    *done, line = capsys.readouterr().err.strip().splitlines()
+    assert all(" took " in one for one in done)
     assert line.startswith("playbook-optax: error: ")
     return line
 

@@ -131,9 +131,10 @@ def stage(what: str) -> Iterator[None]:
         timer = threading.Timer(LONG_STAGE_SECONDS, _print, (teller, f"{what} goes on …"))
         timer.daemon = True
         timer.start()
-    began = time.monotonic()
+    began, failed = time.monotonic(), True
     try:
         yield
+        failed = False
     finally:
         seconds = time.monotonic() - began
         teller.staged += seconds
@@ -141,7 +142,7 @@ def stage(what: str) -> Iterator[None]:
             timer.cancel()
         if is_open:
             _write(f"{seconds:.1f} s\n")
-        else:
+        elif not failed:  # The error says what there is to say.
             _print(teller, f"{what} took {seconds:.1f} s")
 
 

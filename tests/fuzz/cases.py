@@ -412,7 +412,8 @@ def read_study(study, folder, rng):
     if study is None:
         return
     repr(study)
-    study._repr_html_()
+    if rng.random() < 0.1:  # A picture takes as long as all the rest.
+        study._repr_html_()
     if study.num_trials:
         check_best(study)
         for value in study.point(study.num_trials - 1).values():

@@ -86,6 +86,13 @@ def test_a_pipe_gets_each_stage_as_a_whole_line(standard_error, clock):
     assert pipe.getvalue() == "mine: compiling took 12.3 s\n"
 
 
+def test_of_a_stage_that_fails_the_error_speaks(standard_error):
+    pipe = standard_error(io.StringIO())
+    with pytest.raises(ValueError, match="mine"), telling(True, "mine"), stage("tracing"):
+        raise ValueError("mine")
+    assert pipe.getvalue() == ""
+
+
 def test_a_pipe_is_told_of_a_stage_that_is_long_in_coming(standard_error, monkeypatch):
     pipe = standard_error(io.StringIO())
     monkeypatch.setattr(progress, "LONG_STAGE_SECONDS", 0.0)

@@ -372,13 +372,18 @@ def test_eight_forced_devices_and_padding_change_no_bit_of_the_count():  # 82
     assert one[1] == many[1]
 
 
-def test_progress_is_silent_without_a_terminal(capfd):
-    study_of(tiny.SPACE, 2, progress=True)
+def test_progress_goes_to_standard_error_and_only_if_it_is_wanted(capfd):
+    study_of(tiny.SPACE, 2, progress=False)
     assert capfd.readouterr() == ("", "")
+    study_of(tiny.SPACE, 2, progress=True)
+    out, told = capfd.readouterr()
+    assert out == ""
+    assert "noisy: training 2 trials x " in told.splitlines()[-1]
 
 
 def test_progress_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("playbook_optax.runner.progress.BAR_SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "160")
     study_of(rates(0.1, 1e30), progress=True, trials_per_block=1)
     shown = capsys.readouterr().err

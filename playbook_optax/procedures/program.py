@@ -38,8 +38,8 @@ STYLES = (OURS, OPTAX)
 # Importing the script that was started would run it again.
 _MAIN = ("__main__", "__mp_main__")
 _WIDTH = 99
-# What a sweep, a round or the last chapter may say that leaves no answer.
-_NO_ANSWER = ("validation_cannot_separate", "no_slope", "best_at_start")
+# What the study of the answer may say that leaves none, and what any study may say of a choice.
+_NO_ANSWER, _CHOICE = ("no_slope", "best_at_start"), "validation_cannot_separate"
 
 _LOOP = """
 key = jax.random.wrap_key_data(jnp.uint32({key}){impl})
@@ -206,12 +206,17 @@ def against(recipe: "Recipe") -> list[Finding]:
       recipe: the recipe.
 
     Returns:
-      Its decisions of these severities, and the findings of any chapter whose codes say that its
-      answer may be none.
+      Its decisions of these severities; what the last chapter that trained something says of an
+      answer that may be none; and the last that was said of trials that are equal to validation.
     """
-    found = [f for f in recipe.findings if f.severity != "info"]
-    decisions = [chapter.decision for chapter in recipe.chapters]
-    return by_severity(f for f in found if f in decisions or f.code in _NO_ANSWER)
+    chapters = recipe.chapters
+    last = max((i for i, c in enumerate(chapters) if c.verdict.studies), default=len(chapters) - 1)
+    seen: dict[str, Finding] = {}
+    for i, chapter in enumerate(chapters):
+        codes = (_CHOICE, *_NO_ANSWER) if i == last else (_CHOICE,)
+        seen |= {f.code: f for f in chapter.verdict.findings if f.code in codes}
+    found = [*(chapter.decision for chapter in chapters), *seen.values()]
+    return by_severity(finding for finding in found if finding.severity != "info")
 
 
 def _comment(text: str) -> list[str]:

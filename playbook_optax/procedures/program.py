@@ -39,8 +39,8 @@ STYLES = (OURS, OPTAX)
 # Importing the script that was started would run it again.
 _MAIN = ("__main__", "__mp_main__")
 _WIDTH = 99
-# What the studies that a recipe rests on may say against it.
-_NO_ANSWER = ("validation_cannot_separate", "no_slope", "best_at_start")
+# What the study of the answer may say that leaves none, and what any study may say of a choice.
+_NO_ANSWER, _CHOICE = ("no_slope", "best_at_start"), "validation_cannot_separate"
 
 _LOOP = """
 key = jax.random.wrap_key_data(jnp.uint32({key}){impl})
@@ -212,12 +212,17 @@ def against(recipe: "Recipe") -> list[Finding]:
       recipe: the recipe.
 
     Returns:
-      Its decisions of these severities, and what the last studies say that leaves no answer.
+      Its decisions of these severities; what the last chapter that trained something says of an
+      answer that may be none; and the last that was said of trials that are equal to validation.
     """
-    last = [chapter.verdict for chapter in recipe.chapters if chapter.verdict.studies][-1:]
-    found = [chapter.decision for chapter in recipe.chapters]
-    found += [f for verdict in last for f in verdict.findings if f.code in _NO_ANSWER]
-    return by_severity(f for f in found if f.severity != "info")
+    chapters = recipe.chapters
+    last = max((i for i, c in enumerate(chapters) if c.verdict.studies), default=len(chapters) - 1)
+    seen: dict[str, Finding] = {}
+    for i, chapter in enumerate(chapters):
+        codes = (_CHOICE, *_NO_ANSWER) if i == last else (_CHOICE,)
+        seen |= {f.code: f for f in chapter.verdict.findings if f.code in codes}
+    found = [*(chapter.decision for chapter in chapters), *seen.values()]
+    return by_severity(finding for finding in found if finding.severity != "info")
 
 
 def _comment(text: str) -> list[str]:

@@ -428,8 +428,27 @@ def test_what_there_is_against_a_recipe_stands_above_its_program():
 
     decided = finding("decided_retrain", "warning")
     seen = [finding("best_at_start", "error"), finding("still_improving", "warning")]
-    chapter = tune.Chapter(tune.RETRAIN, decided, Verdict(None, tuple(seen), {}, 0))
-    recipe = recipe_of(tiny.quadratic(), {"learning_rate": 0.1}, "sgd", chapters=(chapter,))
+    tied = finding("validation_cannot_separate", "warning")
+    earlier = [
+        finding("no_slope", "error"),
+        dataclasses.replace(tied, message="Said before."),
+        tied,
+    ]
+    chapters = tuple(
+        tune.Chapter(name, decision, Verdict(None, tuple(findings), {"study": None}, 0))
+        for name, decision, findings in (
+            (tune.LEARNING_RATE_CHAPTER, finding("decided_rate", "info"), earlier),
+            (tune.RETRAIN, decided, seen),
+        )
+    )
+    recipe = recipe_of(tiny.quadratic(), {"learning_rate": 0.1}, "sgd")
+    # Neither what only an earlier study said of its own best, nor what concerns no answer.
+    first = dataclasses.replace(recipe, chapters=chapters[:1])
+    assert program.against(first) == [earlier[0], tied]
+    both = dataclasses.replace(recipe, chapters=chapters)
+    assert program.against(both) == [seen[0], decided, tied]
+    chapters = (tune.Chapter(tune.RETRAIN, decided, Verdict(None, tuple(seen), {}, 0)),)
+    recipe = dataclasses.replace(recipe, chapters=chapters)
     assert program.against(recipe) == [seen[0], decided]
     head = recipe.to_python().splitlines()
     assert head[0].startswith("# quadratic, not tuned: valid/loss = 0.375 (standard deviation")

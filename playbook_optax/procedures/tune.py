@@ -30,6 +30,10 @@ from playbook_optax.analysis.resolution import (
     told_resolution,
 )
 from playbook_optax.analysis.spreads import best_by_seed, best_seed
+from playbook_optax.analysis.training_length import (
+    training_length_findings,
+    training_length_info,
+)
 from playbook_optax.procedures import controls, rates, shown
 from playbook_optax.procedures.clipping import LEARNING_RATE, subdirectory
 from playbook_optax.procedures.learning_rate import best_rate, sweep_learning_rate
@@ -1050,7 +1054,7 @@ class _Tuner:
         # Of a round that moved nothing there is nothing to learn but to train longer.
         moved = _useless(first) is None
         if moved and "num_steps" not in self._overrides:
-            refined = refine_num_steps(self._judged_by, first, key=self._key)
+            refined = refine_num_steps(self._trainer, first, key=self._key)
             findings += refined.findings
             if refined.answer is not None and refined.answer < self._first_steps:
                 enough = max(int(refined.answer), 2 * self._pipeline.warmup_steps, 1)
@@ -1112,6 +1116,7 @@ class _Tuner:
             said += f", and {num_refined} around the best {_REFINED_AROUND} of these"
         for study in studies.values():
             findings += diagnose.diagnose(study)
+        findings += _longer_helped(first, studies["search"])
         evidence: dict[str, Any] = {"num_trials": num, "num_steps": steps, "space": space.to_dict()}
         ranked = _ranked(list(studies.values()))
         if ranked:
@@ -1570,6 +1575,19 @@ def _covered(study: Study, space: SearchSpace, first: Study) -> Study:
     for name, values in study.points.items():
         found[name] = _wide_enough(space[name] if name in space else known[name], values)
     return dataclasses.replace(study, spec={**study.spec, "space": SearchSpace(found).to_dict()})
+
+
+def _longer_helped(shorter: Study, longer: Study) -> list[Finding]:
+    """Whether the best points of round 1 gained from the length of round 2.
+
+    They were chosen for their results in round 1, which luck had a part in: so that they gained is
+    believed, and that they did not is not.
+    """
+    if int(longer.data["step"].values[-1]) <= int(shorter.data["step"].values[-1]):
+        return []
+    info = training_length_info(longer, shorter=shorter)
+    gained = info.basis == "lengths" and info.compute_bound
+    return training_length_findings(info) if gained else []
 
 
 def _wide_enough(parameter: Parameter, values: np.ndarray) -> Parameter:

@@ -75,6 +75,14 @@ def fact(code: str, name: str, holds: bool, findings: Callable[[], Iterable[Find
     return Case(code, name, holds, lambda _: told())
 
 
+def plain(code: str, rule: Callable[[Any], Iterable[Finding]], *worlds: World) -> tuple[Case, ...]:
+    """As `cases`, of worlds whose draws do not differ in what matters: one is looked at, once."""
+    return tuple(
+        fact(code, name, holds, lambda draw=draw: rule(draw(np.random.default_rng(0))))
+        for name, holds, draw in worlds
+    )
+
+
 # Training length --------------------------------------------------------------------------------
 
 
@@ -392,7 +400,7 @@ CURVES = (
             lambda rng: curves(rng, 0.2 + 2 * np.maximum(0.5 - T, 0), 0.01),
         ),
     ),
-    *cases(
+    *plain(
         "curve_check_skipped",
         lambda study: curve_findings(curve_info(study)),
         ("five evaluations", True, lambda rng: curves(rng, 2 - time(5), 0.01)),
@@ -769,7 +777,7 @@ INSTABILITY = (
         ("bumps of an instant", False, lambda rng: trained(rng, 0.01, spike(1.0, 0.024), ABOVE)),
         ("losses fall", False, lambda rng: trained(rng, 0.02)),
     ),
-    *cases(
+    *plain(
         "instability_check_skipped",
         lambda study: instability_findings(instability_info(study)),
         ("no training loss", True, lambda rng: bowl(rng, 0.5, 0.1, num_trials=4)),
@@ -829,7 +837,7 @@ FEASIBILITY = tuple(
         ("no_finite_objective", {"fail": 0.5, "silent": 0.5}, {"fail": 0.5}),
         ("some_without_value", {"silent": 0.3}, {}),
     )
-    for case in cases(
+    for case in plain(
         code,
         lambda study: feasibility_findings(feasibility_info(study)),
         *(
@@ -851,13 +859,13 @@ RECORDS = (
         ("losses that rise until they are NaN", False, lambda rng: stopping(rng, True)),
         ("runs of full length", False, lambda rng: trained(rng, 0.01)),
     ),
-    *cases(
+    *plain(
         "high_loss_check_skipped",
         unjudged,
         ("no training loss", True, lambda rng: stopping(rng, False)),
         ("a training loss", False, lambda rng: curves(rng, 2 - T, 0.1, name="train/loss")),
     ),
-    *cases(
+    *plain(
         "boundary_check_skipped",
         lambda study: boundary_findings(boundary_info(study)),
         ("no search space", True, lambda rng: outcomes_of(rng)),
@@ -974,7 +982,7 @@ BUDGETS = (
             lambda rng: ranked(rng, plateau(rng)),
         ),
     ),
-    *cases(
+    *plain(
         "budget_cannot_tell",
         budget,
         ("one trial", True, lambda rng: ranked(rng, rng.random(1))),
@@ -1042,19 +1050,19 @@ ISOLATION = (
         ("alike", True, lambda rng: widths(rng, 0.0, 0.05)),
         ("better by a lot", False, lambda rng: widths(rng, 0.3, 0.01)),
     ),
-    *cases(
+    *plain(
         "isolation_unequal",
         isolated,
         ("8 trials and 24", True, lambda rng: widths(rng, 0.0, 0.05, (8, 24))),
         ("10 trials each", False, lambda rng: widths(rng, 0.0, 0.05)),
     ),
-    *cases(
+    *plain(
         "isolation_value_infeasible",
         isolated,
         ("all trials of one value fail", True, lambda rng: widths(rng, 0.0, 0.05, broken=True)),
         ("none fails", False, lambda rng: widths(rng, 0.0, 0.05)),
     ),
-    *cases(
+    *plain(
         "isolation_nothing",
         isolated,
         ("every trial fails", True, nothing),

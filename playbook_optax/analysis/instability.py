@@ -888,6 +888,11 @@ def instability_findings(info: InstabilityInfo) -> list[Finding]:
     """
     found = []
     if info.skipped:
+        advice = f"Evaluate at least every {info.num_steps // MIN_POINTS} steps."
+        if not info.loss:
+            advice = "Record the training loss as 'train/loss'."
+        elif info.num_steps < MIN_POINTS:
+            advice = f"It takes a run of {MIN_POINTS} steps or more."
         found.append(
             Finding(
                 "instability_check_skipped",
@@ -895,7 +900,7 @@ def instability_findings(info: InstabilityInfo) -> list[Finding]:
                 f"Whether the loss rose when it should fall was not checked: {info.skipped}.",
                 {"reason": info.skipped},
                 SECTION,
-                "Record the training loss at least eight times in a run.",
+                advice,
             )
         )
     unstable = [trial for trial in info.above if info.rows[trial].unstable]

@@ -547,7 +547,7 @@ class _Judge(NamedTuple):
                 behind = self.scale.scaled(values) - self.scale.scaled(goal.best_value)
                 useful &= behind <= self.scale.noise(goal, goal)
         rates = np.asarray(row.learning_rates)[useful]
-        return row._replace(largest_useful_learning_rate=float(rates.max(initial=0.0)) or math.nan)
+        return row._replace(largest_useful_learning_rate=max(rates.tolist(), default=math.nan))
 
 
 def judge_remedies(

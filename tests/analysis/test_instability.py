@@ -446,6 +446,10 @@ def test_without_a_training_loss_the_check_says_that_it_was_skipped():
 def test_few_evaluations_are_told_of():
     info = instability_info(sweep(["", ""], num_evals=6))
     assert "5 evaluations after the first update are too few" in info.skipped
+    (finding,) = instability_findings(info)
+    assert finding.suggestion == "Evaluate at least every 6 steps."
+    (finding,) = instability_findings(info._replace(num_steps=7))
+    assert finding.suggestion == "It takes a run of 8 steps or more."
 
 
 def test_a_table_from_elsewhere():

@@ -654,9 +654,9 @@ IMPORTANCE = (
         ("it does nothing, 80 trials", True, lambda rng: effects(rng, 0.0, 80)),
         ("it does nothing, 80 trials, much noise", True, lambda rng: effects(rng, 0.0, 80, 1.0)),
         (
-            "a fifth of the variance of ranks is its, 40 trials",
+            "a third of the variance is its, 40 trials",
             False,
-            lambda rng: effects(rng, 1.73 * 0.5, 40, 0.5),
+            lambda rng: effects(rng, 0.5 * 6**0.5, 40, 0.5),
         ),
         ("it does nothing, and 16 trials cannot tell", False, lambda rng: effects(rng, 0.0, 16)),
     ),

@@ -319,7 +319,7 @@ class Tune:
             overrides=overrides,
             trials_per_block=self.trials_per_block,
         )
-        tuned.write(recipe, folder, self.workload if _is_zoo(self.workload) else None)
+        tuned.store(recipe, folder, self.workload if _is_zoo(self.workload) else None)
         page = write_recipe_report(recipe, folder, self.workload)
         _tell_recipe(recipe)
         if recipe.point is None:

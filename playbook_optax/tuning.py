@@ -128,7 +128,7 @@ def tune(
     if directory is None:
         return recipe
     try:
-        tuned.write(recipe, directory)
+        tuned.store(recipe, directory)
         page = write_recipe_report(recipe, directory)
     except Exception as error:
         # What was paid for with training is not lost for want of a drawing.
@@ -273,16 +273,15 @@ def _facts(recipe: Recipe) -> list[tuple[str, str]]:
 def _shown_point(recipe: Recipe) -> dict[str, str]:
     """The point as text, with the labels of choices where a study knows them."""
     assert recipe.point is not None
+    numbers = {name: shown_number(value) for name, value in recipe.point.items()}
     for study in reversed(recipe.studies.values()):
         values = study.points
-        if set(values) != set(recipe.point):
+        if not set(values) <= set(recipe.point):
             continue
-        same = np.all(
-            [values[n] == np.asarray(v, values[n].dtype) for n, v in recipe.point.items()], 0
-        )
+        same = np.all([v == np.asarray(recipe.point[n], v.dtype) for n, v in values.items()], 0)
         if same.any():
-            return shown_point(study, int(np.argmax(same)))
-    return {name: shown_number(value) for name, value in recipe.point.items()}
+            return numbers | shown_point(study, int(np.argmax(same)))
+    return numbers
 
 
 def _decisions(chapter: Chapter, pictures: Pictures) -> list[Decision]:

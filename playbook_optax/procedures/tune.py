@@ -531,6 +531,7 @@ class _Tuner:
         how: dict[str, Any],
     ) -> None:
         keys.check_key("key", key)
+        self._own_fixed = dict(how.get("fixed") or {})
         if space is not None and not isinstance(space, SearchSpace):
             raise _checks.ArgumentTypeError(f"space must be a pbx.SearchSpace, got {space!r}.")
         for what, given in (("make_optimizer", make_optimizer), ("make_schedule", make_schedule)):
@@ -1321,6 +1322,8 @@ class _Tuner:
     def _recipe(
         self, point: Any, values: np.ndarray, params: Any, model_state: Any, key: chex.PRNGKey
     ) -> Recipe:
+        if point is not None:
+            point = {**self._own_fixed, **point}
         return Recipe(
             workload=self._workload,
             pipeline=self._pipeline,

@@ -121,7 +121,7 @@ class _StoredAnswer(typing.NamedTuple):
 # Writing ----------------------------------------------------------------------------------------
 
 
-def write(recipe: Recipe, directory: str | os.PathLike[str], zoo: str | None = None) -> Path:
+def store(recipe: Recipe, directory: str | os.PathLike[str], zoo: str | None = None) -> Path:
     """Stores what a recipe rests on as ``recipe.json``, whole or not at all.
 
     Args:
@@ -310,8 +310,14 @@ def _check_point(recipe: Recipe) -> None:
         raise ValueError("it has a point and no value")
     numbers = {name: float(value) for name, value in point.items()}
     for study in recipe.studies.values():
-        if set(study.points) == set(point) and study.objective == recipe.objective:
-            same = [study.points[n].astype(np.float64) == v for n, v in numbers.items()]
+        searched, fixed = study.points, study.spec.get("fixed", {})
+        held = all(
+            n in fixed and np.float32(fixed[n]) == np.float32(v)
+            for n, v in numbers.items()
+            if n not in searched
+        )
+        if set(searched) <= set(point) and held and study.objective == recipe.objective:
+            same = [values.astype(np.float64) == numbers[n] for n, values in searched.items()]
             for trial in np.flatnonzero(np.all(same, axis=0)):
                 curves = study.data[study.objective].values[trial].astype(np.float64)
                 if np.isin(recipe.values, curves).all():

@@ -243,7 +243,7 @@ def store_tuning(folder):
         objective="valid/loss",
         maximize=False,
     )
-    tuned.write(recipe, folder, "digits_mlp")
+    tuned.store(recipe, folder, "digits_mlp")
 
 
 TOLD = {"name": "w", "objective": "valid/loss", "maximize": False, "from_host": False}

@@ -328,3 +328,23 @@ def test_a_program_draws_what_an_evaluation_with_a_key_drew():
     namespace = {"workload": noisy, "__name__": "recipe"}
     exec(recipe.to_python(), namespace)
     np.testing.assert_allclose(namespace["values"], recipe.values, rtol=1e-5)
+
+
+def test_what_a_trainer_fixes_is_part_of_the_recipe(tmp_path):
+    trainer = pbx.Trainer(
+        tiny.quadratic(),
+        lambda point: pbx.momentum(point["learning_rate"], point["momentum"]),
+        fixed={"momentum": 0.3},
+        progress=False,
+    )
+    space = pbx.SearchSpace({"learning_rate": pbx.Float(1e-2, 1.0, scale="log")})
+    recipe = pbx.tune(
+        trainer, None, space, num_trials=12, num_steps=16, key=KEY, directory=tmp_path
+    )
+    assert recipe.point["momentum"] == 0.3
+    state = recipe.optimizer().init({"w": jnp.zeros(2)})
+    assert jax.tree.leaves(state)
+    assert "'momentum': 0.3" in recipe.to_python()
+    from playbook_optax.procedures import tuned
+
+    assert tuned.read(tmp_path)[0].point == recipe.point

@@ -37,7 +37,7 @@ def stored(tmp_path_factory):
         asked = {"num_trials": 120, "num_steps": 16, "key": KEY, "progress": False}
         recipe = tune.find_recipe(tiny.quadratic(), "sgd", RATE, **asked, directory=directory)
     assert all(recipe.cost[name] for name in tune.CHAPTERS if name != "num_steps")
-    tuned.write(recipe, directory)
+    tuned.store(recipe, directory)
     return recipe, directory
 
 
@@ -215,7 +215,7 @@ def test_functions_of_ones_own_are_told_of_and_not_stored(tmp_path):
         directory=tmp_path,
         overrides={"point": {"learning_rate": 0.25}, "max_norm": 10.0},
     )
-    tuned.write(recipe, tmp_path, "digits_mlp")
+    tuned.store(recipe, tmp_path, "digits_mlp")
     again, zoo = tuned.read(tmp_path)
     assert zoo == "digits_mlp"
     assert again.pipeline.max_norm == 10.0

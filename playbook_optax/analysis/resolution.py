@@ -216,10 +216,10 @@ def resolution_findings(info: ResolutionInfo) -> list[Finding]:
 
 def _tied(info: ResolutionInfo, evidence: dict[str, object]) -> Finding:
     num, share = len(info.tied), len(info.tied) / info.num_usable
-    chosen = f"trial {info.best} is taken, in the middle of their range"
+    chosen = f"trial {info.best} lies in the middle of their range"
     if info.breakers:
         chosen = (
-            f"trial {info.best} is taken for its {info.breakers[0]}, from the middle of what is "
+            f"trial {info.best} comes first by its {info.breakers[0]}, from the middle of what is "
             "alike in that, too"
         )
     may = ""

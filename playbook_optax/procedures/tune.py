@@ -104,6 +104,10 @@ _REFINED_FROM, _REFINED_AROUND, _REFINED_WIDTH = 6, 3, 0.15
 # Trials of the budget, at least, to (candidates, seeds) that are retrained at the end.
 _RETRAINED = ((45, (5, 3)), (24, (2, 3)), (10, (1, 3)), (6, (1, 2)))
 _EVALS = 20
+# What procedures say to who calls them, and `tune` does by itself or has decided already.
+_NOT_TOLD = ("evaluations_too_sparse", "healthy")
+# What nobody asks of the few candidates that are trained again.
+_NOT_ASKED = ("boundary_check_skipped", "importance_cannot_tell")
 # What each chapter folds into the key.
 _SWEEP_STREAM, _STABILITY_STREAM, _FIRST_STREAM, _SECOND_STREAM = 0, 2, 3, 4
 _POINTS_STREAM, _RETRAIN_STREAM = 5, 6
@@ -1245,6 +1249,7 @@ class _Tuner:
         cost = study.num_trials * seeds * steps
         info = resolution_info(study)
         findings = diagnose.diagnose(study) if study.num_trials > 1 else resolution_findings(info)
+        findings = [finding for finding in findings if finding.code not in _NOT_ASKED]
         if source is not None and first is not None:
             # The space says what the indices of choices mean.
             study = _covered(study, SearchSpace.from_dict(source.spec["space"]), first)
@@ -1371,7 +1376,10 @@ class _Tuner:
             section=_SECTIONS[name],
             suggestion=suggestion or f"To decide otherwise, give overrides={{{override!r}: ...}}.",
         )
-        self._chapters.append(Chapter(name, decision, verdict or Verdict(None, (), {}, 0)))
+        verdict = verdict or Verdict(None, (), {}, 0)
+        told = tuple(_told_here(f) for f in verdict.findings if f.code not in _NOT_TOLD)
+        verdict = dataclasses.replace(verdict, findings=told)
+        self._chapters.append(Chapter(name, decision, verdict))
         progress.say(f"decided {name}: {decision.message}")
         if self._directory is not None and self._spent() and not self._is_indexed:
             # Not before the first study, which may yet be refused.
@@ -1555,6 +1563,14 @@ def _useless(study: Study) -> Finding | None:
     """Why nothing of a study can be a recipe, if training did nothing that the objective tells."""
     found = resolution_findings(resolution_info(study))
     return next((finding for finding in found if finding.severity == "error"), None)
+
+
+def _told_here(finding: Finding) -> Finding:
+    """A procedure's finding, with advice that a caller of `tune` can follow."""
+    if finding.code != "no_perfect_fit":
+        return finding
+    advice = "Give a larger num_steps, and see that data augmentation and regularization are off."
+    return dataclasses.replace(finding, severity="info", suggestion=advice)
 
 
 def _told_limit(study: Study) -> str:

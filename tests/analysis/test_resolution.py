@@ -40,7 +40,7 @@ def test_one_example_is_a_tie_and_two_are_none():
     (finding,) = resolution_findings(info)
     assert finding.code == "validation_cannot_separate"
     assert "one example of 34 is 0.0294" in finding.message
-    assert "trial 3 is taken for its valid/loss" in finding.message
+    assert "trial 3 comes first by its valid/loss" in finding.message
     # A loss of less than one undecided example, log(2) / 34, is a tie as well.
     alike = [[1.0, 0.51], [1.0, 0.8], [1.0, 0.0], [1.0, 0.5]]
     record = study([[0.6, 3 * one], [0.6, 2 * one], [0.6, 4 * one], [0.6, 3 * one]], alike)

@@ -765,7 +765,9 @@ def instability_findings(info: InstabilityInfo) -> list[Finding]:
                 f"Whether the loss rose when it should fall was not checked: {info.skipped}.",
                 {"reason": info.skipped},
                 SECTION,
-                "Record the training loss at least eight times in a run.",
+                "Record the training loss at least eight times in a run."
+                if info.num_steps >= MIN_POINTS
+                else "",
             )
         )
     unstable = [trial for trial in info.above if info.rows[trial].unstable]

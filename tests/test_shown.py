@@ -90,8 +90,8 @@ def workload():
 
 
 def preflight():
-    timing = Timing(8, 1.0, 2.0, 3.0, 2**33)
-    return Preflight(8, (timing,) * 100, 4, 2**36, 10**6, 10**9, 1e9, findings(60))
+    timing = Timing(8, 1.0, 2.0, 3.0, 2**33, 5.0)
+    return Preflight(8, 8, (timing,) * 100, 4, 2**36, 10**6, 10**9, 1e9, findings(60))
 
 
 OBJECTS = {
@@ -265,7 +265,7 @@ def test_containers_are_told_by_their_first_entries():
     assert _shown.brief((1,)) == "(1)"
     assert _shown.brief({2}) == "{2}"
     assert _shown.brief(optax.EmptyState()) == "EmptyState()"
-    assert _shown.brief(Timing(1, 2.0, 3.0, 4.0, 5)).startswith("Timing(trials_per_block=1, ")
+    assert _shown.brief(Timing(1, 2.0, 3.0, 4.0, 5, 6.0)).startswith("Timing(trials_per_block=1, ")
     assert _shown.brief(tiny.sgd) == "sgd"
 
     class Silent:

@@ -113,9 +113,6 @@ def _overfitting_row(
     rise = float(means[-1] - earlier[best])
     error = max(noise, _wander(loss[best:])) * math.sqrt(2 / width)
     improvement = float(loss[0] - earlier[best])
-    if best == 0:
-        # Every stretch may be worse than the best evaluation, which is one of the first.
-        improvement = max(improvement, float(loss[0] - loss[:width].min() - 2 * noise))
     improved = improvement > ERRORS * error
     undone = rise / improvement if improved else 1.0
     level = abs(float(earlier[best]) - perfect)

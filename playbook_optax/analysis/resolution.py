@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax._ties import tie_breakers, tied_with_best
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.analysis.outcomes import Outcomes, metric_names, outcomes
@@ -18,6 +18,7 @@ _MANY, _FEW_TRIALS = 0.5, 4
 _LEVEL = 0.95
 
 
+@_shown.short
 class ResolutionInfo(NamedTuple):
     """What the objective of a study can tell.
 

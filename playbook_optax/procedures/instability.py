@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import chex
 import numpy as np
 
-from playbook_optax import _checks
+from playbook_optax import _checks, _shown
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.instability import InstabilityRow, instability_info
 from playbook_optax.procedures import clipping
@@ -29,6 +29,7 @@ LOWEST, HIGHEST = 1e-37, 1e37
 """Learning rates are not searched beyond these, where float32 ends."""
 
 
+@_shown.short
 class Limit(NamedTuple):
     """What is known of the learning rates tried so far, ascending.
 

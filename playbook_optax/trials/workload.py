@@ -122,6 +122,7 @@ class Workload:
     def __repr__(self) -> str:
         fields = {field.name: field.default for field in dataclasses.fields(self)}
         unset = [name for name, default in fields.items() if getattr(self, name) is default]
+        unset += [] if self.resolution else ["resolution"]
         return _shown.record("Workload", _shown.fields_of(self, unset))
 
     def final_evaluate(

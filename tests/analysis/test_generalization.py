@@ -65,6 +65,17 @@ def test_what_is_no_overfitting():
     assert by_training.skipped
 
 
+def test_overfitting_is_seen_where_it_is_worst():
+    """Best within the first fifth, above its first value for ever after: 1.09 to 3.04."""
+    worst = 1.09 - 0.15 * (1 - np.exp(-TIME / 0.02)) + 2.1 * TIME
+    for curve in (worst, 1.0 + 2.0 * TIME, np.where(TIME == 0.05, 0.5, 1.0 + 2.0 * TIME)):
+        (finding,) = found(study(np.tile(curve, (3, 1)), FALLING))
+        assert "which is all that it had improved, or more" in finding.message
+    # Without any improvement a rise has to be a fifth of the value itself.
+    assert found(study(np.tile(1.0 + 0.1 * TIME, (3, 1)), FALLING)) == []
+    assert found(study(np.tile(1.0 + 0.3 * TIME, (3, 1)), FALLING)) != []
+
+
 def test_a_rising_objective_overfits_when_it_falls():
     record = Study.from_arrays(
         {"x": np.arange(3)},

@@ -31,7 +31,9 @@ def outputs():
     pytest.importorskip("ipykernel")
     pytest.importorskip("matplotlib")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in CELLS])
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MPLBACKEND", raising=False)  # The command line sets it.
+        nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     return [cell.outputs for cell in notebook.cells]
 
 

@@ -4,12 +4,14 @@ Text of a workload, a space or a stored file stands in it as a literal of `_text
 comment; names are names of ours, or importable ones that a person gave or a module holds.
 """
 
+import dataclasses
 import os
 import sys
 import sysconfig
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import numpy as np
@@ -32,7 +34,7 @@ from playbook_optax.trials import keys
 from playbook_optax.trials.workload import Workload, resolve, takes_key
 
 if TYPE_CHECKING:
-    from playbook_optax.procedures.tune import Recipe
+    from playbook_optax.procedures.tune import Pipeline, Recipe
 
 OURS, OPTAX = "playbook_optax", "optax"
 STYLES = (OURS, OPTAX)
@@ -82,6 +84,23 @@ _, _, best_params = min(runs, key=lambda run: run[0])
 values = [{minus}worth[0] for worth, _, _ in runs]
 print(f"mean {{statistics.mean(values):.6g}}, standard deviation {{statistics.stdev(values):.6g}}")
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class NotStored:
+    """Stands for a function of a recipe that was read from a file.
+
+    Attributes:
+      name: what it is called.
+    """
+
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises."""
+        raise ValueError(
+            f"{self.name} is code, which is not stored: a recipe from a file only tells."
+        )
 
 
 def program(
@@ -426,6 +445,18 @@ def _own(head: _Head, function: Any, where: str | None, name: str) -> str:
     return name
 
 
+def _stored_schedule(pipeline: "Pipeline", steps: int, own: Callable[[int], str]) -> str:
+    """A schedule of the user's that nobody can call here, as a call of their function."""
+    since = pipeline.extended_from
+    if since is None or steps <= since:
+        made = own(steps)
+    else:
+        made = f"pbx.schedules.extend_for_longer_run({own(since)}, {numeral(steps - since)})"
+    if not pipeline.warmup_steps:
+        return made
+    return f"pbx.schedules.prepend_warmup({made}, {numeral(pipeline.warmup_steps)})"
+
+
 def _optimizer(
     head: _Head, recipe: "Recipe", point: dict[str, Any], where: str | None, ours: bool
 ) -> list[str]:
@@ -437,13 +468,18 @@ def _optimizer(
     if pipeline.make_schedule is not None:
         steps = recipe.num_steps - pipeline.warmup_steps
 
-        def own() -> str:
+        def own(num_steps: int = steps) -> str:
             name = _own(head, pipeline.make_schedule, None, "make_schedule")
             with_factor = {tune.LEARNING_RATE: 1.0} if pipeline.learning_rates else {}
-            return f"{name}({_point({**point, **with_factor})}, {numeral(steps)})"
+            return f"{name}({_point({**point, **with_factor})}, {numeral(num_steps)})"
 
-        write = in_optax.our_schedule if ours else in_optax.optax_schedule
-        made = write(pipeline.schedule(point, recipe.num_steps), own)
+        if isinstance(pipeline.make_schedule, NotStored):
+            if not ours:
+                raise in_optax.no_equal("a schedule of your own", "a stored recipe has no code")
+            made = _stored_schedule(pipeline, steps, own)
+        else:
+            write = in_optax.our_schedule if ours else in_optax.optax_schedule
+            made = write(pipeline.schedule(point, recipe.num_steps), own)
         lines.append(f"schedule = {made}")
         rate = "schedule"
         rest.pop(tune.LEARNING_RATE, None)

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from playbook_optax import _checks, _portable, search_spaces
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.procedures import stability, tune
 from playbook_optax.procedures.clipping import LEARNING_RATE
+from playbook_optax.procedures.program import NotStored
 from playbook_optax.procedures.remedies import RemedyComparison
 from playbook_optax.procedures.stability import Stabilization
 from playbook_optax.procedures.tune import Chapter, Pipeline, Recipe
@@ -298,7 +299,7 @@ def _read_pipeline(stored: _Stored) -> Pipeline:
         for name in scheduled:
             if name not in stored.point:
                 raise ValueError(f"it has a schedule, and its point lacks {name!r}")
-    return Pipeline(_absent("make_optimizer"), _read_schedule(stored.schedule), **told)
+    return Pipeline(NotStored("make_optimizer"), _read_schedule(stored.schedule), **told)
 
 
 def _check_point(recipe: Recipe) -> None:
@@ -441,33 +442,24 @@ def _read_schedule(stored: str | None) -> Callable[..., Any] | None:
     if stored is None:
         return None
     ours = {name: schedule for schedule, name in _SCHEDULES.items()}
-    return ours.get(stored) or _absent("make_schedule")
+    return ours.get(stored) or NotStored("make_schedule")
 
 
 def _workload(stored: _Stored) -> Workload:
     """What stands for the workload: its name, and what is compared."""
-    fed: dict[str, Any] = {"batch": _absent("batch")}
+    fed: dict[str, Any] = {"batch": NotStored("batch")}
     if stored.from_host:
-        fed = {"batch": None, "host_batches": _absent("host_batches"), "version": "stored"}
+        fed = {"batch": None, "host_batches": NotStored("host_batches"), "version": "stored"}
     return Workload(
         name=stored.name,
         # Of no parameters: the workload of no zoo.
         init=lambda key: ({}, {}),
-        loss=_absent("loss"),
-        evaluate=_absent("evaluate"),
+        loss=NotStored("loss"),
+        evaluate=NotStored("evaluate"),
         objective=stored.objective,
         maximize=stored.maximize,
         **fed,
     )
-
-
-def _absent(name: str) -> Callable[..., NoReturn]:
-    """A function that is not stored."""
-
-    def absent(*args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(f"{name} is code, which is not stored: a recipe from a file only tells.")
-
-    return absent
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:

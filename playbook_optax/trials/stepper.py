@@ -52,12 +52,12 @@ class Checkpoint(NamedTuple):
 
     best_value: chex.Array  # float32 (), 0 before there is one
     best_step: chex.Array  # int32 (), -1 before there is one
-    ties: chex.Array  # float32 (tie breaker,)
+    ties: tuple[chex.Array, ...]  # float32 (), one for each tie breaker
 
     @classmethod
     def none(cls, num_ties: int) -> "Checkpoint":
         """Before the first evaluation."""
-        return cls(jnp.float32(0), jnp.int32(-1), jnp.full(num_ties, jnp.inf, jnp.float32))
+        return cls(jnp.float32(0), jnp.int32(-1), (jnp.float32(jnp.inf),) * num_ties)
 
     def improves(self, other: "Checkpoint", maximize: bool) -> chex.Array:
         """Whether this one, with a later step, is to be kept instead of another."""
@@ -395,7 +395,7 @@ class Stepper:
         value = jnp.where(alive, _objective(work, values), jnp.nan).astype(jnp.float32)
         ties = [values[name] for name in tie_breakers(work.objective, evaluated)]
         worth = [jnp.where(jnp.isnan(one), jnp.inf, one).astype(jnp.float32) for one in ties]
-        here = Checkpoint(value, state.step, jnp.stack(worth) if worth else state.best.ties)
+        here = Checkpoint(value, state.step, tuple(worth))
         improved = here.improves(state.best, work.maximize)
         best, best_params = _tree.select(improved, here, state.best), state.best_params
         if self.keeps_best:

@@ -27,6 +27,7 @@ import pandas
 
 import playbook_optax as pbx
 from playbook_optax import _checks, chapters, cli, report, tuning
+from playbook_optax._ties import tie_breakers
 from playbook_optax.analysis.findings import Finding
 from playbook_optax.procedures import tune, tuned
 from playbook_optax.procedures.remedies import RemedyComparison, RemedyRow
@@ -375,16 +376,21 @@ def _asked_to_train(workload, make_optimizer, points, **asked):
 def check_best(study):
     """The best trial against a plain loop."""
     data = study.data
-    values = study._with_seeds(study.objective).astype(np.float64)
+    names = (study.objective, *tie_breakers(study.objective, map(str, data.data_vars)))
     with np.errstate(all="ignore"):
-        means = values.mean(axis=1)
+        means = [study._with_seeds(name).astype(np.float64).mean(axis=1) for name in names]
     bad = study._with_seeds("infeasible").any(axis=1)
     sign = -1 if study.maximize else 1
     best = None
-    for trial, curve in enumerate(means):
-        for step, value in zip(data["step"].values, curve, strict=True):
-            if np.isfinite(value) and not bad[trial] and (best is None or sign * value < best[0]):
-                best = (sign * value, trial, int(step))
+    for trial in np.flatnonzero(~bad):
+        own = None
+        for index, step in enumerate(data["step"].values):
+            value, *others = (mean[trial, index] for mean in means)
+            worth = [sign * value, *(np.inf if np.isnan(other) else other for other in others)]
+            if np.isfinite(value) and (own is None or worth <= own[0]):
+                own = (worth, int(trial), int(step))
+        if own is not None and (best is None or own[0] < best[0]):
+            best = own
     try:
         found = study.best()
     except pbx.NoFeasibleTrial:

@@ -18,7 +18,7 @@ from playbook_optax.records import storage
 KEY = jax.random.key(0)
 RATE = pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 1.0, scale="log")})
 OTHER = pbx.SearchSpace({"rate": RATE["learning_rate"]})
-REVERSED = pbx.SearchSpace({"learning_rate": pbx.Float(0.1, 0.9, scale="reverse_log")})
+REVERSED = pbx.SearchSpace({"learning_rate": pbx.Float(0.9, 0.99, scale="reverse_log")})
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +221,9 @@ def test_functions_of_ones_own_are_told_of_and_not_stored(tmp_path):
     assert again.pipeline.max_norm == 10.0
     assert again.workload.batch is None
     assert "make_optimizer({" in again.to_python()
+    assert "schedule = make_schedule({'learning_rate': 0.25}, 8)" in again.to_python()
+    with pytest.raises(ValueError, match="has no equal in Optax"):
+        again.to_python(style="optax")
     for function in (again.pipeline.make_optimizer, again.pipeline.make_schedule):
         with pytest.raises(ValueError, match="is code, which is not stored"):
             function({})

@@ -130,8 +130,8 @@ def test_idle_cores_and_a_better_width_are_told(monkeypatch):
     evidence = {"ratio": one.seconds / eight.seconds, "trials_per_block": 8}
     assert report.findings[0].evidence == evidence
     assert report.findings[0].suggestion == "Give trials_per_block=8."
-    assert "in blocks of 8 trial(s)" in str(report)
-    assert "In blocks of 1 they take" in str(report)
+    assert "width    8 trial(s) to a block" in str(report)
+    assert "slower   1 trial(s) to a block: about 72," in str(report)
     programs.forget()
 
 

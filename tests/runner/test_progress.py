@@ -296,7 +296,7 @@ def test_a_script_tells_each_decision_of_tune_in_order_on_standard_error():
         f"{name}," for name in ("learning_rate", "round_1", "round_2", "retrain")
     ]
     first = [line.split()[0] for line in told[:5]]
-    assert first == ["tune,", "tracing", "compiling", "training", "decided"]
+    assert first == ["tracing", "tune,", "compiling", "training", "decided"]
     assert "tune: at most about" in told[3]
 
 

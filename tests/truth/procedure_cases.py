@@ -87,7 +87,7 @@ def answers_beyond_the_sweep(edge: int, rng: Rng) -> bool:
 
 def answers_where_all_diverge(rng: Rng) -> bool:
     curves = decline(rng.uniform(1, 3, len(RATES)))
-    curves[:, 5:] = np.nan
+    curves[:, 5:] = np.inf
     study = pbx.Study.from_arrays(
         {"learning_rate": RATES}, {"valid/loss": curves}, STEP, objective="valid/loss"
     )
@@ -522,7 +522,7 @@ def batch_range(power: float, rng: Rng) -> bool:
 
 def plans_without_a_best(rng: Rng) -> bool:
     curves = decline(rng.uniform(1, 3, len(RATES)))
-    curves[:, 5:] = np.nan
+    curves[:, 5:] = np.inf
     study = pbx.Study.from_arrays(
         {"learning_rate": RATES}, {"valid/loss": curves}, STEP, objective="valid/loss"
     )

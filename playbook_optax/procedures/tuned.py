@@ -242,8 +242,8 @@ def read(directory: str | os.PathLike[str]) -> tuple[Recipe, str | None]:
         return _recipe(document, folder)
     except (ValueError, OverflowError) as error:
         raise storage.CorruptSpec(
-            f"{str(path)!r} does not describe a tuning: {error}. The same call of tune writes it "
-            "anew, and trains nothing again."
+            f"{str(path)!r} does not describe a tuning: {str(error).rstrip('.')}. The same call of "
+            "tune writes it anew, and trains nothing again."
         ) from error
 
 

@@ -18,7 +18,7 @@ from playbook_optax.records import storage
 KEY = jax.random.key(0)
 RATE = pbx.SearchSpace({"learning_rate": pbx.Float(1e-3, 1.0, scale="log")})
 OTHER = pbx.SearchSpace({"rate": RATE["learning_rate"]})
-REVERSED = pbx.SearchSpace({"learning_rate": pbx.Float(0.9, 0.99, scale="reverse_log")})
+NAMED = pbx.SearchSpace({"learning_rate": pbx.Categorical(["small", "large"])})
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ CHANGES = [
     (change("chapters", 3, "studies", 0, "space", to={"a": 1}), "unknown key 'a'"),
     (change("chapters", 3, "studies", 0, "space", to=OTHER.to_dict()), "has other names"),
     (change("chapters", 3, "studies", 0, "space", to=RATE.to_dict()), None),
-    (change("chapters", 3, "studies", 0, "space", to=REVERSED.to_dict()), "reverse_log"),
+    (change("chapters", 3, "studies", 0, "space", to=NAMED.to_dict()), "indices of choices"),
     (change("chapters", 2, "steps", to=None), "has an answer"),
     (change("chapters", 2, "steps", 0, "name", to="remedy"), "a step = 'remedy' is unknown"),
     (change("chapters", 2, "steps", to=lambda old: old[::-1]), "the steps of 'stability' are"),

@@ -168,7 +168,22 @@ class Programs:
                 self._programs = _compile(self._traced, self.shapes.mesh)
                 self.making_seconds += time.monotonic() - began
                 self._traced.clear()
-        return self._programs.get(name)
+        found = self._programs.get(name)
+        if found is None or name not in ("begin", "advance") or not self._has_empty_leaves:
+            return found
+        return functools.partial(self._with_empty_leaves, found)
+
+    @functools.cached_property
+    def _has_empty_leaves(self) -> bool:
+        """Whether the compiler forgets on which of several devices some of the states are."""
+        leaves = jax.tree.leaves(self._state_shapes)
+        return self.shapes.mesh.size > 1 and any(0 in leaf.shape for leaf in leaves)
+
+    def _with_empty_leaves(self, program: Any, *args: Any) -> Any:
+        """The states that a program gives, those without a number where the next one wants them."""
+        return jax.tree.map(
+            lambda leaf: leaf if leaf.size else jax.device_put(leaf, self.sharded), program(*args)
+        )
 
     @functools.cached_property
     def memory(self) -> tuple[int, int]:

@@ -670,7 +670,7 @@ def case_frame(corpus, rng):
             break
         if what < 0.5:
             values = frame[column].astype(object).to_list()
-            for _ in range(rng.choice((1, 3, len(values)))):
+            for _ in range(rng.choice((1, 3, len(values))) if values else 0):
                 values[rng.randrange(len(values))] = nasty.anything(rng)
             frame[column] = pandas.Series(values, dtype=object)
         elif what < 0.6:

@@ -1,5 +1,6 @@
 """Whether the objective can tell trials apart: one validation example is the least it can say."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ _ROUNDING = 1e-6
 _MANY, _FEW_TRIALS = 0.5, 4
 """Ties are a warning where more than this share of so many trials are tied."""
 _LEVEL = 0.95
+_MOST_EXAMPLES = 2**53
+"""Beyond it a float tells no neighbours apart; a file may claim any resolution."""
 
 
 @_shown.short
@@ -136,11 +139,17 @@ def _upper(value: float, out: Outcomes) -> float:
     from scipy.special import betaincinv  # Takes a tenth of a second.
 
     wrong = 1 - value if out.maximize else value
-    if not out.resolution or not 0 <= wrong < 1:
+    num = _num_examples(out.resolution)
+    if num is None or not 0 <= wrong < 1:
         return float("nan")
-    num = 1 / out.resolution
     bound = float(betaincinv(wrong * num + 1, num - wrong * num, _LEVEL))
     return 1 - bound if out.maximize else bound
+
+
+def _num_examples(resolution: float) -> float | None:
+    """Of how many examples one makes that much; None where that is no number that is counted."""
+    num = 1 / resolution if resolution else math.inf
+    return num if 1 < num <= _MOST_EXAMPLES else None
 
 
 def told_resolution(objective: str, resolution: float) -> str:
@@ -153,8 +162,8 @@ def told_resolution(objective: str, resolution: float) -> str:
     Returns:
       Such as "one example of 34 is 0.0294 of valid/error_rate".
     """
-    num = 1 / resolution
-    of = f" of {num:.0f}" if abs(num - round(num)) < 1e-3 * num and num > 1 else ""
+    num = _num_examples(resolution)
+    of = f" of {num:.0f}" if num is not None and abs(num - round(num)) < 1e-3 * num else ""
     return f"one example{of} is {resolution:.3g} of {objective}"
 
 

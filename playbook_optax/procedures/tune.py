@@ -25,6 +25,7 @@ from playbook_optax.analysis.boundaries import wider_range
 from playbook_optax.analysis.findings import Finding, by_severity
 from playbook_optax.analysis.outcomes import metric_names, outcomes
 from playbook_optax.analysis.resolution import (
+    ResolutionInfo,
     resolution_findings,
     resolution_info,
     told_resolution,
@@ -282,7 +283,7 @@ class Recipe:
     def told_limit(self) -> str:
         """What validation can tell at most, in a sentence; empty where that is not known."""
         studies = list(self.studies.values())
-        return _told_limit(studies[-1]).strip() if studies else ""
+        return _told_limit(resolution_info(studies[-1])).strip() if studies else ""
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -1057,7 +1058,7 @@ class _Tuner:
             return []
         findings: list[Finding] = []
         # Of a round that moved nothing there is nothing to learn but to train longer.
-        moved = _useless(first) is None
+        moved = _useless(resolution_info(first)) is None
         if moved and "num_steps" not in self._overrides:
             refined = refine_num_steps(self._trainer, first, key=self._key)
             findings += refined.findings
@@ -1185,7 +1186,7 @@ class _Tuner:
         """The best candidates with several seeds; the best of them is the recipe."""
         ranked = _ranked(second) or _ranked([] if first is None else [first])
         source = ranked[0][0] if ranked else None
-        useless = None if source is None else _useless(source)
+        useless = None if source is None else _useless(resolution_info(source))
         if useless and "point" not in self._overrides:
             return self._refuse(useless)
         given = self._overrides.get("point")
@@ -1224,7 +1225,8 @@ class _Tuner:
                 self._decide(
                     RETRAIN,
                     f"The recipe is the best trial, {value:.4g} at step {step}; the budget leaves "
-                    f"no room to train it again, so its spread is unknown.{_told_limit(source)}",
+                    f"no room to train it again, so its spread is unknown."
+                    f"{_told_limit(resolution_info(source))}",
                     {"point": point, "value": value},
                     "point",
                     "Give at least 6 trials.",
@@ -1265,7 +1267,7 @@ class _Tuner:
                 severity="error",
             )
             return self._recipe(None, empty, None, None, key)
-        useless = _useless(study)
+        useless = _useless(info)
         if useless:
             return self._refuse(useless, nothing)
         trial = info.best
@@ -1276,7 +1278,7 @@ class _Tuner:
             RETRAIN,
             f"{self._told_length()}{instead}Of {study.num_trials} candidate(s), each trained with "
             f"{seeds} seed(s) which it was not tuned on, trial {trial} is best: "
-            f"{study.objective} = {np.mean(values):.4g} on average{spread}.{_told_limit(study)}",
+            f"{study.objective} = {np.mean(values):.4g} on average{spread}.{_told_limit(info)}",
             {"point": point, "values": [float(value) for value in values]},
             "point",
             verdict=Verdict(point, tuple(findings), {"retrain": study}, cost),
@@ -1559,9 +1561,9 @@ def _checkpoint(study: Study, trial: int) -> tuple[float, int]:
     return float(out.value[trial]), int(out.checkpoint_step[trial])
 
 
-def _useless(study: Study) -> Finding | None:
+def _useless(info: ResolutionInfo) -> Finding | None:
     """Why nothing of a study can be a recipe, if training did nothing that the objective tells."""
-    found = resolution_findings(resolution_info(study))
+    found = resolution_findings(info)
     return next((finding for finding in found if finding.severity == "error"), None)
 
 
@@ -1573,9 +1575,8 @@ def _told_here(finding: Finding) -> Finding:
     return dataclasses.replace(finding, severity="info", suggestion=advice)
 
 
-def _told_limit(study: Study) -> str:
+def _told_limit(info: ResolutionInfo) -> str:
     """What validation can tell at all, in a sentence."""
-    info = resolution_info(study)
     if not info.resolution:
         return ""
     may = ""

@@ -110,3 +110,12 @@ def test_a_study_without_a_feasible_trial_says_nothing():
     info = resolution_info(record)
     assert (info.best, info.step) == (-1, -1)
     assert resolution_findings(info) == []
+
+
+@pytest.mark.parametrize("resolution", [5e-324, 1e-300, 2.0, 1e300])
+def test_a_resolution_that_no_example_has_is_told_and_bounds_nothing(resolution):
+    # A file may claim it.
+    info = resolution_info(study([[0.5, 0.0], [0.5, 0.0]], resolution=resolution))
+    assert np.isnan(info.upper)
+    for finding in resolution_findings(info):
+        assert "one example is " in finding.message

@@ -25,7 +25,8 @@ class TrialResult(NamedTuple):
         of the first batch.
       step: number of updates done before each evaluation, int32 (eval,).
       best_value: retrospective best of the objective, float scalar, NaN if never finite.
-      best_step: its step, int32 scalar, -1 if never finite.
+      best_step: its step, int32 scalar, -1 if never finite. Between equal values the loss of the
+        same examples decides, then that of training, where `evaluate` gives them, then the latest.
       infeasible: bool scalar.
       infeasible_step: 0-based update whose loss or result was first bad, int32 scalar, -1 if none;
         for a high loss, the last update before the first evaluation that was high.
